@@ -1,0 +1,80 @@
+//! What the user service says: facts without personal data, and the current state, which can be erased.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{DecodeError, Event, Topic, from_json, to_json};
+
+/// What happened to a user. Kept for ever, hence never any personal data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UserEvent {
+    Registered(UserRef),
+    ProfileChanged(UserRef),
+    EmailChanged(UserRef),
+    Deleted(UserRef),
+}
+
+/// Whom a fact is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserRef {
+    pub user_id: Uuid,
+}
+
+impl Event for UserEvent {
+    const TOPIC: Topic = Topic::USER_EVENTS;
+
+    fn encode(&self) -> (&'static str, Option<Vec<u8>>) {
+        let (kind, user) = match self {
+            Self::Registered(user) => ("user.registered", user),
+            Self::ProfileChanged(user) => ("user.profile_changed", user),
+            Self::EmailChanged(user) => ("user.email_changed", user),
+            Self::Deleted(user) => ("user.deleted", user),
+        };
+        (kind, Some(to_json(user)))
+    }
+
+    fn decode(kind: &str, data: Option<&[u8]>) -> Result<Option<Self>, DecodeError> {
+        let variant = match kind {
+            "user.registered" => Self::Registered,
+            "user.profile_changed" => Self::ProfileChanged,
+            "user.email_changed" => Self::EmailChanged,
+            "user.deleted" => Self::Deleted,
+            _ => return Ok(None),
+        };
+        Ok(Some(variant(from_json(data)?)))
+    }
+}
+
+/// Who a user is now. The record's key is the user's id, its version the user's version.
+#[derive(Clone, PartialEq, Eq)]
+pub enum UserState {
+    Current(Profile),
+    /// The tombstone: whoever holds the profile forgets it.
+    Erased,
+}
+
+/// The personal data. It has no `Debug`, so that it cannot end in a log line.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    pub email: String,
+    pub display_name: String,
+}
+
+impl Event for UserState {
+    const TOPIC: Topic = Topic::USER_STATE;
+
+    fn encode(&self) -> (&'static str, Option<Vec<u8>>) {
+        match self {
+            Self::Current(profile) => ("user.state", Some(to_json(profile))),
+            Self::Erased => ("user.state", None),
+        }
+    }
+
+    fn decode(kind: &str, data: Option<&[u8]>) -> Result<Option<Self>, DecodeError> {
+        match (kind, data) {
+            ("user.state", None) => Ok(Some(Self::Erased)),
+            ("user.state", data) => Ok(Some(Self::Current(from_json(data)?))),
+            _ => Ok(None),
+        }
+    }
+}

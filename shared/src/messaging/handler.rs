@@ -1,0 +1,91 @@
+//! What a service does with events. A handler is called with a batch, in the order of the partitions; the same event may come
+//! again, at any time, also after newer ones (a relay's duplicate, a retry, a redrive, a replay). So its effects commute (on
+//! facts) or the highest version wins (on state).
+
+use std::any::Any;
+use std::ops::AddAssign;
+
+use super::Record;
+use crate::events::Event;
+
+/// A consumer of one topic.
+pub trait Handler: Send + Sync + 'static {
+    type Event: Event;
+
+    /// Makes the batch's effects durable. Only then is the offset committed, so a crash anywhere in here means that the batch
+    /// comes again.
+    fn handle(&self, batch: &[Record<Self::Event>]) -> impl Future<Output = Result<Outcome, Failure>> + Send;
+
+    /// Where to start reading a partition, for a handler that keeps its position beside its data. `None`: at the offset
+    /// that is committed in Kafka, or the beginning if there is none.
+    fn resume_at(&self, _partition: i32) -> impl Future<Output = anyhow::Result<Option<i64>>> + Send {
+        async { Ok(None) }
+    }
+
+    /// Everything before `position` has been handled and there is nothing behind it now. Called on reaching the end and then
+    /// every second while it stays so. `after` is the position before this call, as in [`Record::after`].
+    fn caught_up(
+        &self,
+        _partition: i32,
+        _after: i64,
+        _position: i64,
+    ) -> impl Future<Output = Result<(), Failure>> + Send {
+        async { Ok(()) }
+    }
+}
+
+/// Why a batch did not work. The caller of [`Handler::handle`] draws the consequence.
+#[derive(Debug)]
+pub enum Failure {
+    /// A dependency is down: the same batch is tried again until it is back. This is what `?` makes.
+    Retry(anyhow::Error),
+    /// This record can never work: it becomes a dead letter. The reason is text of the program, never of the record.
+    Reject(&'static str),
+    /// My stored position is another than the batch assumes: drop the batch and start again where I say.
+    Resume,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Retry(error.into())
+    }
+}
+
+impl Failure {
+    /// The reason to give the record up, if waiting cannot mend this failure: a rejection, or an SQLSTATE of class 22 (data
+    /// exception) or 23 (integrity constraint), which the same data meets every time.
+    pub(crate) fn rejection(&self) -> Option<String> {
+        match self {
+            Self::Reject(reason) => Some((*reason).to_owned()),
+            Self::Retry(error) => error.chain().find_map(|cause| {
+                let code = cause.downcast_ref::<sqlx::Error>()?.as_database_error()?.code()?;
+                (code.starts_with("22") || code.starts_with("23")).then(|| format!("SQLSTATE {code}"))
+            }),
+            Self::Resume => None,
+        }
+    }
+
+    /// A panic is a bug met by this record. Its message may quote the record, so it is not kept.
+    pub(crate) fn panicked(_panic: Box<dyn Any + Send>) -> Self {
+        Self::Reject("the handler panicked")
+    }
+}
+
+/// What became of the records of a batch. Their sum is the batch's length: nothing is dropped silently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// It had its effect now.
+    pub applied: u64,
+    /// It had had its effect before.
+    pub duplicate: u64,
+    /// Something newer had been applied before.
+    pub stale: u64,
+}
+
+impl AddAssign for Outcome {
+    fn add_assign(&mut self, other: Self) {
+        self.applied += other.applied;
+        self.duplicate += other.duplicate;
+        self.stale += other.stale;
+    }
+}

@@ -1,0 +1,228 @@
+//! The relay: brings the outbox to Kafka, in order, every row at least once. What is published more than once has the same
+//! event id.
+//!
+//! One leader per outbox, by a session advisory lock. Rows are read and deleted on the very connection that holds the lock, so
+//! losing it stops both. What the lock cannot stop is a frozen leader's late send: that is fenced by Kafka itself, since each
+//! round is a transaction of one `transactional.id`, and a new leader's `init_transactions` ends its predecessor's.
+//!
+//! It runs on a thread of its own: librdkafka's transaction calls block.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, Connection, PgConnection};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::time::{Duration, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use uuid::Uuid;
+
+use crate::events::Envelope;
+use crate::fault;
+use crate::service::metrics::{Metrics, Round};
+use crate::service::{KafkaConfig, telemetry};
+
+mod transaction;
+
+use transaction::{Refused, Transactions};
+
+/// Rows per transaction: large enough that a transaction's cost (about 3 ms) does not count.
+const ROUND_ROWS: i64 = 500;
+/// Rows that another replica wrote are found after this time at the latest.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// How often a follower asks for the lock.
+const ELECTION_INTERVAL: Duration = Duration::from_millis(500);
+/// After this time a key that Kafka refused is tried again.
+const BLOCKED_FOR: Duration = Duration::from_secs(30);
+/// The leader asks for rows all the time, so a session this silent belongs to a frozen process: Postgres ends it, and with it
+/// the lock.
+const SESSION_LIMITS: [(&str, &str); 3] =
+    [("idle_session_timeout", "15s"), ("statement_timeout", "10s"), ("idle_in_transaction_session_timeout", "10s")];
+/// The advisory lock's key: any number, the same in every release. Locks are per database.
+const LEADER_LOCK: i64 = 0x6F75_7462_6F78; // "outbox"
+
+/// Tells the relay of this process that there are new rows.
+#[derive(Clone, Default)]
+pub struct Wake(Arc<Notify>);
+
+impl Wake {
+    /// Call it after the commit. Losing the call (a crash, another replica leading) costs one poll interval.
+    pub fn notify(&self) {
+        self.0.notify_one();
+    }
+}
+
+pub(crate) struct Relay {
+    /// The envelope's `ce_source`.
+    pub source: String,
+    pub kafka: KafkaConfig,
+    pub database: PgConnectOptions,
+    pub wake: Wake,
+    pub metrics: Metrics,
+    pub stop: CancellationToken,
+}
+
+#[derive(sqlx::FromRow)]
+struct Row {
+    id: i64,
+    topic: String,
+    #[sqlx(flatten)]
+    envelope: EnvelopeRow,
+    payload: Option<Vec<u8>>,
+}
+
+#[derive(sqlx::FromRow)]
+struct EnvelopeRow {
+    event_id: Uuid,
+    aggregateid: Uuid,
+    version: i64,
+    r#type: String,
+    traceparent: Option<String>,
+    tracestate: Option<String>,
+    occurred_at: time::OffsetDateTime,
+}
+
+impl EnvelopeRow {
+    fn into_envelope(self, source: &str) -> Envelope {
+        Envelope {
+            id: self.event_id,
+            kind: self.r#type,
+            source: source.to_owned(),
+            key: self.aggregateid,
+            version: self.version,
+            time: self.occurred_at,
+            traceparent: self.traceparent,
+            tracestate: self.tracestate,
+        }
+    }
+}
+
+impl Relay {
+    /// Leads whenever it can, until told to stop. Any error ends the term: the producer and the connection are dropped and
+    /// everything starts over, which is safe at every line.
+    pub fn run(self) -> anyhow::Result<()> {
+        while !self.stop.is_cancelled() {
+            if let Err(error) = self.lead() {
+                self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
+                tracing::warn!(error = %format!("{error:#}"), "the relay starts over");
+                self.pause(RETRY_INTERVAL);
+            }
+        }
+        Ok(())
+    }
+
+    /// One term as leader. The lock is held before `init_transactions` fences the predecessor, and that before the first row is
+    /// read: so no row is read that a predecessor could still publish later.
+    fn lead(&self) -> anyhow::Result<()> {
+        let runtime = Handle::current();
+        let Some(mut db) = runtime.block_on(self.elected())? else { return Ok(()) };
+        let name: String = runtime.block_on(sqlx::query_scalar("select current_database()").fetch_one(&mut db))?;
+        let mut transactions = Transactions::begin_term(&self.kafka, &name)?;
+        tracing::info!("this relay leads");
+        let mut blocked = BTreeSet::new();
+        let mut blocked_since = std::time::Instant::now();
+        while !self.stop.is_cancelled() {
+            if blocked_since.elapsed() > BLOCKED_FOR {
+                blocked.clear();
+                blocked_since = std::time::Instant::now();
+            }
+            let published = match self.round(&runtime, &mut db, &mut transactions, &blocked) {
+                Ok(published) => published,
+                Err(error) => {
+                    // The producer is dropped, never aborted and reused: nothing of the round becomes visible.
+                    blocked.extend(self.refused(&error)?);
+                    transactions = Transactions::begin_term(&self.kafka, &name)?;
+                    0
+                }
+            };
+            self.metrics.outbox_blocked_keys.set(blocked.len() as i64);
+            if published == 0 {
+                self.pause(POLL_INTERVAL);
+            }
+        }
+        runtime.block_on(db.close()).context("cannot close the relay's connection")
+    }
+
+    /// The key of a row that Kafka refused for itself; any other error ends the term.
+    fn refused(&self, error: &anyhow::Error) -> anyhow::Result<Option<Uuid>> {
+        let Some(refused) = error.downcast_ref::<Refused>() else { bail!("{error:#}") };
+        tracing::error!(key = %refused.key, error = %refused.cause, "Kafka refuses an outbox row: its key is set aside");
+        self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
+        Ok(Some(refused.key))
+    }
+
+    /// Read → publish → delete. Crash before the Kafka commit: the transaction is aborted and nothing of it is seen; the rows
+    /// are still there. Crash between commit and delete: the rows are published again, at new offsets, with the same event
+    /// ids: consumers know them. No database transaction is open while Kafka is waited for.
+    fn round(
+        &self,
+        runtime: &Handle,
+        db: &mut PgConnection,
+        transactions: &mut Transactions,
+        blocked: &BTreeSet<Uuid>,
+    ) -> anyhow::Result<usize> {
+        let rows = runtime.block_on(read(db, blocked)).context("cannot read the outbox")?;
+        fault::point("relay.after_read");
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        let span = tracing::info_span!("publish", rows = rows.len(), "otel.kind" = "producer");
+        let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
+        let records = rows.into_iter().map(|row| {
+            let (topic, envelope) = (self.kafka.prefixed(&row.topic), row.envelope.into_envelope(&self.source));
+            telemetry::link(&span, &telemetry::TraceContext::of(&envelope));
+            (topic, envelope, row.payload)
+        });
+        transactions.publish(records.collect())?;
+        fault::point("relay.after_commit");
+        runtime.block_on(delete(db, &ids)).context("cannot delete published rows")?;
+        fault::point("relay.after_delete");
+        span.set_attribute("messaging.batch.message_count", ids.len() as i64);
+        self.metrics.relay_rounds.get_or_create(&Round { outcome: "published" }).inc();
+        Ok(ids.len())
+    }
+
+    /// Waits for the lock. `None`: told to stop.
+    async fn elected(&self) -> anyhow::Result<Option<PgConnection>> {
+        let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
+        let mut db = options.connect().await.context("cannot connect to the outbox")?;
+        while !self.stop.is_cancelled() {
+            let query = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(LEADER_LOCK);
+            if query.fetch_one(&mut db).await.context("cannot ask for the lock")? {
+                return Ok(Some(db));
+            }
+            sleep(ELECTION_INTERVAL).await;
+        }
+        Ok(None)
+    }
+
+    fn pause(&self, duration: Duration) {
+        Handle::current().block_on(async {
+            tokio::select! {
+                _ = timeout(duration, self.wake.0.notified()) => {}
+                () = self.stop.cancelled() => {}
+            }
+        });
+    }
+}
+
+/// By id, without a cursor: a row whose transaction commits late has a low id and is read in the next round. Versions of one
+/// key never swap, since the row lock on the aggregate orders their transactions.
+async fn read(db: &mut PgConnection, blocked: &BTreeSet<Uuid>) -> sqlx::Result<Vec<Row>> {
+    sqlx::query_as(
+        "select id, event_id, topic, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
+         from outbox where aggregateid <> all ($1) order by id limit $2",
+    )
+    .bind(blocked.iter().copied().collect::<Vec<_>>())
+    .bind(ROUND_ROWS)
+    .fetch_all(db)
+    .await
+}
+
+async fn delete(db: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
+    sqlx::query("delete from outbox where id = any ($1)").bind(ids).execute(db).await.map(|_| ())
+}

@@ -1,0 +1,190 @@
+//! A round as one Kafka transaction: all of its records become visible together, or none.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use rdkafka::ClientContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
+use uuid::Uuid;
+
+use crate::events::Envelope;
+use crate::fault;
+use crate::service::KafkaConfig;
+
+/// Readers of committed records wait this long (ms) for a transaction whose leader died.
+const TRANSACTION_TIMEOUT_MS: &str = "10000";
+/// Within this time (ms) a record is acknowledged or the round has failed; below the transaction's own.
+const DELIVERY_TIMEOUT_MS: &str = "8000";
+/// A topic that stays unknown this long (ms) is an answer, not a delay; below the delivery time-out.
+const TOPIC_UNKNOWN_MS: &str = "4000";
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The delivery reports come within the delivery time-out; this is for the case that they do not.
+const REPORTS_TIMEOUT: Duration = Duration::from_secs(12);
+const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
+
+/// Kafka said no to this very record, and will say so again.
+#[derive(Debug, thiserror::Error)]
+#[error("a row of {key} is refused")]
+pub(super) struct Refused {
+    pub key: Uuid,
+    #[source]
+    pub cause: KafkaError,
+}
+
+/// The producer of one term as leader. After an error it is dropped: a transaction that is neither committed nor continued is
+/// aborted by its successor's `init_transactions`.
+pub(super) struct Transactions {
+    producer: ThreadedProducer<Reports>,
+    reports: Arc<State>,
+}
+
+type Record = (String, Envelope, Option<Vec<u8>>);
+
+impl Transactions {
+    /// Fences every earlier producer of this database's relay. Takes up to two seconds on a fresh cluster.
+    pub fn begin_term(kafka: &KafkaConfig, database: &str) -> anyhow::Result<Self> {
+        let reports = Arc::new(State::default());
+        let producer: ThreadedProducer<Reports> = kafka
+            .producer()
+            .set("transactional.id", kafka.prefixed(&format!("{database}.relay")))
+            .set("transaction.timeout.ms", TRANSACTION_TIMEOUT_MS)
+            .set("message.timeout.ms", DELIVERY_TIMEOUT_MS)
+            .set("topic.metadata.propagation.max.ms", TOPIC_UNKNOWN_MS)
+            .set("linger.ms", "1") // the round is the batch
+            .create_with_context(Reports(Arc::clone(&reports)))
+            .context("the Kafka settings are wrong")?;
+        producer.init_transactions(INIT_TIMEOUT).context("cannot reach Kafka's transaction coordinator")?;
+        Ok(Self { producer, reports })
+    }
+
+    /// Publishes the records in order and commits. All delivery reports are awaited before the commit: librdkafka's own flush
+    /// within `commit_transaction` sleeps in slices of 100 ms (measured).
+    pub fn publish(&mut self, records: Vec<Record>) -> anyhow::Result<()> {
+        let total = records.len();
+        let keys: Vec<Uuid> = records.iter().map(|(_, envelope, _)| envelope.key).collect();
+        self.producer.begin_transaction().context("cannot begin")?;
+        self.reports.reset();
+        for (index, record) in records.iter().enumerate() {
+            self.enqueue(index, record)?;
+        }
+        fault::point("relay.after_enqueue");
+        let mut failures = self.reports.wait(total)?;
+        fault::point("relay.after_ack");
+        if let Some((index, cause)) = failures.remove_refused() {
+            return Err(Refused { key: keys[index], cause }.into());
+        }
+        if let Some(cause) = failures.0.into_values().next() {
+            return Err(anyhow!(cause).context("Kafka did not take the round"));
+        }
+        self.producer.commit_transaction(COMMIT_TIMEOUT).context("cannot commit")
+    }
+
+    /// A full local queue is waited out: skipping ahead would change the order.
+    fn enqueue(&self, index: usize, (topic, envelope, payload): &Record) -> anyhow::Result<()> {
+        let key = envelope.key.to_string();
+        let headers = envelope
+            .headers()
+            .iter()
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
+        let mut record = BaseRecord::with_opaque_to(topic, index).key(&key).headers(headers);
+        if let Some(payload) = payload {
+            record = record.payload(payload);
+        }
+        let deadline = Instant::now() + REPORTS_TIMEOUT;
+        loop {
+            record = match self.producer.send(record) {
+                Ok(()) => return Ok(()),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), unsent))
+                    if Instant::now() < deadline =>
+                {
+                    std::thread::sleep(QUEUE_FULL_PAUSE);
+                    unsent
+                }
+                Err((cause, _)) if refuses(&cause) => return Err(Refused { key: envelope.key, cause }.into()),
+                Err((cause, _)) => return Err(cause).context("cannot hand a row to the producer"),
+            };
+        }
+    }
+}
+
+/// Whether the error is about this record and not about the moment.
+fn refuses(cause: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{
+        InvalidMessage, InvalidMessageSize, InvalidRecord, MessageSizeTooLarge, TopicAuthorizationFailed, UnknownTopic,
+        UnknownTopicOrPartition,
+    };
+    matches!(
+        cause.rdkafka_error_code(),
+        Some(
+            InvalidMessage
+                | InvalidMessageSize
+                | InvalidRecord
+                | MessageSizeTooLarge
+                | TopicAuthorizationFailed
+                | UnknownTopic
+                | UnknownTopicOrPartition
+        )
+    )
+}
+
+#[derive(Default)]
+struct Failures(HashMap<usize, KafkaError>);
+
+impl Failures {
+    /// The first record that Kafka refused for itself; the others failed only because the transaction did.
+    fn remove_refused(&mut self) -> Option<(usize, KafkaError)> {
+        let index = self.0.iter().filter(|(_, cause)| refuses(cause)).map(|(index, _)| *index).min()?;
+        self.0.remove_entry(&index)
+    }
+}
+
+/// The delivery reports of the current round.
+#[derive(Default)]
+struct State {
+    round: Mutex<(usize, Failures)>,
+    arrived: Condvar,
+}
+
+impl State {
+    fn reset(&self) {
+        *self.round.lock().unwrap_or_else(PoisonError::into_inner) = (0, Failures::default());
+    }
+
+    fn wait(&self, total: usize) -> anyhow::Result<Failures> {
+        let round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut round, _) = self
+            .arrived
+            .wait_timeout_while(round, REPORTS_TIMEOUT, |(reported, _)| *reported < total)
+            .unwrap_or_else(PoisonError::into_inner);
+        if round.0 < total {
+            bail!("{} of {total} delivery reports did not come", total - round.0);
+        }
+        Ok(std::mem::take(&mut round.1))
+    }
+}
+
+struct Reports(Arc<State>);
+
+impl ClientContext for Reports {
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "producer"); // what matters comes back from the calls
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
+        let mut round = self.0.round.lock().unwrap_or_else(PoisonError::into_inner);
+        round.0 += 1;
+        if let Err((cause, _)) = result {
+            round.1.0.insert(index, cause.clone());
+        }
+        self.0.arrived.notify_all();
+    }
+}

@@ -1,0 +1,76 @@
+//! Settings that every service has. Doc comments are the manual: they are what `--help` prints.
+
+use std::net::SocketAddr;
+
+use clap::{Args, ValueEnum};
+use rdkafka::ClientConfig;
+
+/// What every service takes, from flags or from the environment.
+#[derive(Args, Clone, Debug)]
+pub struct ServiceConfig {
+    /// Where /livez, /readyz and /metrics are answered. Keep it off the public network.
+    #[arg(long, env, default_value = "127.0.0.1:9080")]
+    pub admin_addr: SocketAddr,
+    /// How log lines look. RUST_LOG chooses which are written.
+    #[arg(long, env, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// Where traces go, by OTLP over gRPC, for example http://localhost:4317. Not set: nowhere.
+    #[arg(long, env)]
+    pub otel_exporter_otlp_endpoint: Option<String>,
+    /// Consumers per consumer group in this process. More than a topic has partitions is of no use.
+    #[arg(long, env, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub consumers: u16,
+    #[command(flatten)]
+    pub kafka: KafkaConfig,
+}
+
+/// How log lines look.
+#[derive(ValueEnum, Clone, Copy, Debug, Default)]
+pub enum LogFormat {
+    /// One JSON object a line.
+    #[default]
+    Json,
+    /// For people.
+    Pretty,
+}
+
+/// Where Kafka is, and how topics are named on it.
+#[derive(Args, Clone, Debug)]
+pub struct KafkaConfig {
+    /// Kafka's bootstrap servers, separated by commas.
+    #[arg(long, env, default_value = "localhost:9092")]
+    pub kafka_brokers: String,
+    /// Stands before every topic and consumer group, so that several systems can share a broker.
+    #[arg(long, env, default_value = "")]
+    pub topic_prefix: String,
+    /// Whether the service creates the topics it owns. `false` where an operator does: then it only checks them.
+    #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
+    pub manage_topics: bool,
+}
+
+impl KafkaConfig {
+    /// A topic's or group's name on the broker.
+    pub fn prefixed(&self, name: &str) -> String {
+        format!("{}{name}", self.topic_prefix)
+    }
+
+    /// What every client of ours has in common.
+    pub fn client(&self) -> ClientConfig {
+        let mut client = ClientConfig::new();
+        client
+            .set("bootstrap.servers", &self.kafka_brokers)
+            .set("allow.auto.create.topics", "false")
+            // After an outage the next attempt comes within this time (ms), not librdkafka's 10 s.
+            .set("reconnect.backoff.max.ms", "1000")
+            // The loopback name resolves to IPv6 first on many machines; brokers in development listen on IPv4.
+            .set("broker.address.family", "v4");
+        client
+    }
+
+    /// A client that writes. Java clients place keys by murmur2; librdkafka's default would place them elsewhere.
+    pub fn producer(&self) -> ClientConfig {
+        let mut producer = self.client();
+        producer.set("partitioner", "murmur2_random").set("enable.idempotence", "true").set("acks", "all");
+        producer
+    }
+}
