@@ -1,0 +1,35 @@
+-- Applies a partition's batch to the view, if the view stands where the batch begins.
+-- KEYS: position, mark, profile…; ARGV: expected position ('' in a redrive), next position, then version and JSON per profile
+-- ('' is a tombstone). Answers {applied, duplicate, stale}, or MOVED if the view stands elsewhere.
+
+-- Versions and offsets stay text: a number in Lua is exact only up to 2^53.
+local function less(a, b)
+    return #a < #b or (#a == #b and a < b)
+end
+
+if ARGV[1] ~= '' then
+    if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
+        return redis.error_reply('MOVED the view stands at another position')
+    end
+    redis.call('SET', KEYS[1], ARGV[2])
+end
+
+local applied, duplicate, stale = 0, 0, 0
+for i = 3, #KEYS do
+    local version, profile = ARGV[2 * i - 3], ARGV[2 * i - 2]
+    local stored = redis.call('HGET', KEYS[i], 'version')
+    if not stored or less(stored, version) then
+        redis.call('HSET', KEYS[i], 'version', version, 'profile', profile)
+        applied = applied + 1
+    elseif stored == version then
+        duplicate = duplicate + 1
+    else
+        stale = stale + 1
+    end
+end
+
+-- Nothing to apply: this is the end of the partition, so the view is complete up to here.
+if #KEYS == 2 then
+    redis.call('SET', KEYS[2], ARGV[2])
+end
+return {applied, duplicate, stale}

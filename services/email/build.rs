@@ -1,0 +1,4 @@
+//! Cargo does not see that `sqlx::migrate!` reads files.
+fn main() {
+    println!("cargo::rerun-if-changed=../../migrations/email");
+}

@@ -1,0 +1,169 @@
+//! The deliveries' states. Every transition is one statement or one transaction that names the state it comes from, so two
+//! senders cannot both make it.
+//!
+//! ```text
+//! pending ──claim──► sending ──250──► sent
+//!    ▲                  ├── 5xx ────► failed
+//!    ├── 4xx, no answer ┤
+//!    └ unknown ◄────────┘ the answer to the mail itself never came
+//! ```
+//! A sender that dies leaves `sending` with a lease; when that ends, by the database's clock, the delivery is claimed again. An
+//! erased recipient turns what is not being sent into `cancelled`.
+
+use std::time::Duration;
+
+use shared::events::{Delivery, EmailEvent, Undelivered, mint_id};
+use shared::messaging::outbox;
+use sqlx::PgPool;
+use sqlx::postgres::types::PgInterval;
+use uuid::Uuid;
+
+const MAX_BACKOFF: Duration = Duration::from_secs(600);
+
+/// How long things may take.
+#[derive(Clone, Copy)]
+pub struct Rules {
+    pub lease: Duration,
+    pub backoff: Duration,
+    pub max_age: Duration,
+}
+
+/// A delivery that this sender may send until its lease ends.
+pub struct Claim {
+    pub id: Uuid,
+    pub user_id: Uuid,
+    pub template: String,
+    pub attempt: i32,
+    pub traceparent: Option<String>,
+    pub tracestate: Option<String>,
+    pub email: String,
+    pub display_name: String,
+    /// Proves that nobody else has claimed it since.
+    pub token: Uuid,
+}
+
+/// Takes the delivery that has waited longest: one that is due, whose recipient is known and not erased, whose cause is not
+/// too old, and whose former sender, if any, has let its lease end.
+pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
+    let token = mint_id();
+    let claimed = sqlx::query_as!(
+        Claim,
+        r#"update deliveries d
+           set status = 'sending', attempt = attempt + 1, token = $1, lease_until = now() + $2, updated_at = now()
+           from (select d.id, r.email, r.display_name
+                 from deliveries d join recipients r using (user_id)
+                 where d.status in ('pending', 'unknown', 'sending') and d.next_attempt_at <= now()
+                     and (d.status <> 'sending' or d.lease_until < now())
+                     and r.email is not null and d.requested_at > now() - $3::interval
+                 order by d.next_attempt_at limit 1 for update of d skip locked) due
+           where d.id = due.id
+           returning d.id, d.user_id, d.template, d.attempt, d.traceparent, d.tracestate,
+               due.email as "email!", due.display_name as "display_name!", d.token as "token!""#,
+        token,
+        interval(rules.lease),
+        interval(rules.max_age),
+    );
+    claimed.fetch_optional(db).await
+}
+
+/// Whether the mail may still go out: asked before the one step that cannot be taken back. A sender that was frozen past its
+/// lease is told no, and so is one whose recipient was erased meanwhile.
+pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
+    let ours = sqlx::query_scalar!(
+        r#"select exists (
+               select from deliveries d join recipients r using (user_id)
+               where d.id = $1 and d.token = $2 and d.lease_until > now() and r.email is not null) as "ours!""#,
+        claim.id,
+        claim.token,
+    );
+    ours.fetch_one(db).await
+}
+
+/// The server has the mail. True also when the lease ended meanwhile: so the other sender's check fails, and it stops. The
+/// event is written by whoever makes the transition, hence once.
+pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
+    let mut tx = db.begin().await?;
+    let settled = sqlx::query!(
+        "update deliveries set status = 'sent', token = null, lease_until = null, smtp_code = 250, updated_at = now()
+         where id = $1 and status not in ('sent', 'failed')",
+        claim.id,
+    );
+    let settled = settled.execute(&mut *tx).await?.rows_affected() == 1;
+    if settled {
+        outbox::publish(&mut tx, claim.id, FINAL, &EmailEvent::Sent(claim.delivery())).await?;
+    }
+    tx.commit().await?;
+    Ok(settled)
+}
+
+/// The server will never take the mail.
+pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<bool> {
+    let mut tx = db.begin().await?;
+    let settled = sqlx::query!(
+        "update deliveries set status = 'failed', token = null, lease_until = null, smtp_code = $3, updated_at = now()
+         where id = $1 and token = $2",
+        claim.id,
+        claim.token,
+        code(smtp_code),
+    );
+    let settled = settled.execute(&mut *tx).await?.rows_affected() == 1;
+    if settled {
+        let event = EmailEvent::Failed(Undelivered { delivery: claim.delivery(), smtp_code });
+        outbox::publish(&mut tx, claim.id, FINAL, &event).await?;
+    }
+    tx.commit().await?;
+    Ok(settled)
+}
+
+/// Back to be tried again later: as `unknown` if the server may have taken it, else as `pending`.
+pub async fn put_off(
+    db: &PgPool,
+    claim: &Claim,
+    rules: &Rules,
+    unknown: bool,
+    smtp_code: Option<u16>,
+) -> sqlx::Result<()> {
+    let doublings = u32::try_from(claim.attempt - 1).unwrap_or(0).min(20);
+    let backoff = rules.backoff.saturating_mul(1 << doublings).min(MAX_BACKOFF);
+    sqlx::query!(
+        "update deliveries set status = $3, token = null, lease_until = null, smtp_code = $4,
+             next_attempt_at = now() + $5, updated_at = now()
+         where id = $1 and token = $2",
+        claim.id,
+        claim.token,
+        if unknown { "unknown" } else { "pending" },
+        smtp_code.map(code),
+        interval(backoff),
+    )
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Cancels what was meant for erased recipients and is not being sent right now.
+pub async fn cancel_erased(db: &PgPool) -> sqlx::Result<u64> {
+    let cancelled = sqlx::query!(
+        "update deliveries d set status = 'cancelled', token = null, lease_until = null, updated_at = now()
+         from recipients r
+         where r.user_id = d.user_id and r.email is null
+             and (d.status in ('pending', 'unknown') or (d.status = 'sending' and d.lease_until < now()))"
+    );
+    Ok(cancelled.execute(db).await?.rows_affected())
+}
+
+/// A delivery ends once, so its event is its first version.
+const FINAL: i64 = 1;
+
+impl Claim {
+    fn delivery(&self) -> Delivery {
+        Delivery { delivery_id: self.id, user_id: self.user_id, template: self.template.clone() }
+    }
+}
+
+fn code(smtp_code: u16) -> i16 {
+    i16::try_from(smtp_code).expect("SMTP codes have three digits")
+}
+
+fn interval(duration: Duration) -> PgInterval {
+    PgInterval::try_from(duration).expect("durations here are whole milliseconds")
+}

@@ -1,0 +1,43 @@
+//! Mails from templates: plain text and HTML, with a Message-ID that is the same on every attempt.
+
+use anyhow::bail;
+use askama::Template;
+use lettre::Message;
+use lettre::message::{Mailbox, MultiPart};
+
+use crate::deliveries::Claim;
+
+#[derive(Template)]
+#[template(path = "welcome.txt", escape = "none")]
+struct WelcomeText<'a> {
+    display_name: &'a str,
+}
+
+#[derive(Template)]
+#[template(path = "welcome.html")]
+struct WelcomeHtml<'a> {
+    display_name: &'a str,
+}
+
+/// Writes the mail of a delivery. The Message-ID, `<delivery id@domain of the sender>`, is how a mailbox knows copies.
+///
+/// # Errors
+/// The address or the template cannot be used. That will not change, so the delivery has failed.
+pub fn write(claim: &Claim, from: &Mailbox) -> anyhow::Result<Message> {
+    let (subject, text, html) = match claim.template.as_str() {
+        "welcome" => (
+            "Welcome",
+            WelcomeText { display_name: &claim.display_name }.render()?,
+            WelcomeHtml { display_name: &claim.display_name }.render()?,
+        ),
+        _ => bail!("a template that this release does not have"),
+    };
+    let to = Mailbox::new(Some(claim.display_name.clone()), claim.email.parse()?);
+    let message = Message::builder()
+        .message_id(Some(format!("<{}@{}>", claim.id, from.email.domain())))
+        .from(from.clone())
+        .to(to)
+        .subject(subject)
+        .multipart(MultiPart::alternative_plain_html(text, html))?;
+    Ok(message)
+}
