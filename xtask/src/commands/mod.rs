@@ -1,0 +1,5 @@
+pub mod check;
+pub mod demo;
+pub mod prepare;
+pub mod test;
+pub mod up;

@@ -1,0 +1,43 @@
+//! `cargo xtask test`: every test, on one Kafka, Postgres and Redis that all of them share. Tests that break a component start
+//! their own.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use xtask::fetch::fetch;
+use xtask::postgres::Durability;
+use xtask::process::{Logs, Process, Scratch, clean_leftovers};
+use xtask::services::{self, cargo};
+use xtask::stack::Ports;
+use xtask::system::start_stack;
+use xtask::testing;
+
+pub async fn run(arguments: &[String]) -> Result<ExitCode> {
+    let logs = Logs::fresh("test", false)?;
+    let fetched = fetch().await?;
+    let programs = services::build_with_fault_points(&logs).await?;
+    let scratch = Scratch::create("test")?;
+    let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, &logs).await?;
+
+    let mut command = cargo();
+    command.arg("test");
+    // Packages chosen by the caller may lack the features of the others.
+    if !arguments.iter().any(|argument| argument.starts_with("-p") || argument.starts_with("--package")) {
+        // The same features as the programs, or everything is compiled twice.
+        command.args(["--workspace", "--features", &services::fault_points()]);
+    }
+    command.args(arguments);
+    command.env(testing::KAFKA, stack.kafka.address());
+    command.env(testing::POSTGRES, stack.postgres.url());
+    command.env(testing::VALKEY, stack.redis.url());
+    command.env(testing::BIN, &programs);
+    let status = Process::spawn_on_terminal("cargo", command, &logs)?.wait().await;
+    drop(stack);
+    // A test that was aborted could not end what it had started.
+    clean_leftovers()?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
+}
+
+fn exit_code(code: Option<i32>) -> ExitCode {
+    code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from)
+}

@@ -1,0 +1,236 @@
+//! Child processes that do not outlive us.
+//!
+//! Each child leads a process group of its own, so a Ctrl-C on the terminal reaches only us and we end the children in our order.
+//! Dropping a `Process` kills its group, also while a panic unwinds. What a `kill -9` of ourselves leaves is ended by the next run,
+//! see `leftovers`.
+
+mod leftovers;
+mod logs;
+
+use std::io::{PipeReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::time::{Instant, sleep, timeout};
+
+pub use leftovers::{Scratch, clean_leftovers, forget_run};
+pub use logs::Logs;
+
+/// How often a child is looked at while we wait for it.
+const POLL: Duration = Duration::from_millis(20);
+/// How long the last lines of an ended child may take to reach its log.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
+/// Lines of a log that an error message quotes.
+const QUOTED_LINES: usize = 15;
+
+/// Waits for a line before it becomes the program: by then the child is on record, and if we die first, it ends by itself.
+const GATE: &str = r#"read -r go && exec "$0" "$@" </dev/null"#;
+
+/// A command that `Process::spawn` accepts; arguments, environment and user are added as to any other.
+pub fn command(program: impl AsRef<Path>) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", GATE]).arg(program.as_ref());
+    command
+}
+
+pub struct Process {
+    name: String,
+    child: Child,
+    ended: Option<ExitStatus>,
+    logs: Logs,
+    copier: Option<JoinHandle<()>>,
+}
+
+impl Process {
+    /// Starts a `command(…)`; its output goes to `<logs>/<name>.log`.
+    pub fn spawn(name: &str, mut command: Command, logs: &Logs) -> Result<Self> {
+        let (reader, writer) = std::io::pipe()?;
+        command.stdout(writer.try_clone()?).stderr(writer);
+        let mut process = Self::spawn_on_terminal(name, command, logs)?;
+        process.copier = Some(copy(logs, name, reader)?);
+        Ok(process)
+    }
+
+    /// The same for a program that talks to the user itself, such as cargo.
+    pub fn spawn_on_terminal(name: &str, mut command: Command, logs: &Logs) -> Result<Self> {
+        let mut child =
+            command.stdin(Stdio::piped()).process_group(0).spawn().with_context(|| format!("cannot start {name}"))?;
+        let mut gate = child.stdin.take().expect("stdin is piped");
+        leftovers::record(child.id())?;
+        gate.write_all(b"go\n").with_context(|| format!("cannot start {name}"))?;
+        Ok(Self { name: name.to_owned(), child, ended: None, logs: logs.clone(), copier: None })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The exit status, if the process has ended.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait().expect("a child of ours can be waited for");
+        }
+        self.ended
+    }
+
+    /// Waits for the end; dropping the future leaves the process as it is.
+    pub async fn wait(&mut self) -> ExitStatus {
+        let status = loop {
+            match self.ended() {
+                Some(status) => break status,
+                None => sleep(POLL).await,
+            }
+        };
+        let deadline = Instant::now() + LOG_LIMIT;
+        while self.copier.as_ref().is_some_and(|copier| !copier.is_finished()) && Instant::now() < deadline {
+            sleep(POLL).await;
+        }
+        status
+    }
+
+    /// Asks `is_ready` again and again until it says yes, the process ends, or the limit passes.
+    pub async fn until_ready(&mut self, limit: Duration, is_ready: impl AsyncFn() -> bool) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.ended() {
+                self.wait().await;
+                bail!("{} ended early ({status}){}", self.name, self.last_lines());
+            }
+            if is_ready().await {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{} was not ready within {limit:?}{}", self.name, self.last_lines());
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Sends the signal to the process alone and to nobody when it has ended.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.ended().is_none() {
+            // Not reaped yet, so the number is still this child's.
+            let _ = nix::sys::signal::kill(self.group(), signal);
+        }
+    }
+
+    /// SIGSTOP: the process keeps its connections and answers nothing.
+    pub fn freeze(&mut self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&mut self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Asks politely, and kills what has not ended after `limit`.
+    pub async fn stop(&mut self, signal: Signal, limit: Duration) -> ExitStatus {
+        self.signal(signal);
+        if let Ok(status) = timeout(limit, self.wait()).await {
+            return status;
+        }
+        self.kill()
+    }
+
+    /// SIGKILL to the process and whatever it started in its group; returns when it is gone.
+    pub fn kill(&mut self) -> ExitStatus {
+        if self.ended().is_none() {
+            let _ = killpg(self.group(), Signal::SIGKILL);
+            self.ended = Some(self.child.wait().expect("a child of ours can be waited for"));
+        }
+        self.ended.expect("it has just been waited for")
+    }
+
+    /// The end of the log, for an error message.
+    pub fn last_lines(&self) -> String {
+        let path = self.logs.file(&self.name);
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let quoted = lines[lines.len().saturating_sub(QUOTED_LINES)..].join("\n    ");
+        format!("; the end of {}:\n    {quoted}", path.display())
+    }
+
+    fn group(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn copy(logs: &Logs, name: &str, reader: PipeReader) -> Result<JoinHandle<()>> {
+    let mut log = logs.open(name)?;
+    let copier = std::thread::Builder::new().name(format!("log of {name}"));
+    Ok(copier.spawn(move || log.copy(reader))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str) -> Command {
+        let mut command = command("/bin/sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    fn alive(pid: u32) -> bool {
+        leftovers::identity(pid).is_some()
+    }
+
+    #[tokio::test]
+    async fn output_and_exit_status_are_kept() {
+        let logs = Logs::fresh("xtask-tests/output", false).unwrap();
+        let mut process = Process::spawn("talker", sh("echo out; echo err >&2; exit 3"), &logs).unwrap();
+        assert_eq!(process.wait().await.code(), Some(3));
+        assert_eq!(std::fs::read_to_string(logs.file("talker")).unwrap(), "out\nerr\n");
+    }
+
+    #[tokio::test]
+    async fn an_early_end_quotes_the_log() {
+        let logs = Logs::fresh("xtask-tests/early", false).unwrap();
+        let mut process = Process::spawn("broken", sh("echo the reason; exit 1"), &logs).unwrap();
+        let error = process.until_ready(Duration::from_secs(5), async || false).await.unwrap_err();
+        assert!(error.to_string().contains("broken ended early"), "{error}");
+        assert!(error.to_string().contains("the reason"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_ignores_sigterm_is_killed() {
+        let logs = Logs::fresh("xtask-tests/stubborn", false).unwrap();
+        let mut process =
+            Process::spawn("stubborn", sh("trap '' TERM; echo up; sleep 60 & wait; sleep 60"), &logs).unwrap();
+        let log = logs.file("stubborn");
+        process.until_ready(Duration::from_secs(5), async || log.metadata().is_ok_and(|m| m.len() > 0)).await.unwrap();
+        assert!(!process.stop(Signal::SIGTERM, Duration::from_millis(100)).await.success());
+    }
+
+    #[test]
+    fn dropping_kills_the_whole_group() {
+        let logs = Logs::fresh("xtask-tests/group", false).unwrap();
+        let process = Process::spawn("parent", sh("sleep 60 & echo $!; wait"), &logs).unwrap();
+        let grandchild = loop {
+            let text = std::fs::read_to_string(logs.file("parent")).unwrap_or_default();
+            if let Some(Ok(pid)) = text.strip_suffix('\n').map(str::parse) {
+                break pid;
+            }
+            std::thread::yield_now();
+        };
+        assert!(alive(grandchild));
+        drop(process);
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while alive(grandchild) {
+            assert!(std::time::Instant::now() < deadline, "the grandchild is still there");
+            std::thread::yield_now();
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! A Redis-protocol server that keeps nothing on disk, like the Valkey of docker-compose.yml.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+
+use crate::fetch::Fetched;
+use crate::ports;
+use crate::process::{self, Logs, Process};
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+pub struct Redis {
+    pub process: Process,
+    port: u16,
+    folder: PathBuf,
+    fetched: Fetched,
+    logs: Logs,
+}
+
+impl Redis {
+    pub async fn start(fetched: &Fetched, folder: &Path, port: u16, logs: &Logs) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let process = launch(fetched, folder, port, logs).await?;
+        Ok(Self { process, port, folder: folder.to_owned(), fetched: fetched.clone(), logs: logs.clone() })
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    pub async fn stop(&mut self) {
+        self.process.stop(Signal::SIGTERM, STOP_LIMIT).await;
+    }
+
+    /// On the same port, empty.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.process.kill();
+        self.process = launch(&self.fetched, &self.folder, self.port, &self.logs).await?;
+        Ok(())
+    }
+}
+
+async fn launch(fetched: &Fetched, folder: &Path, port: u16, logs: &Logs) -> Result<Process> {
+    let mut command = process::command(&fetched.redis_server);
+    command.args(["--port", &port.to_string(), "--bind", "127.0.0.1"]);
+    // Evicting a profile would look like a user who does not exist.
+    command.args(["--maxmemory-policy", "noeviction", "--save", "", "--appendonly", "no", "--loglevel", "warning"]);
+    command.arg("--dir").arg(folder);
+    let mut process = Process::spawn("redis", command, logs)?;
+    process.until_ready(START_LIMIT, async || answers(port).await).await?;
+    Ok(process)
+}
+
+async fn answers(port: u16) -> bool {
+    ports::ask(port, b"PING\r\n", 7).await.is_ok_and(|answer| answer == b"+PONG\r\n")
+}

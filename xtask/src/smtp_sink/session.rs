@@ -1,0 +1,328 @@
+//! The SMTP dialogue of one connection (RFC 5321).
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream};
+use tokio::net::TcpStream;
+
+use super::{Fault, Kept, Outcome, Stage};
+
+/// A mail larger than this ends the connection: the sink must not fill the memory.
+const MAX_MAIL: usize = 16 * 1024 * 1024;
+
+pub(super) async fn serve(stream: TcpStream, kept: Arc<Kept>) {
+    let mut session = Session { stream: BufStream::new(stream), kept, from: None, to: Vec::new() };
+    // An error is a client that went away, or a fault that breaks the connection.
+    let _ = session.run().await;
+}
+
+struct Session {
+    stream: BufStream<TcpStream>,
+    kept: Arc<Kept>,
+    from: Option<String>,
+    to: Vec<String>,
+}
+
+impl Session {
+    async fn run(&mut self) -> io::Result<()> {
+        if self.kept.take(&[], |fault| *fault == Fault::Refuse).is_some() {
+            return self.reply("421 not now").await;
+        }
+        if self.fails_at(Stage::Connect, &[]).await? {
+            return Ok(());
+        }
+        self.reply("220 waybill sink").await?;
+        while let Some(line) = self.line().await? {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            let (verb, rest) = line.split_once(' ').unwrap_or((&line, ""));
+            match verb.to_ascii_uppercase().as_str() {
+                "EHLO" => self.reply("250-waybill sink\r\n250-8BITMIME\r\n250 SMTPUTF8").await?,
+                "HELO" | "NOOP" => self.reply("250 ok").await?,
+                "MAIL" => self.mail(rest).await?,
+                "RCPT" => self.rcpt(rest).await?,
+                "DATA" => self.data().await?,
+                "RSET" => {
+                    self.forget();
+                    self.reply("250 ok").await?;
+                }
+                "QUIT" => return self.reply("221 bye").await,
+                _ => self.reply("502 not known here").await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn mail(&mut self, rest: &str) -> io::Result<()> {
+        let Some(from) = address(rest, "FROM:") else {
+            return self.reply("501 MAIL FROM:<address>").await;
+        };
+        if self.fails_at(Stage::Mail, &[]).await? {
+            return Ok(());
+        }
+        self.forget();
+        self.from = Some(from);
+        self.reply("250 ok").await
+    }
+
+    async fn rcpt(&mut self, rest: &str) -> io::Result<()> {
+        let Some(to) = address(rest, "TO:") else {
+            return self.reply("501 RCPT TO:<address>").await;
+        };
+        if self.from.is_none() {
+            return self.reply("503 MAIL first").await;
+        }
+        if self.fails_at(Stage::Rcpt, std::slice::from_ref(&to)).await? {
+            return Ok(());
+        }
+        self.to.push(to);
+        self.reply("250 ok").await
+    }
+
+    async fn data(&mut self) -> io::Result<()> {
+        let to = std::mem::take(&mut self.to);
+        let Some(from) = self.from.take().filter(|_| !to.is_empty()) else {
+            return self.reply("503 MAIL and RCPT first").await;
+        };
+        if self.fails_at(Stage::Data, &to).await? {
+            return Ok(());
+        }
+        self.reply("354 end with a dot").await?;
+        if self.kept.take(&to, |fault| *fault == Fault::ResetBeforeDot).is_some() {
+            self.line().await?;
+            return self.reset();
+        }
+        let raw = self.content().await?;
+        if let Some(Fault::Reject { code, .. }) = self.kept.take(&to, rejects_at(Stage::Dot)) {
+            return self.reply(&format!("{code} told to")).await;
+        }
+        if self.kept.take(&to, |fault| *fault == Fault::DropAfterDot).is_some() {
+            self.kept.keep(&from, &to, &raw, Outcome::Dropped);
+            return self.reset();
+        }
+        self.kept.keep(&from, &to, &raw, Outcome::Answered);
+        self.fails_at(Stage::Dot, &to).await?;
+        self.reply("250 kept").await
+    }
+
+    /// Does what the behaviour says for this stage; true if the client has been turned away.
+    async fn fails_at(&mut self, stage: Stage, recipients: &[String]) -> io::Result<bool> {
+        let slow = |fault: &Fault| matches!(fault, Fault::Slow { stage: at, .. } if *at == stage);
+        if let Some(Fault::Slow { ms, .. }) = self.kept.take(recipients, slow) {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+        }
+        let Some(Fault::Reject { code, .. }) = self.kept.take(recipients, rejects_at(stage)) else {
+            return Ok(false);
+        };
+        self.reply(&format!("{code} told to")).await?;
+        Ok(true)
+    }
+
+    fn forget(&mut self) {
+        self.from = None;
+        self.to.clear();
+    }
+
+    /// Up to the line with the lone dot; other leading dots were doubled by the client.
+    async fn content(&mut self) -> io::Result<Vec<u8>> {
+        let mut raw = Vec::new();
+        loop {
+            let line = self.line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+            if line == b"." {
+                return Ok(raw);
+            }
+            raw.extend_from_slice(line.strip_prefix(b".").unwrap_or(&line));
+            raw.extend_from_slice(b"\r\n");
+            if raw.len() > MAX_MAIL {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+        }
+    }
+
+    /// Without its end; `None` when the client has closed.
+    async fn line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut line = Vec::new();
+        if self.stream.read_until(b'\n', &mut line).await? == 0 {
+            return Ok(None);
+        }
+        line.pop_if(|byte| *byte == b'\n');
+        line.pop_if(|byte| *byte == b'\r');
+        Ok(Some(line))
+    }
+
+    async fn reply(&mut self, text: &str) -> io::Result<()> {
+        self.stream.write_all(text.as_bytes()).await?;
+        self.stream.write_all(b"\r\n").await?;
+        self.stream.flush().await
+    }
+
+    /// The client sees a reset, not an orderly end.
+    fn reset(&mut self) -> io::Result<()> {
+        self.stream.get_ref().set_zero_linger()?;
+        Err(io::ErrorKind::ConnectionReset.into())
+    }
+}
+
+fn rejects_at(stage: Stage) -> impl Fn(&Fault) -> bool {
+    move |fault| matches!(fault, Fault::Reject { stage: at, .. } if *at == stage)
+}
+
+/// The address in `FROM:<a@b> SIZE=3`.
+fn address(rest: &str, keyword: &str) -> Option<String> {
+    let given = rest.get(..keyword.len()).filter(|start| start.eq_ignore_ascii_case(keyword))?;
+    let (address, _) = rest[given.len()..].trim_start().strip_prefix('<')?.split_once('>')?;
+    Some(address.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, BufReader};
+
+    use super::super::{Behaviour, SmtpSink};
+    use super::*;
+
+    const MAIL: &str = "Message-ID: <1@test>\r\nSubject: Hello\r\n\r\nfirst\r\n..second\r\n.\r\n";
+
+    struct Client(BufReader<TcpStream>);
+
+    impl Client {
+        async fn connect(sink: &SmtpSink) -> Self {
+            Self(BufReader::new(TcpStream::connect(sink.address()).await.unwrap()))
+        }
+
+        /// The last line of the answer, or the kind of error.
+        async fn answer(&mut self) -> Result<String, io::ErrorKind> {
+            loop {
+                let mut line = String::new();
+                if self.0.read_line(&mut line).await.map_err(|error| error.kind())? == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof);
+                }
+                if line.as_bytes().get(3) != Some(&b'-') {
+                    return Ok(line.trim_end().to_owned());
+                }
+            }
+        }
+
+        async fn say(&mut self, text: &str) -> Result<String, io::ErrorKind> {
+            self.0.write_all(text.as_bytes()).await.map_err(|error| error.kind())?;
+            self.answer().await
+        }
+
+        /// Each answer's first three characters, as far as the dialogue comes.
+        async fn send(&mut self, to: &str) -> String {
+            let rcpt = format!("RCPT TO:<{to}>\r\n");
+            let mut codes = String::new();
+            for text in ["", "EHLO test\r\n", "MAIL FROM:<a@test> BODY=8BITMIME\r\n", &rcpt, "DATA\r\n", MAIL] {
+                match self.say(text).await {
+                    Ok(answer) => codes += &format!("{} ", &answer[..3]),
+                    Err(kind) => return format!("{codes}{kind:?}"),
+                }
+                if codes.ends_with("4 ") && text != "DATA\r\n" {
+                    break;
+                }
+            }
+            codes.trim_end().to_owned()
+        }
+    }
+
+    async fn sink(behaviour: impl Into<Behaviour>) -> SmtpSink {
+        let sink = SmtpSink::start(([127, 0, 0, 1], 0).into()).await.unwrap();
+        sink.set(behaviour);
+        sink
+    }
+
+    async fn send(sink: &SmtpSink, to: &str) -> String {
+        Client::connect(sink).await.send(to).await
+    }
+
+    #[tokio::test]
+    async fn a_mail_is_kept_without_stuffed_dots() {
+        let sink = sink(Fault::None).await;
+        assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
+        let mail = &sink.mails()[0];
+        assert_eq!((mail.from.as_str(), mail.to.as_slice()), ("a@test", &["b@test".to_owned()][..]));
+        assert_eq!((mail.message_id.as_deref(), mail.subject.as_deref()), (Some("1@test"), Some("Hello")));
+        assert!(mail.raw.ends_with("\r\n\r\nfirst\r\n.second\r\n"), "{}", mail.raw);
+        assert_eq!(mail.outcome, Outcome::Answered);
+    }
+
+    #[tokio::test]
+    async fn one_connection_carries_several_mails() {
+        let sink = sink(Fault::None).await;
+        let mut client = Client::connect(&sink).await;
+        client.send("b@test").await;
+        assert_eq!(client.say("RCPT TO:<c@test>\r\n").await.unwrap(), "503 MAIL first");
+        assert_eq!(client.say("mail from: <a@test>\r\n").await.unwrap(), "250 ok");
+        assert_eq!(client.say("RSET\r\n").await.unwrap(), "250 ok");
+        assert_eq!(client.say("DATA\r\n").await.unwrap(), "503 MAIL and RCPT first");
+        assert_eq!(client.say("VRFY x\r\n").await.unwrap(), "502 not known here");
+        assert_eq!(client.say("QUIT\r\n").await.unwrap(), "221 bye");
+        assert_eq!(client.0.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(sink.mails().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn refuse_says_421() {
+        let sink = sink(Fault::Refuse.times(1)).await;
+        assert_eq!(Client::connect(&sink).await.answer().await.unwrap(), "421 not now");
+        assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
+    }
+
+    #[tokio::test]
+    async fn each_stage_rejects() {
+        for (stage, codes) in [
+            (Stage::Connect, "554"),
+            (Stage::Mail, "220 250 554"),
+            (Stage::Rcpt, "220 250 250 554"),
+            (Stage::Data, "220 250 250 250 554"),
+            (Stage::Dot, "220 250 250 250 354 554"),
+        ] {
+            let sink = sink(Fault::Reject { stage, code: 554 }).await;
+            assert!(send(&sink, "b@test").await.starts_with(codes), "{stage:?}");
+            assert!(sink.mails().is_empty(), "{stage:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reset_before_the_dot_keeps_nothing() {
+        let sink = sink(Fault::ResetBeforeDot.times(1)).await;
+        assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 ConnectionReset");
+        assert!(sink.mails().is_empty());
+        assert_eq!(sink.behaviour(), Behaviour::default());
+    }
+
+    #[tokio::test]
+    async fn a_drop_after_the_dot_keeps_the_mail() {
+        let sink = sink(Fault::DropAfterDot.times(1)).await;
+        assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 ConnectionReset");
+        send(&sink, "b@test").await;
+        let outcomes: Vec<Outcome> = sink.mails().iter().map(|mail| mail.outcome).collect();
+        assert_eq!(outcomes, [Outcome::Dropped, Outcome::Answered]);
+    }
+
+    #[tokio::test]
+    async fn slow_keeps_the_mail_and_then_waits() {
+        let sink = sink(Fault::Slow { ms: 200, stage: Stage::Dot }).await;
+        let begin = std::time::Instant::now();
+        assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
+        assert!(begin.elapsed() >= Duration::from_millis(200));
+    }
+
+    #[tokio::test]
+    async fn a_fault_may_be_meant_for_one_recipient() {
+        let fault = Fault::Reject { stage: Stage::Rcpt, code: 450 };
+        let sink = sink(Behaviour { recipient: Some("b@test".to_owned()), ..fault.into() }).await;
+        assert_eq!(send(&sink, "c@test").await, "220 250 250 250 354 250");
+        assert!(send(&sink, "b@test").await.starts_with("220 250 250 450"));
+    }
+
+    #[test]
+    fn behaviour_is_told_in_json() {
+        let told = r#"{"fault": "reject", "stage": "rcpt", "code": 550, "times": 2}"#;
+        let behaviour: Behaviour = serde_json::from_str(told).unwrap();
+        assert_eq!(behaviour, Fault::Reject { stage: Stage::Rcpt, code: 550 }.times(2));
+        let slow: Behaviour = serde_json::from_str(r#"{"fault": "slow", "ms": 5}"#).unwrap();
+        assert_eq!(slow.fault, Fault::Slow { ms: 5, stage: Stage::Dot });
+    }
+}
