@@ -24,7 +24,8 @@ pub const PASSWORD: &str = "waybill-local";
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// After a `kill -9` the server's children take a moment to notice, and keep the next server from starting.
+/// After a `kill -9` of the server its children take a moment to notice, and the system a moment to forget its number; until then
+/// no other server starts on its data.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
 /// Tests run many services against one server, each with a pool.
 const MAX_CONNECTIONS: &str = "max_connections=300";
@@ -183,12 +184,17 @@ async fn launch(fetched: &Fetched, folder: &Path, port: u16, durability: Durabil
         let mut process = Process::spawn("postgres", server(fetched, folder, port, durability)?, logs)?;
         match process.until_ready(START_LIMIT, async || answers(port).await).await {
             Ok(()) => return Ok(process),
-            Err(error) if error.to_string().contains("shared memory block") && Instant::now() < deadline => {
+            Err(error) if has_predecessor(&error) && Instant::now() < deadline => {
                 sleep(Duration::from_millis(200)).await;
             }
             Err(error) => return Err(error),
         }
     }
+}
+
+fn has_predecessor(error: &anyhow::Error) -> bool {
+    let text = error.to_string();
+    text.contains("shared memory block") || text.contains("\"postmaster.pid\" already exists")
 }
 
 fn server(fetched: &Fetched, folder: &Path, port: u16, durability: Durability) -> Result<Command> {

@@ -113,10 +113,10 @@ pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
     let folder = target().join("fault-points");
     std::fs::create_dir_all(&folder)?;
     for service in ALL {
-        let copy = folder.join(service.name);
-        // Removed first: a program that still runs cannot be written to.
-        let _ = std::fs::remove_file(&copy);
-        std::fs::copy(target().join("debug").join(service.name), copy)?;
+        // Renamed into place: a program that still runs cannot be written to.
+        let copy = folder.join(format!("{}.new", service.name));
+        std::fs::copy(target().join("debug").join(service.name), &copy)?;
+        std::fs::rename(copy, folder.join(service.name))?;
     }
     Ok(folder)
 }

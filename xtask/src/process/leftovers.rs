@@ -11,26 +11,28 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::paths;
 
+/// How long one that is asked to end may take; a frozen one never does.
+const TERM_LIMIT: Duration = Duration::from_secs(5);
 /// How long a killed process may take to disappear.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// Ends the children, and removes the scratch folders, of runs that are gone. Returns how many processes were killed.
+/// Ends the children, and removes the scratch folders, of runs that are gone. Returns how many processes were ended.
 pub fn clean_leftovers() -> Result<usize> {
     let data = paths::data()?;
-    let mut killed = 0;
+    let mut ended = 0;
     // A killed child (a test) can have been a run itself, so look again until a round finds nothing.
     loop {
         let round = clean_round(&data.join("runs"), &data.join("scratch"))?;
         if round == 0 {
-            return Ok(killed);
+            return Ok(ended);
         }
-        killed += round;
+        ended += round;
     }
 }
 
@@ -100,9 +102,11 @@ fn began_by_proc(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field, the program's name in brackets, may itself hold blanks and brackets.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let (state, ticks) = (fields.first()?, fields.get(19)?);
+    let (state, threads, ticks) = (fields.first()?, fields.get(17)?, fields.get(19)?);
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    (!matches!(*state, "Z" | "X")).then(|| format!("{ticks}-{}", boot.trim()))
+    // While other threads of a killed process still end, the first is a zombie already and the ports are not free yet.
+    let is_over = matches!(*state, "Z" | "X") && matches!(*threads, "0" | "1");
+    (!is_over).then(|| format!("{ticks}-{}", boot.trim()))
 }
 
 fn began_by_ps(pid: u32) -> Option<String> {
@@ -124,22 +128,22 @@ fn pid_of(name: &str) -> Option<u32> {
 }
 
 fn clean_round(runs: &Path, scratch: &Path) -> Result<usize> {
-    let mut killed = 0;
+    let mut ended = 0;
     for run in names_in(runs).filter(|run| !is_alive(run)) {
         let record = runs.join(&run);
         // Somebody else may be cleaning at the same moment.
         let children = fs::read_to_string(&record).unwrap_or_default();
         // The last one started first: services before their brokers.
         for child in children.lines().rev().filter(|child| is_alive(child)) {
-            kill(child)?;
-            killed += 1;
+            end(child)?;
+            ended += 1;
         }
         let _ = fs::remove_file(&record);
     }
     for run in names_in(scratch).filter(|run| !is_alive(run)) {
         let _ = fs::remove_dir_all(scratch.join(run));
     }
-    Ok(killed)
+    Ok(ended)
 }
 
 fn names_in(folder: &Path) -> impl Iterator<Item = String> {
@@ -147,16 +151,21 @@ fn names_in(folder: &Path) -> impl Iterator<Item = String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok())
 }
 
-/// The child leads its group, so what it started goes with it.
-fn kill(child: &str) -> Result<()> {
+/// Politely at first: Postgres then takes away its lock file, and Kafka closes its logs. The child leads its group, so what it
+/// started goes with it.
+fn end(child: &str) -> Result<()> {
     let pid = pid_of(child).context("a record of a child without a number")?;
-    let _ = killpg(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
-    let deadline = Instant::now() + KILL_LIMIT;
-    while is_alive(child) {
-        ensure!(Instant::now() < deadline, "process {pid}, left by an earlier run, does not end");
-        std::thread::sleep(Duration::from_millis(10));
+    for (signal, limit) in [(Signal::SIGTERM, TERM_LIMIT), (Signal::SIGKILL, KILL_LIMIT)] {
+        let _ = killpg(Pid::from_raw(pid.cast_signed()), signal);
+        let deadline = Instant::now() + limit;
+        while is_alive(child) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if !is_alive(child) {
+            return Ok(());
+        }
     }
-    Ok(())
+    bail!("process {pid}, left by an earlier run, does not end")
 }
 
 #[cfg(test)]

@@ -1,0 +1,152 @@
+//! The services' HTTP APIs, as a client sees them.
+
+use reqwest::{Client, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::{Part, System, eventually, eventually_eq};
+
+/// An answer: status, `ETag`, body (null if it is not JSON).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub etag: Option<String>,
+    pub content_type: Option<String>,
+    pub body: Value,
+}
+
+impl Answer {
+    pub fn id(&self) -> Uuid {
+        self.body["id"].as_str().and_then(|id| id.parse().ok()).unwrap_or_else(|| panic!("no id in {self:?}"))
+    }
+
+    pub fn version(&self) -> i64 {
+        self.body["version"].as_i64().unwrap_or_else(|| panic!("no version in {self:?}"))
+    }
+}
+
+/// Sends a request. `Err`: no answer, so nobody knows whether it took effect.
+pub async fn send(request: RequestBuilder) -> reqwest::Result<Answer> {
+    let response = request.send().await?;
+    let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+    let (status, etag, content_type) = (response.status(), header("etag"), header("content-type"));
+    let body = serde_json::from_slice(&response.bytes().await?).unwrap_or(Value::Null);
+    Ok(Answer { status, etag, content_type, body })
+}
+
+/// An address that no other test uses.
+pub fn address() -> String {
+    format!("user-{}@example.com", Uuid::now_v7().simple())
+}
+
+impl System {
+    /// `POST /users`, with an `Idempotency-Key` if one is given.
+    pub async fn post_user(&self, email: &str, key: Option<&str>) -> reqwest::Result<Answer> {
+        let body = json!({ "email": email, "display_name": "Ada Lovelace" });
+        let mut request = Client::new().post(self.url(Part::User, "/users")).json(&body);
+        if let Some(key) = key {
+            request = request.header("idempotency-key", key);
+        }
+        send(request).await
+    }
+
+    /// Registers somebody new, successfully.
+    pub async fn register(&self) -> Uuid {
+        self.register_as(&address()).await
+    }
+
+    pub async fn register_as(&self, email: &str) -> Uuid {
+        let answer = self.post_user(email, None).await.unwrap();
+        assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+        answer.id()
+    }
+
+    /// `PATCH /users/{id}`.
+    pub async fn rename(&self, id: Uuid, display_name: &str) -> reqwest::Result<Answer> {
+        let body = json!({ "display_name": display_name });
+        send(Client::new().patch(self.url(Part::User, &format!("/users/{id}"))).json(&body)).await
+    }
+
+    /// `PUT /users/{id}/email`.
+    pub async fn change_email(&self, id: Uuid, email: &str) -> reqwest::Result<Answer> {
+        let body = json!({ "email": email });
+        send(Client::new().put(self.url(Part::User, &format!("/users/{id}/email"))).json(&body)).await
+    }
+
+    /// `DELETE /users/{id}`.
+    pub async fn erase(&self, id: Uuid) -> reqwest::Result<Answer> {
+        send(Client::new().delete(self.url(Part::User, &format!("/users/{id}")))).await
+    }
+
+    pub async fn get(&self, part: Part, path: &str) -> reqwest::Result<Answer> {
+        send(Client::new().get(self.url(part, path))).await
+    }
+
+    /// `GET /profiles/{id}` of the cache.
+    pub async fn profile(&self, id: Uuid, min_version: Option<i64>) -> reqwest::Result<Answer> {
+        let query = min_version.map(|version| format!("?min_version={version}")).unwrap_or_default();
+        self.get(Part::Cache, &format!("/profiles/{id}{query}")).await
+    }
+
+    /// The states of a user's deliveries.
+    pub async fn deliveries(&self, id: Uuid) -> Vec<String> {
+        let Ok(answer) = self.get(Part::Email, &format!("/users/{id}/emails")).await else { return vec![] };
+        let deliveries = answer.body.as_array().cloned().unwrap_or_default();
+        deliveries.iter().map(|delivery| delivery["status"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
+    pub async fn until_mailed(&self, id: Uuid) {
+        eventually_eq("the welcome mail is sent", vec!["sent".to_owned()], async || self.deliveries(id).await).await;
+    }
+
+    /// `(registered, mailed)`.
+    pub async fn funnel(&self) -> (i64, i64) {
+        let Ok(answer) = self.get(Part::Analytics, "/funnel").await else { return (-1, -1) };
+        (answer.body["registered"].as_i64().unwrap_or(-1), answer.body["mailed"].as_i64().unwrap_or(-1))
+    }
+
+    /// Waits until the cache has this version of the user.
+    pub async fn until_cached(&self, id: Uuid, version: i64) -> Answer {
+        eventually(&format!("the cache has version {version}"), async || {
+            self.profile(id, Some(version)).await.ok().filter(|answer| answer.status == StatusCode::OK)
+        })
+        .await
+    }
+
+    /// The sum of a metric's series whose labels contain every one of `labels` (`group="…"`). `None`: there is no such series, or
+    /// no answer.
+    pub async fn metric(&self, part: Part, name: &str, labels: &[&str]) -> Option<f64> {
+        let page = Client::new().get(self.admin_url(part, "/metrics")).send().await.ok()?.text().await.ok()?;
+        let series = page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+        let matching = series.filter(|(series, _)| series.split('{').next() == Some(name));
+        let matching = matching.filter(|(series, _)| labels.iter().all(|label| series.contains(label)));
+        let values: Vec<f64> = matching.filter_map(|(_, value)| value.parse().ok()).collect();
+        (!values.is_empty()).then(|| values.iter().sum())
+    }
+
+    /// What `/readyz` says: ready, and the body.
+    pub async fn readiness(&self, part: Part) -> Option<(bool, Value)> {
+        let answer = send(Client::new().get(self.admin_url(part, "/readyz"))).await.ok()?;
+        Some((answer.status.is_success(), answer.body))
+    }
+
+    /// Waits until nothing is under way any more: outboxes empty, no delivery open, all lags 0.
+    pub async fn until_drained(&self) {
+        let (user, email) = (self.database(Part::User).await, self.database(Part::Email).await);
+        let open = "select count(*) from deliveries where status in ('pending', 'sending', 'unknown')";
+        let questions = [
+            ("the user outbox", &user, "select count(*) from outbox"),
+            ("the email outbox", &email, "select count(*) from outbox"),
+            ("open deliveries", &email, open),
+        ];
+        eventually_eq("everything is drained", vec![], async || {
+            let mut busy = vec![];
+            for (what, db, question) in questions {
+                let rows: i64 = sqlx::query_scalar(question).fetch_one(db).await.unwrap();
+                busy.extend((rows > 0).then(|| format!("{what}: {rows}")));
+            }
+            if busy.is_empty() { self.lags() } else { busy }
+        })
+        .await;
+    }
+}
