@@ -56,6 +56,8 @@ async fn main() -> ExitCode {
     // Postgres runs as another user when we are root, and must be able to read what we unpack for it.
     umask(Mode::from_bits_truncate(0o022));
     let outcome = run(Arguments::parse().command).await;
+    // A test that was aborted could not end what it had started.
+    let outcome = process::clean_leftovers().and(outcome);
     process::forget_run();
     match outcome {
         Ok(code) => code,
@@ -67,9 +69,9 @@ async fn main() -> ExitCode {
 }
 
 async fn run(command: Command) -> Result<ExitCode> {
-    let killed = process::clean_leftovers()?;
-    if killed > 0 {
-        say(format_args!("ended {killed} processes that an earlier run had left behind"));
+    let ended = process::clean_leftovers()?;
+    if ended > 0 {
+        say(format_args!("ended {ended} processes that an earlier run had left behind"));
     }
     match command {
         Command::Up { fresh } => commands::up::run(fresh).await,

@@ -47,7 +47,7 @@ async fn profile(
         })?;
         let fresh_enough = if min_version > 0 { found.version >= min_version } else { found.complete };
         if fresh_enough {
-            return answer(id, found);
+            return Ok(answer(id, found));
         }
         if min_version <= 0 {
             return Ok(not_yet("the cache is being filled"));
@@ -59,12 +59,12 @@ async fn profile(
     }
 }
 
-fn answer(id: Uuid, Lookup { version, profile, .. }: Lookup) -> Result<Response, ProblemDetails> {
+fn answer(id: Uuid, Lookup { version, profile, .. }: Lookup) -> Response {
     let Some(Profile { email, display_name }) = profile else {
-        return Err(problem(StatusCode::NOT_FOUND, "there is no user with this id, or not any more"));
+        return problem(StatusCode::NOT_FOUND, "there is no user with this id, or not any more").into_response();
     };
     let body = json!({ "id": id, "version": version, "email": email, "display_name": display_name });
-    Ok(([(header::ETAG, format!("\"{version}\""))], Json(body)).into_response())
+    ([(header::ETAG, format!("\"{version}\""))], Json(body)).into_response()
 }
 
 fn not_yet(detail: &str) -> Response {

@@ -1,6 +1,6 @@
 -- Applies a partition's batch to the view, if the view stands where the batch begins.
 -- KEYS: position, mark, profile…; ARGV: expected position ('' in a redrive), next position, then version and JSON per profile
--- ('' is a tombstone). Answers {applied, duplicate, stale}, or MOVED if the view stands elsewhere.
+-- ('' is a tombstone). Answers {applied, duplicate, stale}, or the error POSITION if the view stands elsewhere.
 
 -- Versions and offsets stay text: a number in Lua is exact only up to 2^53.
 local function less(a, b)
@@ -9,7 +9,7 @@ end
 
 if ARGV[1] ~= '' then
     if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
-        return redis.error_reply('MOVED the view stands at another position')
+        return redis.error_reply('POSITION the view stands at another position')
     end
     redis.call('SET', KEYS[1], ARGV[2])
 end

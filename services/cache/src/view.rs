@@ -87,7 +87,7 @@ impl View {
         let done: Result<(u64, u64, u64), RedisError> = call.invoke_async(&mut self.valkey.clone()).await;
         match done {
             Ok((applied, duplicate, stale)) => Ok(Outcome { applied, duplicate, stale }),
-            Err(error) if error.code() == Some("MOVED") => Err(Failure::Resume),
+            Err(error) if error.code() == Some("POSITION") => Err(Failure::Resume),
             Err(error) => Err(error.into()),
         }
     }

@@ -5,7 +5,7 @@ use shared::fault;
 use shared::messaging::Wake;
 use shared::service::telemetry::{self, TraceContext};
 use sqlx::PgPool;
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, field::Empty};
 
@@ -59,9 +59,17 @@ impl Sender {
         let cause = TraceContext { traceparent: claim.traceparent.clone(), tracestate: claim.tracestate.clone() };
         telemetry::continue_from(&span, &cause);
         async {
+            let claimed_at = Instant::now();
             let ending = self.attempt(connection, &claim).await;
             fault::point("email.after_answer");
-            self.record(&claim, ending).await
+            // Worth some patience: what is not recorded before the lease ends is sent again.
+            while let Err(error) = self.record(&claim, &ending).await {
+                if claimed_at.elapsed() > self.rules.lease {
+                    return Err(error);
+                }
+                sleep(DATABASE_RETRY).await;
+            }
+            Ok(())
         }
         .instrument(span)
         .await?;
@@ -84,8 +92,8 @@ impl Sender {
         connection.transmit(&self.smtp, to, &message, check).await
     }
 
-    async fn record(&self, claim: &Claim, ending: Ending) -> sqlx::Result<()> {
-        match ending {
+    async fn record(&self, claim: &Claim, ending: &Ending) -> sqlx::Result<()> {
+        match *ending {
             Ending::Accepted => {
                 if deliveries::sent(&self.db, claim).await? {
                     self.metrics.settled("sent", 1);

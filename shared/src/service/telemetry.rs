@@ -67,6 +67,11 @@ pub(crate) fn init(name: &'static str, config: &ServiceConfig) -> anyhow::Result
             .with_targets([(name, tracing::Level::INFO), ("shared", tracing::Level::INFO)]),
     );
     tracing_subscriber::registry().with(lines.with_filter(filter)).with(traces).init();
+    std::panic::set_hook(Box::new(|panic| {
+        // The place, not the message: that may quote what the code was working on.
+        let location = panic.location().map(ToString::to_string);
+        tracing::error!(location, "panicked");
+    }));
     Ok(provider)
 }
 

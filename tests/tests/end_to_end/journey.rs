@@ -9,7 +9,7 @@ async fn a_registration_reaches_everybody_and_its_erasure_too() {
     let id = system.register_as(&email).await;
     system.until_mailed(id).await;
     let mail = eventually("the mail is in the sink", async || system.sink.mails().pop()).await;
-    assert_eq!(mail.to, [email.clone()]);
+    assert_eq!(mail.to, std::slice::from_ref(&email));
     eventually_eq("the registration and its mail are counted", (1, 1), async || system.funnel().await).await;
     let profile = system.until_cached(id, 1).await;
     assert_eq!(profile.body["email"], email);

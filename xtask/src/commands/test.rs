@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use xtask::fetch::fetch;
 use xtask::postgres::Durability;
-use xtask::process::{Logs, Process, Scratch, clean_leftovers};
+use xtask::process::{Logs, Process, Scratch};
 use xtask::services::{self, cargo};
 use xtask::stack::Ports;
 use xtask::system::start_stack;
@@ -32,9 +32,6 @@ pub async fn run(arguments: &[String]) -> Result<ExitCode> {
     command.env(testing::VALKEY, stack.redis.url());
     command.env(testing::BIN, &programs);
     let status = Process::spawn_on_terminal("cargo", command, &logs)?.wait().await;
-    drop(stack);
-    // A test that was aborted could not end what it had started.
-    clean_leftovers()?;
     Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
 }
 

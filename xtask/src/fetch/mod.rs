@@ -130,6 +130,7 @@ async fn fetch_jars(platform: &Platform, jars: &Path, stamp: &str) -> Result<()>
         let repository = paths::local().join("maven");
         let _ = fs::remove_dir_all(&repository);
         copy_dependencies(&mvn, platform, &partial, Some(&repository)).await?;
+        fs::remove_dir_all(&repository)?;
     }
     if let Some(jar) = unpack::damaged_jar(&partial)? {
         bail!("the download of {jar} is broken: check the connection (a proxy perhaps) and run this again");
@@ -155,18 +156,24 @@ async fn copy_dependencies(mvn: &Path, platform: &Platform, to: &Path, repositor
             () = sleep(POLL) => progress.detail(&last_download(&logs)),
         }
     };
+    let log = logs.file("maven");
     ensure!(
         status.success(),
-        "Maven could not fetch Kafka, Postgres and Redis: check the connection and run this again{}",
-        maven.last_lines()
+        "Maven could not fetch Kafka, Postgres and Redis: check the connection and run this again; its log is {}, its reason {}",
+        log.display(),
+        lines_with("[ERROR]", &log).first().map_or("", String::as_str)
     );
     Ok(())
 }
 
 fn last_download(logs: &Logs) -> String {
-    let text = fs::read_to_string(logs.file("maven")).unwrap_or_default();
-    let line = text.lines().rev().find(|line| line.contains("Download"));
-    line.and_then(|line| line.rsplit('/').next()).unwrap_or("starting").to_owned()
+    let lines = lines_with("Download", &logs.file("maven"));
+    lines.last().and_then(|line| line.rsplit('/').next()).unwrap_or_default().to_owned()
+}
+
+fn lines_with(word: &str, log: &Path) -> Vec<String> {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    text.lines().filter(|line| line.contains(word)).map(str::to_owned).collect()
 }
 
 fn is_made_from(folder: &Path, stamp: &str) -> bool {

@@ -7,6 +7,8 @@
 
 mod assignment;
 mod batch;
+mod placement;
+mod start;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -15,21 +17,20 @@ use anyhow::{Context, bail};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Message, OwnedMessage};
-use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+use rdkafka::{Offset, TopicPartitionList};
 use tokio::runtime::Handle as Runtime;
-use tokio_util::sync::CancellationToken;
 
 use super::dead_letters::DeadLetters;
-use super::topics;
 use super::{Failure, Handler};
-use crate::events::Event;
 use crate::fault;
-use crate::service::metrics::{self, Metrics};
-use crate::service::{Health, KafkaConfig};
+use crate::service::metrics;
 use assignment::Assignment;
+pub(crate) use start::Consumer;
 
 /// Records per batch.
 const BATCH_RECORDS: usize = 500;
+/// Bytes after which a batch takes no further record. A record has 1 MiB at most, so this and one more is the bound.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// How long an empty hand waits for a first record; also how soon a stop is noticed.
 const IDLE_POLL: Duration = Duration::from_millis(100);
 /// How long a started batch waits for more.
@@ -39,75 +40,6 @@ const CAUGHT_UP_INTERVAL: Duration = Duration::from_secs(1);
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-
-/// A consumer before its thread starts.
-pub(crate) struct Consumer<H> {
-    pub group: String,
-    pub number: u16,
-    pub handler: H,
-    pub kafka: KafkaConfig,
-    pub health: Health,
-    pub metrics: Metrics,
-    pub stop: CancellationToken,
-}
-
-impl<H: Handler> Consumer<H> {
-    /// Consumes until told to stop.
-    ///
-    /// # Errors
-    /// What waiting cannot mend: the client's settings, an offset out of range, a topic that differs from its declaration.
-    pub fn run(self) -> anyhow::Result<()> {
-        let runtime = Runtime::current();
-        let part = format!("{} {}", self.group, self.number);
-        self.health.waiting(&part, format!("the topic {}", self.topic()));
-        let dead_letters = DeadLetters::new(&self.kafka, &self.group, H::Event::TOPIC.kind)?;
-        let dead_letter_topic = dead_letters.topic().to_owned();
-        let ready = runtime.block_on(self.stop.run_until_cancelled(async {
-            topics::ensure_one(&self.kafka, &dead_letter_topic, 1, super::dead_letters::SETTINGS).await?;
-            topics::exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
-        }));
-        let Some(ready) = ready else { return Ok(()) };
-        ready?;
-        let assignment = Assignment::new(self.topic(), self.group.clone(), part, &self.health, &self.metrics);
-        let client: BaseConsumer<Assignment> =
-            self.client().create_with_context(assignment).context("the Kafka settings are wrong")?;
-        client.subscribe(&[&self.topic()]).context("cannot subscribe")?;
-        let consumer = Running {
-            client,
-            runtime,
-            dead_letters,
-            batch: Vec::with_capacity(BATCH_RECORDS),
-            reached: BTreeMap::new(),
-            at_end: BTreeSet::new(),
-            told_at: Instant::now(),
-            retry: None,
-            setup: self,
-        };
-        consumer.run()
-    }
-
-    fn topic(&self) -> String {
-        self.kafka.prefixed(H::Event::TOPIC.name)
-    }
-
-    fn client(&self) -> ClientConfig {
-        let mut client = self.kafka.client();
-        client
-            .set("group.id", self.kafka.prefixed(&self.group))
-            .set("partition.assignment.strategy", "cooperative-sticky")
-            .set("isolation.level", "read_committed")
-            .set("enable.auto.offset.store", "false")
-            .set("auto.commit.interval.ms", "1000")
-            // Every partition's start is chosen by us; an offset that Kafka does not have stops us instead of skipping.
-            .set("auto.offset.reset", "error")
-            .set("enable.partition.eof", "true")
-            .set("session.timeout.ms", "10000")
-            .set("statistics.interval.ms", "500")
-            .set("queued.max.messages.kbytes", "16384") // the bound on memory
-            .set("fetch.wait.max.ms", "100");
-        client
-    }
-}
 
 /// A partition's next try, and how long to wait after it.
 struct Retry {
@@ -126,8 +58,10 @@ struct Running<H> {
     reached: BTreeMap<i32, i64>,
     /// The partitions behind whose last handled record there was nothing.
     at_end: BTreeSet<i32>,
-    /// When `caught_up` was last told.
-    told_at: Instant,
+    /// When `caught_up` was last told; `None` when there is something new to tell.
+    told_at: Option<Instant>,
+    /// Not before this are unplaced partitions looked at.
+    place_at: Instant,
     /// Set while a dependency is down. Every partition is paused then, but polling goes on, so the group keeps us.
     retry: Option<Retry>,
 }
@@ -150,71 +84,23 @@ impl<H: Handler> Running<H> {
         Ok(())
     }
 
-    /// Gives each newly assigned partition its start and lets it run. It came in paused; whatever fails here is asked again on
-    /// the next turn, and nothing is read meanwhile: a start is never guessed.
-    fn place(&mut self) {
-        let unplaced = self.client.context().unplaced();
-        if unplaced.is_empty() {
-            return;
-        }
-        let part = format!("{} start", self.setup.group);
-        match self.try_place(&unplaced) {
-            Ok(()) => self.setup.health.ready(&part),
-            Err(error) => {
-                self.setup.health.waiting(&part, "its position");
-                tracing::warn!(group = self.setup.group, error = %format!("{error:#}"), "cannot place partitions yet");
-            }
-        }
-    }
-
-    fn try_place(&mut self, unplaced: &[i32]) -> anyhow::Result<()> {
-        let topic = self.setup.topic();
-        let mut starts = TopicPartitionList::new();
-        for partition in unplaced {
-            starts.add_partition(&topic, *partition);
-        }
-        let committed =
-            self.client.committed_offsets(starts, KAFKA_TIMEOUT).context("cannot ask for committed offsets")?;
-        let mut placed = Vec::new();
-        let mut starts = TopicPartitionList::new();
-        for element in committed.elements() {
-            element.error()?;
-            let own = self.runtime.block_on(self.setup.handler.resume_at(element.partition()));
-            let start = match (own.context("cannot ask the handler for its position")?, element.offset()) {
-                (Some(own), _) => own,
-                (None, Offset::Offset(committed)) => committed,
-                (None, _) => 0,
-            };
-            let offset = if start == 0 { Offset::Beginning } else { Offset::Offset(start) };
-            starts.add_partition_offset(&topic, element.partition(), offset)?;
-            placed.push((element.partition(), start));
-        }
-        for sought in self.client.seek_partitions(starts, KAFKA_TIMEOUT)?.elements() {
-            sought.error().context("cannot seek")?;
-        }
-        for (partition, start) in placed {
-            self.reached.insert(partition, start);
-            self.at_end.remove(&partition);
-        }
-        self.client.resume(&self.list(unplaced))?;
-        self.client.context().placed(unplaced);
-        Ok(())
-    }
-
-    /// Polls until the batch is full or nothing more comes at once.
+    /// Polls until the batch is full or nothing more comes at once. While a batch is put off it polls all the same, else the
+    /// group would think us dead; everything is paused then, so what comes is no more than news of the group.
     fn collect(&mut self) -> anyhow::Result<()> {
-        let mut wait = if self.batch.is_empty() || self.retry.is_some() { IDLE_POLL } else { Duration::ZERO };
-        while self.batch.len() < BATCH_RECORDS {
+        let mut wait = IDLE_POLL;
+        let mut bytes = 0;
+        while self.retry.is_some() || (self.batch.len() < BATCH_RECORDS && bytes < BATCH_BYTES) {
             match self.client.poll(wait) {
                 None => break,
                 Some(Ok(message)) => {
                     self.at_end.remove(&message.partition());
+                    bytes += message.payload_len() + message.key_len();
                     self.batch.push(message.detach());
                     wait = LINGER;
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     self.at_end.insert(partition);
-                    self.told_at -= CAUGHT_UP_INTERVAL;
+                    self.told_at = None;
                     wait = Duration::ZERO;
                 }
                 Some(Err(error)) => {
@@ -223,13 +109,15 @@ impl<H: Handler> Running<H> {
                 }
             }
         }
-        fault::point("consumer.after_poll");
-        // What was polled before a revoke belongs to another consumer now. What was assigned since is still paused.
+        if !self.batch.is_empty() {
+            fault::point("consumer.after_poll");
+        }
         for partition in self.client.context().take_revoked() {
-            self.batch.retain(|message| message.partition() != partition);
             self.at_end.remove(&partition);
             self.reached.remove(&partition);
         }
+        // What was polled before a revoke belongs to another consumer now, and what has no start yet is not for us to read.
+        self.batch.retain(|message| self.reached.contains_key(&message.partition()));
         Ok(())
     }
 
@@ -259,9 +147,9 @@ impl<H: Handler> Running<H> {
             fault::point("consumer.after_store");
             self.batch.clear();
         }
-        if self.told_at.elapsed() >= CAUGHT_UP_INTERVAL {
-            self.told_at = Instant::now();
+        if self.told_at.is_none_or(|told_at| told_at.elapsed() >= CAUGHT_UP_INTERVAL) {
             self.tell_caught_up()?;
+            self.told_at = Some(Instant::now());
         }
         Ok(())
     }
@@ -304,7 +192,7 @@ impl<H: Handler> Running<H> {
         match result {
             Ok(()) => {
                 if self.retry.take().is_some() {
-                    self.setup.health.ready(&self.setup.group);
+                    self.setup.health.ready(&self.setup.part("dependency"));
                     tracing::info!(group = self.setup.group, "goes on");
                     self.client.resume(&self.list(&self.reached.keys().copied().collect::<Vec<_>>()))?;
                 }
@@ -325,7 +213,7 @@ impl<H: Handler> Running<H> {
         let backoff = match &self.retry {
             None => {
                 self.client.pause(&self.list(&self.reached.keys().copied().collect::<Vec<_>>()))?;
-                self.setup.health.waiting(&self.setup.group, "a dependency of its handler");
+                self.setup.health.waiting(&self.setup.part("dependency"), "what its handler needs to work again");
                 MIN_BACKOFF
             }
             Some(retry) => (retry.backoff * 2).min(MAX_BACKOFF),
@@ -337,25 +225,5 @@ impl<H: Handler> Running<H> {
         let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
         self.retry = Some(Retry { due, backoff });
         Ok(())
-    }
-
-    /// The partitions wait, paused, for [`Running::place`].
-    fn unplace(&mut self, partitions: &[i32]) -> anyhow::Result<()> {
-        self.client.pause(&self.list(partitions))?;
-        for partition in partitions {
-            self.reached.remove(partition);
-            self.at_end.remove(partition);
-        }
-        self.client.context().unplace(partitions);
-        Ok(())
-    }
-
-    fn list(&self, partitions: &[i32]) -> TopicPartitionList {
-        let topic = self.setup.topic();
-        let mut list = TopicPartitionList::new();
-        for partition in partitions {
-            list.add_partition(&topic, *partition);
-        }
-        list
     }
 }

@@ -1,0 +1,88 @@
+//! Where each partition starts. It is found out here and nowhere else: at the first start, after a rebalance, after an outage,
+//! and when a handler says that its own position is another.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rdkafka::consumer::Consumer as _;
+use rdkafka::{Offset, TopicPartitionList};
+
+use super::{KAFKA_TIMEOUT, Running};
+use crate::messaging::Handler;
+
+/// How soon a start that could not be found out is asked for again.
+const PLACE_INTERVAL: Duration = Duration::from_millis(500);
+
+impl<H: Handler> Running<H> {
+    /// Gives each newly assigned partition its start and lets it run. It came in paused; whatever fails here is asked again on
+    /// the next turn, and nothing is read meanwhile: a start is never guessed.
+    pub(super) fn place(&mut self) {
+        let unplaced = self.client.context().unplaced();
+        if unplaced.is_empty() || Instant::now() < self.place_at {
+            return;
+        }
+        let part = self.setup.part("position");
+        match self.try_place(&unplaced) {
+            Ok(()) => self.setup.health.ready(&part),
+            Err(error) => {
+                self.place_at = Instant::now() + PLACE_INTERVAL;
+                self.setup.health.waiting(&part, "where to start reading");
+                tracing::warn!(group = self.setup.group, error = %format!("{error:#}"), "cannot place partitions yet");
+            }
+        }
+    }
+
+    fn try_place(&mut self, unplaced: &[i32]) -> anyhow::Result<()> {
+        let topic = self.setup.topic();
+        let mut starts = TopicPartitionList::new();
+        for partition in unplaced {
+            starts.add_partition(&topic, *partition);
+        }
+        let committed =
+            self.client.committed_offsets(starts, KAFKA_TIMEOUT).context("cannot ask for committed offsets")?;
+        let mut placed = Vec::new();
+        let mut starts = TopicPartitionList::new();
+        for element in committed.elements() {
+            element.error()?;
+            let own = self.runtime.block_on(self.setup.handler.resume_at(element.partition()));
+            let start = match (own.context("cannot ask the handler for its position")?, element.offset()) {
+                (Some(own), _) => own,
+                (None, Offset::Offset(committed)) => committed,
+                (None, _) => 0,
+            };
+            let offset = if start == 0 { Offset::Beginning } else { Offset::Offset(start) };
+            starts.add_partition_offset(&topic, element.partition(), offset)?;
+            placed.push((element.partition(), start));
+        }
+        for sought in self.client.seek_partitions(starts, KAFKA_TIMEOUT)?.elements() {
+            sought.error().context("cannot seek")?;
+        }
+        for (partition, start) in placed {
+            self.reached.insert(partition, start);
+            self.at_end.remove(&partition);
+        }
+        self.client.resume(&self.list(unplaced))?;
+        self.client.context().placed(unplaced);
+        Ok(())
+    }
+
+    /// The partitions wait, paused, for [`Running::place`].
+    pub(super) fn unplace(&mut self, partitions: &[i32]) -> anyhow::Result<()> {
+        self.client.pause(&self.list(partitions))?;
+        for partition in partitions {
+            self.reached.remove(partition);
+            self.at_end.remove(partition);
+        }
+        self.client.context().unplace(partitions);
+        Ok(())
+    }
+
+    pub(super) fn list(&self, partitions: &[i32]) -> TopicPartitionList {
+        let topic = self.setup.topic();
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            list.add_partition(&topic, *partition);
+        }
+        list
+    }
+}
