@@ -1,6 +1,8 @@
 //! Which partitions are ours. The callbacks run inside `poll`, on the consumer's own thread.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
@@ -19,6 +21,8 @@ pub(super) struct Assignment {
     part: String,
     health: Health,
     metrics: Metrics,
+    /// While it is set the lag is measured by [`Assignment::measured_lag`]: the statistics do not move for what is paused.
+    pub paused: AtomicBool,
     changes: Mutex<Changes>,
 }
 
@@ -33,7 +37,15 @@ struct Changes {
 impl Assignment {
     pub fn new(topic: String, group: String, part: String, health: &Health, metrics: &Metrics) -> Self {
         health.waiting(&part, "Kafka to assign partitions");
-        Self { topic, group, part, health: health.clone(), metrics: metrics.clone(), changes: Mutex::default() }
+        Self {
+            topic,
+            group,
+            part,
+            health: health.clone(),
+            metrics: metrics.clone(),
+            paused: AtomicBool::new(false),
+            changes: Mutex::default(),
+        }
     }
 
     pub fn unplaced(&self) -> Vec<i32> {
@@ -50,6 +62,10 @@ impl Assignment {
 
     pub fn take_revoked(&self) -> BTreeSet<i32> {
         std::mem::take(&mut self.changes().revoked)
+    }
+
+    pub fn measured_lag(&self, partition: i32, records: i64) {
+        self.metrics.consumer_lag.get_or_create(&self.label(partition)).set(records);
     }
 
     fn changes(&self) -> MutexGuard<'_, Changes> {
@@ -116,14 +132,11 @@ impl ClientContext for Assignment {
             (true, false) => self.health.waiting(&self.part, "Kafka to assign partitions"),
             (false, _) => self.health.waiting(&self.part, "Kafka to answer"),
         }
-        let Some(topic) = statistics.topics.get(&self.topic) else { return };
+        let Some(topic) = statistics.topics.get(&self.topic).filter(|_| !self.paused.load(Relaxed)) else { return };
         for partition in topic.partitions.values() {
             // Below 0 the lag is unknown, which is not the same as none.
             if partition.fetch_state == "active" && partition.consumer_lag_stored >= 0 {
-                self.metrics
-                    .consumer_lag
-                    .get_or_create(&self.label(partition.partition))
-                    .set(partition.consumer_lag_stored);
+                self.measured_lag(partition.partition, partition.consumer_lag_stored);
             }
         }
     }

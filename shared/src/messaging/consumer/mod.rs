@@ -11,6 +11,7 @@ mod placement;
 mod start;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -194,6 +195,7 @@ impl<H: Handler> Running<H> {
                 if self.retry.take().is_some() {
                     self.setup.health.ready(&self.setup.part("dependency"));
                     tracing::info!(group = self.setup.group, "goes on");
+                    self.client.context().paused.store(false, Relaxed);
                     self.client.resume(&self.list(&self.reached.keys().copied().collect::<Vec<_>>()))?;
                 }
                 Ok(())
@@ -212,6 +214,7 @@ impl<H: Handler> Running<H> {
     fn put_off(&mut self, error: &anyhow::Error) -> anyhow::Result<()> {
         let backoff = match &self.retry {
             None => {
+                self.client.context().paused.store(true, Relaxed);
                 self.client.pause(&self.list(&self.reached.keys().copied().collect::<Vec<_>>()))?;
                 self.setup.health.waiting(&self.setup.part("dependency"), "what its handler needs to work again");
                 MIN_BACKOFF
@@ -224,6 +227,17 @@ impl<H: Handler> Running<H> {
         // Half of it is chance, so that consumers of one dependency do not come back in step.
         let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
         self.retry = Some(Retry { due, backoff });
+        self.measure_lag();
         Ok(())
+    }
+
+    /// The lag of what is paused, so that it is seen to grow. Unknown where Kafka does not answer either.
+    fn measure_lag(&self) {
+        for (partition, reached) in &self.reached {
+            let Ok((_, end)) = self.client.fetch_watermarks(&self.setup.topic(), *partition, KAFKA_TIMEOUT) else {
+                return;
+            };
+            self.client.context().measured_lag(*partition, end - reached);
+        }
     }
 }
