@@ -12,7 +12,7 @@ use crate::fetch::Fetched;
 use crate::process::{self, Logs, Process};
 use crate::{paths, ports};
 
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// A name for life of the one cluster a data folder belongs to; 16 bytes in base64.
 const CLUSTER: &str = "d2F5YmlsbC1sb2NhbC0wMQ";
@@ -59,7 +59,7 @@ impl Kafka {
 
 /// Small numbers of internal partitions and no delay before the first rebalance, so that it starts in seconds. Compaction looks for
 /// work each second, so that tests can force it. A broker that was killed is let in again when the session of its predecessor has
-/// passed: 3 s. What services must not rely on (automatic topics) is off, as in production.
+/// passed: 5 s. What services must not rely on (automatic topics) is off, as in production.
 fn properties(folder: &Path, port: u16, settings: &str) -> String {
     let controller = ports::free();
     let data = folder.join("data");
@@ -80,7 +80,7 @@ transaction.state.log.num.partitions=4
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
-broker.session.timeout.ms=3000
+broker.session.timeout.ms=5000
 broker.heartbeat.interval.ms=500
 log.cleaner.backoff.ms=1000
 {settings}

@@ -11,7 +11,7 @@ use crate::process::{self, Logs, Process};
 use crate::stack::Stack;
 use crate::{paths, ports};
 
-const READY_LIMIT: Duration = Duration::from_secs(60);
+const READY_LIMIT: Duration = Duration::from_secs(120);
 /// They promise to end within 10 s.
 const STOP_LIMIT: Duration = Duration::from_secs(12);
 const ASK_LIMIT: Duration = Duration::from_secs(2);

@@ -67,7 +67,7 @@ impl System {
     }
 }
 
-/// `stack` and `services` on their published ports or on free ones.
+/// Says so, because it takes some seconds.
 pub async fn start_stack(
     fetched: &Fetched,
     folder: &Path,

@@ -47,7 +47,7 @@ impl Metrics {
                    from deliveries d left join recipients r using (user_id)
                    where d.status in ('pending', 'unknown', 'sending') group by 1"#
             );
-            if let Ok(rows) = measured.fetch_all(&db).await {
+            if let Ok(rows) = service::bounded(measured.fetch_all(&db)).await {
                 for state in OPEN {
                     let open = rows.iter().find(|row| row.state == state).map_or(0, |row| row.deliveries);
                     self.open.get_or_create(&State { state }).set(open);

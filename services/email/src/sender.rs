@@ -3,6 +3,7 @@
 
 use shared::fault;
 use shared::messaging::Wake;
+use shared::service::bounded;
 use shared::service::telemetry::{self, TraceContext};
 use sqlx::PgPool;
 use tokio::time::{Duration, Instant, sleep};
@@ -49,9 +50,9 @@ impl Sender {
 
     /// One delivery, if one is due; whether there was one.
     async fn send_next(&self, connection: &mut Connection) -> sqlx::Result<bool> {
-        let cancelled = deliveries::cancel_erased(&self.db).await?;
+        let cancelled = bounded(deliveries::cancel_erased(&self.db)).await?;
         self.metrics.settled("cancelled", cancelled);
-        let Some(claim) = deliveries::claim(&self.db, &self.rules).await? else { return Ok(false) };
+        let Some(claim) = bounded(deliveries::claim(&self.db, &self.rules)).await? else { return Ok(false) };
         fault::point("email.after_claim");
         let span = tracing::info_span!(
             parent: None, "send", "otel.kind" = "client", delivery.id = %claim.id, template = claim.template, trace.id = Empty
@@ -63,7 +64,7 @@ impl Sender {
             let ending = self.attempt(connection, &claim).await;
             fault::point("email.after_answer");
             // Worth some patience: what is not recorded before the lease ends is sent again.
-            while let Err(error) = self.record(&claim, &ending).await {
+            while let Err(error) = bounded(self.record(&claim, &ending)).await {
                 if claimed_at.elapsed() > self.rules.lease {
                     return Err(error);
                 }
@@ -87,7 +88,7 @@ impl Sender {
         let check = async {
             fault::point("email.before_check");
             // A database that does not answer cannot say that the mail is still ours.
-            deliveries::still_ours(&self.db, claim).await.unwrap_or(false)
+            bounded(deliveries::still_ours(&self.db, claim)).await.unwrap_or(false)
         };
         connection.transmit(&self.smtp, to, &message, check).await
     }

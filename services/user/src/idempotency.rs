@@ -8,6 +8,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::Sha256;
+use shared::service::bounded;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{Duration, sleep};
 
@@ -95,7 +96,7 @@ pub async fn store(tx: &mut PgConnection, claim: Claim, status: StatusCode, answ
 pub async fn expire(db: PgPool) -> anyhow::Result<()> {
     loop {
         let expired = sqlx::query!("delete from idempotency_keys where created_at < now() - interval '24 hours'");
-        if let Err(error) = expired.execute(&db).await {
+        if let Err(error) = bounded(expired.execute(&db)).await {
             tracing::warn!(%error, "cannot remove expired idempotency keys; trying again later");
         }
         sleep(EXPIRY_INTERVAL).await;

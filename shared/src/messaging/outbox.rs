@@ -6,7 +6,7 @@ use tokio::time::{Duration, sleep};
 use uuid::Uuid;
 
 use crate::events::{self, Event};
-use crate::service::{Metrics, telemetry};
+use crate::service::{Metrics, bounded, telemetry};
 
 const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -45,12 +45,11 @@ pub async fn publish<E: Event>(tx: &mut PgConnection, key: Uuid, version: i64, e
 /// Keeps the metrics of what waits to be published. While Kafka is away the oldest age is what to alert on.
 pub(crate) async fn measure(db: PgPool, metrics: Metrics) -> anyhow::Result<()> {
     loop {
-        let measured: sqlx::Result<(i64, i64)> = sqlx::query_as(
+        let question = sqlx::query_as(
             "select (select count(*) from outbox),
                     coalesce((select extract(epoch from now() - occurred_at)::bigint from outbox order by id limit 1), 0)",
-        )
-        .fetch_one(&db)
-        .await;
+        );
+        let measured: sqlx::Result<(i64, i64)> = bounded(question.fetch_one(&db)).await;
         // A database that does not answer is reported by the readiness, and these two stay at what was last known.
         if let Ok((rows, age)) = measured {
             metrics.outbox_rows.set(rows);

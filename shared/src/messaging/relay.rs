@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::events::Envelope;
 use crate::fault;
 use crate::service::metrics::{Metrics, Round};
-use crate::service::{KafkaConfig, telemetry};
+use crate::service::{KafkaConfig, bounded, telemetry};
 
 mod transaction;
 
@@ -41,7 +41,7 @@ const BLOCKED_FOR: Duration = Duration::from_secs(30);
 /// The leader asks for rows all the time, so a session this silent belongs to a frozen process: Postgres ends it, and with it
 /// the lock.
 const SESSION_LIMITS: [(&str, &str); 3] =
-    [("idle_session_timeout", "15s"), ("statement_timeout", "10s"), ("idle_in_transaction_session_timeout", "10s")];
+    [("idle_session_timeout", "15s"), ("statement_timeout", "5s"), ("idle_in_transaction_session_timeout", "10s")];
 /// The advisory lock's key: any number, the same in every release. Locks are per database.
 const LEADER_LOCK: i64 = 0x6F75_7462_6F78; // "outbox"
 
@@ -120,7 +120,8 @@ impl Relay {
     fn lead(&self) -> anyhow::Result<()> {
         let runtime = Handle::current();
         let Some(mut db) = runtime.block_on(self.elected())? else { return Ok(()) };
-        let name: String = runtime.block_on(sqlx::query_scalar("select current_database()").fetch_one(&mut db))?;
+        let name: String =
+            runtime.block_on(bounded(sqlx::query_scalar("select current_database()").fetch_one(&mut db)))?;
         let mut transactions = Transactions::begin_term(&self.kafka, &name)?;
         tracing::info!("this relay leads");
         let mut blocked = BTreeSet::new();
@@ -165,7 +166,7 @@ impl Relay {
         transactions: &mut Transactions,
         blocked: &BTreeSet<Uuid>,
     ) -> anyhow::Result<usize> {
-        let rows = runtime.block_on(read(db, blocked)).context("cannot read the outbox")?;
+        let rows = runtime.block_on(bounded(read(db, blocked))).context("cannot read the outbox")?;
         if rows.is_empty() {
             return Ok(0);
         }
@@ -179,7 +180,7 @@ impl Relay {
         });
         transactions.publish(records.collect())?;
         fault::point("relay.after_commit");
-        runtime.block_on(delete(db, &ids)).context("cannot delete published rows")?;
+        runtime.block_on(bounded(delete(db, &ids))).context("cannot delete published rows")?;
         fault::point("relay.after_delete");
         span.set_attribute("messaging.batch.message_count", ids.len() as i64);
         self.metrics.relay_rounds.get_or_create(&Round { outcome: "published" }).inc();
@@ -189,10 +190,10 @@ impl Relay {
     /// Waits for the lock. `None`: told to stop.
     async fn elected(&self) -> anyhow::Result<Option<PgConnection>> {
         let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
-        let mut db = options.connect().await.context("cannot connect to the outbox")?;
+        let mut db = bounded(options.connect()).await.context("cannot connect to the outbox")?;
         while !self.stop.is_cancelled() {
             let query = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(LEADER_LOCK);
-            if query.fetch_one(&mut db).await.context("cannot ask for the lock")? {
+            if bounded(query.fetch_one(&mut db)).await.context("cannot ask for the lock")? {
                 return Ok(Some(db));
             }
             sleep(ELECTION_INTERVAL).await;

@@ -4,7 +4,7 @@ use anyhow::{Context, bail};
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgPool};
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Health;
@@ -19,6 +19,9 @@ const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection that idled longer is asked whether it still lives before it is used.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
+/// For one statement as we see it: longer than Postgres' own `statement_timeout`, which does not run while the server is frozen
+/// or the network gone.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 const PART: &str = "database";
 
@@ -88,10 +91,19 @@ fn unreachable(error: &anyhow::Error) -> bool {
     }
 }
 
+/// Gives a statement up when no answer comes. It may have taken effect, as when a connection breaks. HTTP handlers and consumers'
+/// handlers are bounded as a whole already; this is for loops.
+///
+/// # Errors
+/// The statement's own, or `PoolTimedOut`.
+pub async fn bounded<T>(statement: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
+    timeout(ANSWER_TIMEOUT, statement).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+}
+
 /// Keeps `/readyz` honest: asks the database once a second.
 pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
     loop {
-        match sqlx::query("select 1").execute(&db).await {
+        match bounded(sqlx::query("select 1").execute(&db)).await {
             Ok(_) => health.ready(PART),
             Err(_) => health.waiting(PART, "the database to answer"),
         }

@@ -9,7 +9,7 @@ pub mod metrics;
 pub mod telemetry;
 
 pub use config::{KafkaConfig, LogFormat, ServiceConfig};
-pub use database::pool;
+pub use database::{bounded, pool};
 pub use health::{Health, healthcheck};
 pub use metrics::Metrics;
 

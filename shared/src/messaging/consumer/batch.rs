@@ -2,8 +2,10 @@
 
 use std::panic::AssertUnwindSafe;
 
+use anyhow::anyhow;
 use futures::FutureExt;
 use rdkafka::message::{Message, OwnedMessage};
+use tokio::time::{Duration, timeout};
 use tracing::{Instrument, Span, field::Empty};
 
 use super::Running;
@@ -12,6 +14,10 @@ use crate::messaging::dead_letters::DeadLetter;
 use crate::messaging::{Failure, Handler, Outcome, Record, Source};
 use crate::service::metrics::{Consumed, Group};
 use crate::service::telemetry::{self, TraceContext};
+
+/// For a batch. Well above any database time-out, so it strikes only where nobody answers at all (a frozen server, a network that is
+/// gone), and well below the five minutes after which the group would think us dead.
+const HANDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What became of a batch's records. It is counted when the whole batch is done, so that a retried batch counts once.
 #[derive(Default)]
@@ -91,7 +97,11 @@ fn run<H: Handler>(
     let spans: Vec<Span> = records.iter().map(|record| span(consumer, record, batch_span)).collect();
     let span = if let [single] = spans.as_slice() { single } else { batch_span };
     let handled = AssertUnwindSafe(consumer.setup.handler.handle(records)).catch_unwind().instrument(span.clone());
-    let outcome = consumer.runtime.block_on(handled).unwrap_or_else(|panic| Err(Failure::panicked(panic)))?;
+    let bounded = async { timeout(HANDLE_TIMEOUT, handled).await };
+    let outcome = match consumer.runtime.block_on(bounded) {
+        Ok(handled) => handled.unwrap_or_else(|panic| Err(Failure::panicked(panic)))?,
+        Err(_) => return Err(anyhow!("no end after {HANDLE_TIMEOUT:?}").into()),
+    };
     consumer.reached = reached;
     let group = Group { group: consumer.setup.group.clone() };
     for (record, span) in records.iter().zip(&spans) {
