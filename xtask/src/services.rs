@@ -148,9 +148,15 @@ async fn cargo_build(arguments: &[&str], logs: &Logs) -> Result<()> {
     Ok(())
 }
 
-/// The cargo that runs us, so that the toolchain is the same.
+/// The cargo that runs us, so that the toolchain is the same; without what `cargo run` tells us about our own package. Some
+/// build scripts look at that (ring's does), and crates would be compiled anew on every change between `cargo` and `cargo xtask`.
 pub fn cargo() -> std::process::Command {
     let mut command = process::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(paths::root());
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            command.env_remove(name);
+        }
+    }
     command
 }

@@ -4,9 +4,9 @@
 //! however often it is set aside, and a settled letter is a tombstone.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Source, record};
 use crate::events::Kind;
+use crate::fault;
 use crate::service::KafkaConfig;
 use crate::service::metrics::{Group, Metrics};
 
@@ -26,6 +27,8 @@ pub(super) const SETTINGS: &[(&str, &str)] = &[("cleanup.policy", "compact"), ("
 const MAX_ATTEMPTS: u32 = 5;
 const ACK_TIMEOUT_MS: &str = "10000";
 const POLL: Duration = Duration::from_millis(200);
+/// A redrive that hears nothing for so long gives up.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// One record set aside, and why.
 #[derive(Clone)]
@@ -127,6 +130,7 @@ impl DeadLetters {
             headers = headers.insert(Header { key: "dlq-key", value: key });
         }
         let headers = letter.headers(headers);
+        fault::point("dead_letters.before_write");
         let id = letter.source.to_string();
         let mut record = FutureRecord::to(&self.topic).key(&id).headers(headers);
         if let (Kind::Facts, Some(payload)) = (self.kind, source.payload()) {
@@ -151,9 +155,21 @@ fn topic(kafka: &KafkaConfig, group: &str) -> String {
 }
 
 /// The open letters of a group, oldest coordinates first.
+///
+/// # Errors
+/// Kafka does not answer, or the group has never run and so has no table.
 pub(super) fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>> {
     let mut table = BTreeMap::new();
-    follow(kafka, group, &mut table, |_, caught_up| !caught_up)?;
+    let (mut complete, mut heard) = (false, Instant::now());
+    let mut read = 0;
+    follow(kafka, group, &mut table, |table, caught_up| {
+        if table.len() != read {
+            (read, heard) = (table.len(), Instant::now());
+        }
+        complete = caught_up;
+        !complete && heard.elapsed() < SILENCE
+    })?;
+    ensure!(complete, "cannot read the dead letters of {group}: nothing came from Kafka for {SILENCE:?}");
     let mut letters: Vec<_> = table.values().filter_map(DeadLetter::parse).collect();
     letters.sort_by(|a, b| a.source.cmp(&b.source));
     Ok(letters)

@@ -33,6 +33,8 @@ use crate::messaging::{self, Handler, Wake};
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
 /// For the last spans.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// What readiness calls the time before every part of the process is there, the public port among them.
+const START: &str = "start";
 
 /// A running process and its parts.
 pub struct Service {
@@ -61,6 +63,7 @@ impl Service {
             parts: JoinSet::new(),
             traces,
         };
+        service.health.waiting(START, "the rest of the process");
         let admin = health::router(service.health.clone(), service.metrics.clone());
         service.listen("ADMIN_ADDR", config.admin_addr, admin).await?;
         service.watch_signals()?;
@@ -114,6 +117,8 @@ impl Service {
                 metrics: self.metrics.clone(),
                 stop: self.stop.clone(),
             };
+            // Said here, since its thread may come up after `run` has said that everything is there.
+            self.health.waiting(&consumer.part("group"), "its thread");
             self.thread(format!("{group} consumer {number}"), move || consumer.run());
         }
         let (kafka, metrics, stop) = (self.config.kafka.clone(), self.metrics.clone(), self.stop.clone());
@@ -164,6 +169,7 @@ impl Service {
     /// # Errors
     /// A part failed or ended by itself. The process then ends with a non-zero status: what restarts it is its supervisor.
     pub async fn run(mut self) -> anyhow::Result<()> {
+        self.health.ready(START);
         tracing::info!(service.name = self.name, "started");
         let mut early = None;
         tokio::select! {

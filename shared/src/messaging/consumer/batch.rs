@@ -32,12 +32,11 @@ struct Tally {
 pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Failure> {
     let mut tally = Tally::default();
     let mut records = Vec::with_capacity(consumer.batch.len());
-    let mut rejected = Vec::new();
     for message in &consumer.batch {
         match Record::decode(message.key(), message, Source::of(message)) {
             Ok(Some(record)) => records.push(record),
             Ok(None) => tally.skipped += 1,
-            Err(error) => rejected.push(DeadLetter::first(message, error.to_string())),
+            Err(error) => set_aside(consumer, message, error.to_string(), &mut tally)?,
         }
     }
     let batch_span = tracing::info_span!("consume", group = consumer.setup.group, records = consumer.batch.len());
@@ -45,14 +44,9 @@ pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Failur
         Ok(outcome) => tally.outcome += outcome,
         // Records are isolated by rerunning the batch one by one: a SQL error has undone the whole transaction.
         Err(failure) if failure.rejection().is_some() => {
-            isolate(consumer, records, &batch_span, &mut tally, &mut rejected)?;
+            isolate(consumer, records, &batch_span, &mut tally)?;
         }
         Err(failure) => return Err(failure),
-    }
-    tally.dead_lettered = rejected.len() as u64;
-    for letter in rejected {
-        tracing::error!(source = %letter.source, reason = letter.reason, "dead letter");
-        consumer.runtime.block_on(consumer.dead_letters.write(&letter))?;
     }
     count(consumer, &tally);
     Ok(())
@@ -63,7 +57,6 @@ fn isolate<H: Handler>(
     records: Vec<Record<H::Event>>,
     batch_span: &Span,
     tally: &mut Tally,
-    rejected: &mut Vec<DeadLetter>,
 ) -> Result<(), Failure> {
     for record in records {
         let mut alone = [record];
@@ -73,10 +66,26 @@ fn isolate<H: Handler>(
                 let Some(reason) = failure.rejection() else { return Err(failure) };
                 let [Record { source, .. }] = alone;
                 let message = consumer.batch.iter().find(|message| Source::of(message) == source);
-                rejected.extend(message.map(|message| DeadLetter::first(message, reason)));
+                let message = message.expect("the record was decoded from the batch in hand");
+                set_aside(consumer, message, reason, tally)?;
             }
         }
     }
+    Ok(())
+}
+
+/// Writes the record's dead letter, before any record behind it is handled: a handler that keeps its own position moves that
+/// past the record, so after a crash in between nobody would read the record again.
+fn set_aside<H: Handler>(
+    consumer: &Running<H>,
+    message: &OwnedMessage,
+    reason: String,
+    tally: &mut Tally,
+) -> Result<(), Failure> {
+    let letter = DeadLetter { source: Source::of(message), reason, attempts: 1, message: message.clone() };
+    tracing::error!(source = %letter.source, reason = letter.reason, "dead letter");
+    consumer.runtime.block_on(consumer.dead_letters.write(&letter))?;
+    tally.dead_lettered += 1;
     Ok(())
 }
 
@@ -142,12 +151,5 @@ fn count<H: Handler>(consumer: &Running<H>, tally: &Tally) {
     for (outcome, records) in outcomes {
         let label = Consumed { group: consumer.setup.group.clone(), outcome };
         consumer.setup.metrics.events_consumed.get_or_create(&label).inc_by(records);
-    }
-}
-
-/// The dead letter of a record that was just polled.
-impl DeadLetter {
-    fn first(message: &OwnedMessage, reason: String) -> Self {
-        Self { source: Source::of(message), reason, attempts: 1, message: message.clone() }
     }
 }

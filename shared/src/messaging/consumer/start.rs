@@ -63,7 +63,7 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// The name under which `/readyz` tells what this consumer waits for.
-    pub(super) fn part(&self, aspect: &str) -> String {
+    pub(crate) fn part(&self, aspect: &str) -> String {
         format!("{} {} {aspect}", self.group, self.number)
     }
 
