@@ -118,6 +118,7 @@ impl System {
             .set("enable.auto.commit", "false")
             .set("isolation.level", "read_committed")
             .set("enable.partition.eof", "true")
+            .set("fetch.wait.max.ms", "20") // an empty partition says so only after this time
             .create()
             .unwrap();
         let metadata = consumer.fetch_metadata(Some(&name), TIMEOUT).unwrap();

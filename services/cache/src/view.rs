@@ -18,6 +18,8 @@ use uuid::Uuid;
 /// For one answer of Valkey; a batch's script takes a few milliseconds.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Consumers and callers try again themselves; the client's own six retries would keep each of them waiting for some ten seconds.
+const CONNECT_RETRIES: usize = 1;
 const PARTITIONS: i32 = UserState::TOPIC.partitions;
 
 #[derive(Clone)]
@@ -47,6 +49,7 @@ impl View {
     pub fn new(url: &str, prefix: &str) -> anyhow::Result<Self> {
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_number_of_retries(CONNECT_RETRIES)
             .set_response_timeout(Some(RESPONSE_TIMEOUT));
         let valkey = ConnectionManager::new_lazy_with_config(Client::open(url)?, config)?;
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
@@ -135,5 +138,167 @@ impl Handler for View {
     /// Marks the partition as complete, under the same comparison: after a flush it is not, and the view is filled again.
     async fn caught_up(&self, partition: i32, after: i64, position: i64) -> Result<(), Failure> {
         self.apply(partition, Some(after), position, &[]).await.map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+    use shared::events::{Envelope, mint_id, now};
+    use shared::messaging::Source;
+    use tokio::runtime::Runtime;
+
+    use super::*;
+
+    const CASES: u32 = 32;
+
+    /// An empty view of its own on the shared server.
+    fn view() -> View {
+        View::new(&xtask::testing::stack().valkey, &xtask::testing::prefix()).unwrap()
+    }
+
+    /// `after` and `next` are the positions around it.
+    fn record(
+        user: Uuid,
+        version: i64,
+        erased: bool,
+        (partition, after, next): (i32, Option<i64>, i64),
+    ) -> Record<UserState> {
+        let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
+        let event = if erased { UserState::Erased } else { UserState::Current(profile) };
+        let (kind, source, time) = ("user.state".to_owned(), "/test".to_owned(), now());
+        let (traceparent, tracestate) = (None, None);
+        let envelope = Envelope { id: mint_id(), kind, source, key: user, version, time, traceparent, tracestate };
+        let source = Source { topic: UserState::TOPIC.name.to_owned(), partition, offset: next - 1 };
+        Record { event, envelope, source, after }
+    }
+
+    async fn seen(view: &View, user: Uuid) -> (i64, Option<String>) {
+        let found = view.find(user).await.unwrap();
+        (found.version, found.profile.map(|profile| profile.email))
+    }
+
+    /// Three users in three partitions, each with a history of so many versions that ends with its erasure or not.
+    type Histories = [(i64, bool); 3];
+    /// Which user's which version, in batches: any order, any repetition, gaps.
+    type Batches = Vec<Vec<(usize, Index)>>;
+
+    fn batches() -> impl Strategy<Value = Batches> {
+        prop::collection::vec(prop::collection::vec((0..3_usize, any::<Index>()), 1..6), 1..6)
+    }
+
+    /// T26, I8 I10: the highest version seen is what is there, an erased user stays erased; in the topic's order and outside it,
+    /// as a redrive gives it.
+    #[test]
+    fn the_highest_state_wins_in_any_order() {
+        let runtime = Runtime::new().unwrap();
+        let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) };
+        let histories = prop::array::uniform3((1..12_i64, any::<bool>()));
+        proptest!(config, |(histories in histories, batches in batches(), redriven in any::<bool>())| {
+            runtime.block_on(check(histories, batches, redriven))?;
+        });
+    }
+
+    async fn check(histories: Histories, batches: Batches, redriven: bool) -> Result<(), TestCaseError> {
+        let view = view();
+        let users = [(); 3].map(|()| mint_id());
+        let (mut highest, mut reached) = ([0; 3], [0; 3]);
+        for batch in batches {
+            let records = batch.iter().map(|(user, index)| {
+                let (last, erased) = histories[*user];
+                let version = 1 + index.index(last as usize) as i64;
+                highest[*user] = version.max(highest[*user]);
+                let after = (!redriven).then_some(reached[*user]);
+                // Offsets have gaps.
+                reached[*user] += 1 + version % 2;
+                let erased = erased && version == last;
+                record(users[*user], version, erased, (*user as i32, after, reached[*user]))
+            });
+            let records: Vec<_> = records.collect();
+            let outcome = view.handle(&records).await.unwrap();
+            prop_assert_eq!(outcome.applied + outcome.duplicate + outcome.stale, records.len() as u64);
+            for user in 0..3 {
+                let (last, erased) = histories[user];
+                let lives = highest[user] > 0 && !(erased && highest[user] == last);
+                let address = lives.then(|| format!("v{}@example.com", highest[user]));
+                prop_assert_eq!(seen(&view, users[user]).await, (highest[user], address));
+                let position = view.resume_at(user as i32).await.unwrap();
+                prop_assert_eq!(position, Some(if redriven { 0 } else { reached[user] }));
+            }
+        }
+        Ok(())
+    }
+
+    /// I8: a view that stands elsewhere than the batch assumes, after a flush or another process's work, takes nothing of it.
+    #[tokio::test]
+    async fn a_batch_from_another_position_changes_nothing() {
+        let view = view();
+        let user = mint_id();
+        view.handle(&[record(user, 1, false, (0, Some(0), 7))]).await.unwrap();
+        for after in [0, 3, 8] {
+            let failure = view.handle(&[record(user, 2, false, (0, Some(after), 9))]).await.unwrap_err();
+            assert!(matches!(failure, Failure::Resume), "{failure:?}");
+        }
+        assert_eq!(seen(&view, user).await, (1, Some("v1@example.com".to_owned())));
+        assert_eq!(view.resume_at(0).await.unwrap(), Some(7));
+        // A redrive stands outside the order: it is applied, and moves no position.
+        view.handle(&[record(user, 2, false, (0, None, 3))]).await.unwrap();
+        assert_eq!((seen(&view, user).await.0, view.resume_at(0).await.unwrap()), (2, Some(7)));
+    }
+
+    /// I8: complete is a view whose every partition was read to its end since it was last empty.
+    #[tokio::test]
+    async fn a_view_is_complete_when_every_partition_was_caught_up() {
+        let view = view();
+        let user = mint_id();
+        view.handle(&[record(user, 1, false, (0, Some(0), 1))]).await.unwrap();
+        for partition in 0..PARTITIONS {
+            assert!(!view.find(user).await.unwrap().complete, "before partition {partition}");
+            let (after, position) = if partition == 0 { (1, 2) } else { (0, 0) };
+            view.caught_up(partition, after, position).await.unwrap();
+        }
+        assert!(view.find(user).await.unwrap().complete);
+        assert_eq!(view.resume_at(0).await.unwrap(), Some(2));
+        // As after a flush: the consumer still believes in its old position.
+        let mut keys = vec![view.profile_key(user)];
+        keys.extend((0..PARTITIONS).flat_map(|partition| [view.mark_key(partition), view.position_key(partition)]));
+        let () = redis::cmd("DEL").arg(keys).query_async(&mut view.valkey.clone()).await.unwrap();
+        let failure = view.caught_up(0, 2, 2).await.unwrap_err();
+        assert!(matches!(failure, Failure::Resume), "{failure:?}");
+        assert!(!view.find(user).await.unwrap().complete);
+    }
+
+    /// I10: one user more than once in a batch, among others; and versions beyond what a number in Lua can tell apart.
+    #[tokio::test]
+    async fn a_batch_may_hold_a_user_more_than_once() {
+        let view = view();
+        let (user, other) = (mint_id(), mint_id());
+        let at = |offset| (0, Some(offset), offset + 1);
+        let large = (1 << 53) + 1;
+        let batch = [
+            record(user, 9, false, at(0)),
+            record(user, 10, false, at(1)),
+            record(other, large - 1, false, at(2)),
+            record(user, 9, false, at(3)),
+            record(user, 10, false, at(4)),
+            record(other, large, false, at(5)),
+        ];
+        let outcome = view.handle(&batch).await.unwrap();
+        assert_eq!(outcome, Outcome { applied: 4, duplicate: 1, stale: 1 });
+        assert_eq!((seen(&view, user).await.0, seen(&view, other).await.0), (10, large));
+        assert_eq!(view.resume_at(0).await.unwrap(), Some(6));
+    }
+
+    /// I11: a store that is away is no fault of the record.
+    #[tokio::test]
+    async fn a_store_that_is_away_is_a_retry() {
+        let view = View::new(&format!("redis://127.0.0.1:{}", xtask::testing::free_port()), "").unwrap();
+        let asked = std::time::Instant::now();
+        let failure = view.handle(&[record(mint_id(), 1, false, (0, Some(0), 1))]).await.unwrap_err();
+        assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
+        view.resume_at(0).await.unwrap_err();
+        // Whoever asks for a profile is not kept waiting either.
+        assert!(asked.elapsed() < 2 * RESPONSE_TIMEOUT, "two answers took {:?}", asked.elapsed());
     }
 }
