@@ -185,10 +185,13 @@ fn valid_email(email: &str) -> Result<String, Error> {
     if email.chars().count() > EMAIL_MAX {
         return Err(Error::Invalid { field: "email", rule: "at most 254 characters" });
     }
+    // Other addresses need SMTPUTF8, which not every server on the way offers.
+    if !email.is_ascii() {
+        return Err(Error::Invalid { field: "email", rule: "only ASCII characters can be delivered everywhere" });
+    }
     let options = email_address::Options::default().without_display_text().with_required_tld();
     match email_address::EmailAddress::parse_with_options(email, options) {
-        // ASCII: other addresses need SMTPUTF8, which not every server on the way offers.
-        Ok(_) if email.is_ascii() => Ok(email.to_owned()),
+        Ok(_) => Ok(email.to_owned()),
         _ => Err(Error::Invalid { field: "email", rule: "not an address such as ada@example.com" }),
     }
 }

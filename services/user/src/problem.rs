@@ -55,7 +55,7 @@ impl Error {
             Self::Invalid { field, rule } => problem(StatusCode::UNPROCESSABLE_ENTITY, format!("{field}: {rule}")),
             Self::UnknownUser => problem(StatusCode::NOT_FOUND, "there is no user with this id, or not any more"),
             Self::AddressTaken => {
-                problem(StatusCode::CONFLICT, "email: a user with this address is registered already")
+                problem(StatusCode::CONFLICT, "email: a user with this address is registered already; use another one")
             }
             Self::StaleVersion { current } => problem(
                 StatusCode::PRECONDITION_FAILED,

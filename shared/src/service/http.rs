@@ -55,10 +55,16 @@ impl IntoProblem for JsonRejection {
         let detail = match self.status() {
             StatusCode::UNSUPPORTED_MEDIA_TYPE => "send the body with content-type: application/json".to_owned(),
             StatusCode::PAYLOAD_TOO_LARGE => format!("the body may have at most {BODY_LIMIT} bytes"),
-            _ => self.body_text(),
+            StatusCode::BAD_REQUEST => format!("the body is not JSON: {}", cause(&self.body_text())),
+            _ => format!("the body is not what is asked for: {}", cause(&self.body_text())),
         };
         problem(self.status(), detail)
     }
+}
+
+/// What axum's message says behind its first words, which speak of our types and not of the caller's request.
+fn cause(text: &str) -> &str {
+    text.split_once(": ").map_or(text, |(_, cause)| cause)
 }
 
 impl IntoProblem for PathRejection {

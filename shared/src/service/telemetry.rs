@@ -14,7 +14,6 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use super::config::{LogFormat, ServiceConfig};
@@ -66,7 +65,10 @@ pub(crate) fn init(name: &'static str, config: &ServiceConfig) -> anyhow::Result
         tracing_subscriber::filter::Targets::new()
             .with_targets([(name, tracing::Level::INFO), ("shared", tracing::Level::INFO)]),
     );
-    tracing_subscriber::registry().with(lines.with_filter(filter)).with(traces).init();
+    let subscriber = tracing_subscriber::registry().with(lines.with_filter(filter)).with(traces);
+    // Not `init()`, which also takes over the `log` crate: sqlx then asks through it, at each statement, whether a line would be
+    // written, and filters per layer apply the "no" to the next span or event of the thread instead. Requests had no spans.
+    tracing::subscriber::set_global_default(subscriber).context("telemetry was installed twice")?;
     std::panic::set_hook(Box::new(|panic| {
         // The place, not the message: that may quote what the code was working on.
         let location = panic.location().map(ToString::to_string);
