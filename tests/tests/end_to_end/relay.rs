@@ -1,0 +1,314 @@
+//! The way from the outbox to Kafka, and what follows from it, while processes die, freeze and find Kafka gone.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use reqwest::{Client, StatusCode};
+use serde_json::json;
+use sqlx::PgConnection;
+use tests::api::{self, Answer, send};
+use tests::ledger::{Ledger, assert_newest_is_last, copies};
+use tests::log::Raw;
+use tests::{Part, System, eventually, eventually_eq, throughout};
+use uuid::Uuid;
+use xtask::services::Running;
+
+/// The user service alone, ready, and every event it will ever commit.
+async fn user_alone() -> (System, Ledger) {
+    let mut system = System::empty().await;
+    system.restart(Part::User, &[]).await;
+    let ledger = system.keep_ledger().await;
+    (system, ledger)
+}
+
+async fn until_frozen(system: &mut System, part: Part) {
+    eventually(&format!("{part:?} is frozen"), async || system.is_frozen(part).then_some(())).await;
+}
+
+/// I5: `(users, mails meant for them, users with more than one)`.
+async fn intents(system: &System) -> (i64, i64, i64) {
+    let count = "select count(*), count(distinct user_id), count(*) - count(distinct user_id) from deliveries";
+    let (mails, users, doubled): (i64, i64, i64) =
+        sqlx::query_as(count).fetch_one(&system.database(Part::Email).await).await.unwrap();
+    (users, mails, doubled)
+}
+
+/// I1, I5, I7, I8: every user was counted once, got one mail intent, and is in the cache as the user service has them.
+async fn assert_effects_once(system: &System, ledger: &Ledger) {
+    system.until_drained().await;
+    let users = ledger.count("select count(*) from users").await;
+    assert_eq!(system.funnel().await.0, users, "I7: registrations counted, and users");
+    assert_eq!(intents(system).await, (users, users, 0), "I5: users mailed, mails, doubled mails");
+    let rows: Vec<(Uuid, i64, bool)> =
+        sqlx::query_as("select id, version, email is null from users").fetch_all(&ledger.0).await.unwrap();
+    for (id, version, erased) in rows {
+        let profile = system.profile(id, Some(version)).await.unwrap();
+        let expected = if erased { StatusCode::NOT_FOUND } else { StatusCode::OK };
+        assert_eq!(profile.status, expected, "I8: {id} at version {version}: {profile:?}");
+    }
+}
+
+/// T04, T05, I1, I3, I4: wherever the relay is killed, under load, no event is lost and none comes out of order; and though some
+/// were published twice, at new offsets, each has its effects once. Twice per point; dying is over in a moment, so more
+/// of it would take longer and show no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_killed_at_any_point_loses_nothing_reorders_nothing_and_doubles_no_effect() {
+    let mut system = System::start().await;
+    let ledger = system.keep_ledger().await;
+    let load = system.load(2);
+    for point in ["after_read", "after_enqueue", "after_ack", "after_commit", "after_delete"] {
+        for nth in [1, 4] {
+            system.spawn(Part::User, &[("FAULT_AT", &format!("relay.{point}:{nth}:kill"))]);
+            eventually(&format!("killed at {point}"), async || system.has_ended(Part::User).then_some(())).await;
+        }
+    }
+    system.restart(Part::User, &[]).await;
+    let enough = load.accepted() + 10;
+    eventually("the last start is under load too", async || (load.accepted() >= enough).then_some(())).await;
+    let answered = load.end().await;
+    // A service that has only just started may say "try again", where two cores are busy; nothing else is an answer.
+    let refused: Vec<&Answer> = answered.refused.iter().filter(|answer| answer.status != 503).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+
+    system.assert_log_is_the_ledger(&ledger).await;
+    for id in &answered.accepted {
+        let found: i64 =
+            sqlx::query_scalar("select count(*) from users where id = $1").bind(id).fetch_one(&ledger.0).await.unwrap();
+        assert_eq!(found, 1, "I1: {id} was accepted");
+    }
+    assert!(copies(&system.read("user.events.v1")) > 0, "a crash between commit and delete publishes twice");
+    assert_effects_once(&system, &ledger).await;
+    let duplicates = system.metric(Part::Analytics, "events_consumed_total", &["outcome=\"duplicate\""]).await;
+    assert!(duplicates.is_some_and(|count| count > 0.0), "the copies have reached analytics: {duplicates:?}");
+}
+
+/// Puts an event into the outbox, as a command would.
+async fn put(db: &mut PgConnection, topic: &str, key: Uuid, version: i64) {
+    let insert = "insert into outbox (event_id, topic, aggregatetype, aggregateid, version, type, payload, occurred_at)
+                  values ($1, $2, 'user', $3, $4, 'user.profile_changed', $5, now())";
+    let payload = json!({ "user_id": key }).to_string().into_bytes();
+    let row = sqlx::query(insert).bind(Uuid::now_v7()).bind(topic).bind(key).bind(version).bind(payload);
+    row.execute(db).await.unwrap();
+}
+
+/// T06, I3, I4: ids are given out before the commit, so a transaction with low ids may become visible after one with high ids
+/// was published. A relay that remembers how far it has read would never see it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_commits_after_later_ids_were_published_is_not_lost() {
+    let (system, ledger) = user_alone().await;
+    let (late, early) = (Uuid::now_v7(), Uuid::now_v7());
+    let mut first = ledger.0.begin().await.unwrap();
+    put(&mut first, "user.events.v1", late, 1).await;
+
+    let mut second = ledger.0.begin().await.unwrap();
+    for version in [1, 2] {
+        put(&mut second, "user.events.v1", early, version).await;
+    }
+    second.commit().await.unwrap();
+    eventually_eq("the later ids are published", 2, async || system.read("user.events.v1").len()).await;
+
+    put(&mut first, "user.events.v1", late, 2).await;
+    first.commit().await.unwrap();
+    let mut third = ledger.0.acquire().await.unwrap();
+    put(&mut third, "user.events.v1", late, 3).await;
+    system.assert_log_is_the_ledger(&ledger).await;
+    assert_eq!(system.read("user.events.v1").len(), 5, "all of them");
+}
+
+/// `PATCH` or `DELETE` of a user, sent to any process of the service.
+async fn change(process: &Running, id: Uuid, display_name: Option<&str>) -> Answer {
+    let url = format!("{}/users/{id}", process.service.url());
+    let request = match display_name {
+        Some(name) => Client::new().patch(url).json(&json!({ "display_name": name })),
+        None => Client::new().delete(url),
+    };
+    send(request).await.unwrap()
+}
+
+fn of_key(records: Vec<Raw>, key: Uuid) -> Vec<Raw> {
+    records.into_iter().filter(|record| record.key_text() == key.to_string()).collect()
+}
+
+/// T09: the leader is frozen inside the round that publishes version 2, at `point`. A second process publishes newer versions,
+/// the last of which erases the user. Then the first wakes up with its round still in hand.
+async fn a_leader_frozen_at(point: &str) {
+    let (mut system, ledger) = user_alone().await;
+    let id = system.register().await;
+    system.until_published(&ledger).await;
+    system.restart(Part::User, &[("FAULT_AT", &format!("{point}:1:stop"))]).await;
+    let url = system.url(Part::User, &format!("/users/{id}"));
+    let renaming = Client::new().patch(url).json(&json!({ "display_name": "Two" }));
+    let renaming = tokio::spawn(send(renaming)); // frozen before or after it has answered
+    until_frozen(&mut system, Part::User).await;
+
+    let mut successor = system.spawn_another(Part::User, &[]);
+    successor.until_ready().await.unwrap();
+    assert_eq!(change(&successor, id, Some("Three")).await.version(), 3);
+    assert_eq!(change(&successor, id, None).await.status, StatusCode::NO_CONTENT);
+    // Postgres ends the frozen session, and with it the lock, after 15 s.
+    system.until_published(&ledger).await;
+
+    system.thaw(Part::User);
+    assert_eq!(renaming.await.unwrap().unwrap().version(), 2);
+    eventually("the thawed relay has given up its round", async || {
+        system.log_of(Part::User).contains("the relay starts over").then_some(())
+    })
+    .await;
+    system.assert_log_is_the_ledger(&ledger).await;
+    assert_eq!(of_key(system.read("user.events.v1"), id).len(), 4, "each version once: nothing of the round came late");
+
+    system.force_compaction().await;
+    let left = eventually("the topic is compacted", async || {
+        let records = of_key(system.read("user.state.v1"), id);
+        (records.len() <= 1).then_some(records)
+    });
+    for record in left.await {
+        assert_eq!((record.version(), record.value), (4, None), "I4: the tombstone is what stays");
+    }
+    assert_newest_is_last(&system.read("user.state.v1"));
+}
+
+/// T09, I3, I4: what was handed to the client library and not sent before the freeze is not sent after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_frozen_before_its_records_were_sent_is_fenced() {
+    a_leader_frozen_at("relay.after_enqueue").await;
+}
+
+/// T09, I3, I4: what Kafka had before the freeze is not committed after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_frozen_before_its_commit_is_fenced() {
+    a_leader_frozen_at("relay.after_ack").await;
+}
+
+/// T10, I4: a row that Kafka will never take blocks what comes after it under the same key, says so, and blocks nobody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_kafka_refuses_blocks_its_key_and_no_other() {
+    let (system, ledger) = user_alone().await;
+    let (poisoned, other) = (Uuid::now_v7(), Uuid::now_v7());
+    let mut tx = ledger.0.begin().await.unwrap();
+    put(&mut tx, "no.such.topic", poisoned, 1).await;
+    put(&mut tx, "user.events.v1", poisoned, 2).await;
+    put(&mut tx, "user.events.v1", other, 1).await;
+    tx.commit().await.unwrap();
+
+    eventually_eq("the other key flows", 1, async || of_key(system.read("user.events.v1"), other).len()).await;
+    let registered = system.register().await;
+    eventually_eq("and new ones", 1, async || of_key(system.read("user.events.v1"), registered).len()).await;
+    eventually_eq("the blocked key is told", Some(1.0), async || {
+        system.metric(Part::User, "outbox_blocked_keys", &[]).await
+    })
+    .await;
+    assert!(of_key(system.read("user.events.v1"), poisoned).is_empty(), "version 2 must not overtake version 1");
+    let waiting = "select count(*) from outbox";
+    eventually_eq("its rows stay", 2, async || ledger.count(waiting).await).await;
+}
+
+/// T46: a topic that is not what its owner declares is not written to; the service ends and says what to do.
+async fn refuses_to_run_on(topic: &str, partitions: i32, settings: &[(&str, &str)], message: &str) {
+    let mut system = System::empty().await;
+    system.create_topic(topic, partitions, settings).await;
+    for addr in ["HTTP_ADDR", "ADMIN_ADDR"] {
+        system.set(addr, &format!("127.0.0.1:{}", xtask::testing::free_port()));
+    }
+    let ended = system.run(Part::User, &["serve"]).await.expect_err("it ends with a status that is not 0");
+    assert!(ended.to_string().contains(message), "{message:?} is not in the log:\n{ended}");
+}
+
+/// T46: with another number of partitions keys would change their partition, and order would be lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_with_another_number_of_partitions_stops_its_owner_loudly() {
+    refuses_to_run_on("user.events.v1", 3, &[], "has 3 partitions, declared are 6").await;
+}
+
+/// T46: without compaction what was erased would stay readable.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_with_another_cleanup_policy_stops_its_owner_loudly() {
+    let settings = [("cleanup.policy", "delete")];
+    refuses_to_run_on("user.state.v1", 6, &settings, "has cleanup.policy=delete, declared is compact").await;
+}
+
+/// How long Kafka is away in the test below.
+const OUTAGE: Duration = Duration::from_secs(20);
+
+/// T12, I1, I3, I4: registering does not need Kafka. The outage takes 20 s instead of minutes: by then every time-out of the
+/// relay's transaction and of the pool has passed, and what grows has grown.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everything_drains_in_order() {
+    let mut system = System::start_on_own_components().await;
+    let ledger = system.keep_ledger().await;
+    let load = system.load(2);
+    eventually("the load has begun", async || (load.accepted() > 5).then_some(())).await;
+    system.stack.as_mut().unwrap().kafka.process.kill();
+    let before = load.accepted();
+
+    // A request waits for no Kafka, so no transaction does: none rests for a second between two statements.
+    let resting = "select count(*) from pg_stat_activity where datname = current_database()
+                   and state like 'idle in transaction%' and now() - state_change > interval '1 second'";
+    throughout(OUTAGE, "no transaction is held open, and the service is ready", async || {
+        let ready = system.readiness(Part::User).await.is_some_and(|(ready, _)| ready);
+        ready && ledger.count(resting).await == 0
+    })
+    .await;
+    let during = load.accepted() - before;
+    assert!(during > 20, "the load went on: {during} registrations");
+    let waiting = ledger.count("select count(*) from outbox").await;
+    assert!(waiting >= i64::try_from(2 * during).unwrap(), "{waiting} rows wait after {during} registrations");
+    eventually("the metric tells of them", async || {
+        system.metric(Part::User, "outbox_rows", &[]).await.filter(|rows| *rows >= 2.0 * during as f64)
+    })
+    .await;
+
+    system.stack.as_mut().unwrap().kafka.restart().await.unwrap();
+    let answered = load.end().await;
+    assert_eq!((answered.refused, answered.unknown), (vec![], 0), "every request was answered with 201");
+    system.assert_log_is_the_ledger(&ledger).await;
+    assert_effects_once(&system, &ledger).await;
+}
+
+/// Who has how many mails.
+async fn sent(system: &System) -> BTreeMap<String, usize> {
+    let mut mails = BTreeMap::new();
+    for mail in system.sink.mails() {
+        *mails.entry(mail.to.join(",")).or_default() += 1;
+    }
+    mails
+}
+
+/// T45, I5, I7, I9: consumers that are frozen inside their transaction hold rows and partitions. Kafka takes the partitions away
+/// after 10 s, Postgres ends the transactions after 5 s, and copies go on. What the first ones do when they wake up is undone.
+#[tokio::test(flavor = "multi_thread")]
+async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothing() {
+    let mut system = System::empty().await;
+    system.spawn(Part::User, &[]);
+    system.spawn(Part::Email, &[("FAULT_AT", "email.before_commit:1:stop")]);
+    system.spawn(Part::Analytics, &[("FAULT_AT", "inbox.before_commit:1:stop")]);
+    system.ready(&[Part::User, Part::Email, Part::Analytics]).await;
+    let mut addresses: Vec<String> = (0..5).map(|_| api::address()).collect();
+    for email in &addresses {
+        system.register_as(email).await;
+    }
+    until_frozen(&mut system, Part::Email).await;
+    until_frozen(&mut system, Part::Analytics).await;
+
+    let (mut email, mut analytics) =
+        (system.spawn_another(Part::Email, &[]), system.spawn_another(Part::Analytics, &[]));
+    email.until_ready().await.unwrap();
+    analytics.until_ready().await.unwrap();
+    let funnel = format!("{}/funnel", analytics.service.url());
+    eventually_eq("the copies have done all the work", json!({ "registered": 5, "mailed": 5 }), async || {
+        send(Client::new().get(&funnel)).await.unwrap().body
+    })
+    .await;
+
+    system.thaw(Part::Email);
+    system.thaw(Part::Analytics);
+    addresses.extend((0..5).map(|_| api::address()));
+    for email in &addresses[5..] {
+        system.register_as(email).await;
+    }
+    system.ready(&[Part::Email, Part::Analytics]).await;
+    eventually_eq("the old and the new work together", (10, 10), async || system.funnel().await).await;
+    assert_eq!(intents(&system).await, (10, 10, 0), "I5: users mailed, mails, doubled mails");
+    let once: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
+    assert_eq!(sent(&system).await, once, "one mail each");
+}
