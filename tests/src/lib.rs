@@ -9,8 +9,16 @@
 )]
 
 pub mod api;
+pub mod consume;
+pub mod ledger;
+pub mod load;
 pub mod log;
+pub mod mailing;
+pub mod otlp;
+pub mod search;
 pub mod system;
+pub mod topics;
+pub mod wire;
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};

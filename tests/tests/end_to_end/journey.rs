@@ -1,25 +1,230 @@
 //! One registration, from the request to every effect, and its erasure from everywhere.
 
+use reqwest::{Client, StatusCode};
+use serde_json::json;
+use sqlx::{Connection, PgConnection};
+use tests::log::{Draft, GROUPS};
 use tests::{Part, System, api, eventually, eventually_eq};
+use uuid::Uuid;
 
+/// Somebody, before and after a change of address and name. No other text of a system is like these.
+struct Person {
+    id: Uuid,
+    addresses: [String; 2],
+    names: [String; 2],
+}
+
+impl Person {
+    fn new() -> Self {
+        let name = || format!("Ada {}", Uuid::now_v7().simple());
+        Self { id: Uuid::nil(), addresses: [api::address(), api::address()], names: [name(), name()] }
+    }
+
+    fn personal_data(&self) -> [&str; 4] {
+        [&self.addresses[0], &self.addresses[1], &self.names[0], &self.names[1]]
+    }
+}
+
+/// I1, I5, I8, I13, I14: the whole path, station by station; every metric that the services promise moves on the way; and after
+/// the erasure nothing of the person is left in any table, topic, cache key, dead letter, log line or metric.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registration_reaches_everybody_and_its_erasure_too() {
-    let system = System::start().await;
-    let email = api::address();
-    let id = system.register_as(&email).await;
-    system.until_mailed(id).await;
-    let mail = eventually("the mail is in the sink", async || system.sink.mails().pop()).await;
-    assert_eq!(mail.to, std::slice::from_ref(&email));
+    let mut system = System::empty().await;
+    let user_relay = Held::relay(&system, Part::User).await;
+    let email_relay = Held::relay(&system, Part::Email).await;
+    for part in Part::ALL {
+        system.spawn(part, &[]);
+    }
+    system.ready(&Part::ALL).await;
+    let mut person = Person::new();
+
+    register(&system, &mut person).await;
+    waits_in_the_outbox(&system, Part::User, 2.0).await;
+    let funnel = Held::table(&system, Part::Analytics, "funnel").await;
+    user_relay.release().await;
+    is_mailed(&system, &person).await;
+    waits_in_the_outbox(&system, Part::Email, 1.0).await;
+    is_tried_again(&system, "analytics.users").await;
+    funnel.release().await;
+    email_relay.release().await;
     eventually_eq("the registration and its mail are counted", (1, 1), async || system.funnel().await).await;
-    let profile = system.until_cached(id, 1).await;
-    assert_eq!(profile.body["email"], email);
 
-    assert_eq!(system.rename(id, "Countess").await.unwrap().version(), 2);
-    assert_eq!(system.until_cached(id, 2).await.body["display_name"], "Countess");
+    change(&system, &person).await;
+    leave_a_dead_letter(&system, &person).await;
+    // What is searched for can be found: where it belongs, and nowhere else.
+    let holders = ["Email public.recipients", "User public.users", "cache", "topic user.state.v1"];
+    assert_eq!(system.places_of(&person.personal_data()).await, holders, "who holds personal data");
 
-    assert_eq!(system.erase(id).await.unwrap().status, 204);
-    eventually_eq("the cache has forgotten", 404, async || system.profile(id, Some(3)).await.unwrap().status.as_u16())
-        .await;
+    erase(&system, &person).await;
+    system.force_compaction().await;
+    let places = async || system.places_of(&person.personal_data()).await;
+    eventually_eq("nothing of the person is left", Vec::<String>::new(), places).await;
+    settle_the_dead_letters(&system).await;
+    every_metric_has_moved(&system).await;
+}
+
+/// 201 with id and version alone. The address is also the idempotency key, since callers put anything into it; and the second
+/// registration of the address is refused, so that refusals are searched too.
+async fn register(system: &System, person: &mut Person) {
+    let body = json!({ "email": person.addresses[0], "display_name": person.names[0] });
+    let post = || Client::new().post(system.url(Part::User, "/users")).json(&body);
+    let answer = api::send(post().header("idempotency-key", &person.addresses[0])).await.unwrap();
+    assert_eq!((answer.status, answer.etag.as_deref()), (StatusCode::CREATED, Some("\"1\"")));
+    person.id = answer.id();
+    assert_eq!(answer.body, json!({ "id": person.id, "version": 1 }));
+    let again = api::send(post()).await.unwrap();
+    assert_eq!(again.status, StatusCode::CONFLICT, "{again:?}");
+}
+
+/// With the relay held, the outbox shows what it has and how long it has had it.
+async fn waits_in_the_outbox(system: &System, part: Part, rows: f64) {
+    eventually(&format!("{part:?} shows what waits in its outbox"), async || {
+        let age = system.metric(part, "outbox_oldest_age_seconds", &[]).await?;
+        (system.metric(part, "outbox_rows", &[]).await? == rows && age >= 1.0).then_some(())
+    })
+    .await;
+}
+
+async fn is_mailed(system: &System, person: &Person) {
+    system.until_mailed(person.id).await;
+    let mails = system.sink.mails();
+    assert_eq!(mails.len(), 1);
+    assert_eq!(mails[0].to, [person.addresses[0].clone()]);
+    assert!(mails[0].text.as_ref().unwrap().contains(&person.names[0]));
+}
+
+/// With its table held, the handler's statement times out: the batch is put off, not lost.
+async fn is_tried_again(system: &System, group: &str) {
+    let label = format!("group=\"{group}\"");
+    eventually("the batch was put off", async || {
+        system.metric(Part::Analytics, "consumer_retries_total", &[&label]).await.filter(|retries| *retries >= 1.0)
+    })
+    .await;
+}
+
+/// Another name, another address; the readers have them as soon as they ask for that version.
+async fn change(system: &System, person: &Person) {
+    assert_eq!(system.until_cached(person.id, 1).await.body["email"], person.addresses[0]);
+    assert_eq!(system.rename(person.id, &person.names[1]).await.unwrap().version(), 2);
+    assert_eq!(system.until_cached(person.id, 2).await.body["display_name"], person.names[1]);
+    assert_eq!(system.change_email(person.id, &person.addresses[1]).await.unwrap().version(), 3);
+    assert_eq!(system.until_cached(person.id, 3).await.body["email"], person.addresses[1]);
     system.until_drained().await;
-    assert!(system.metric(Part::Cache, "events_consumed_total", &["outcome=\"applied\""]).await.unwrap() >= 3.0);
+}
+
+/// A broken record with the person's data in it: what is kept of it must not outlive the erasure.
+async fn leave_a_dead_letter(system: &System, person: &Person) {
+    let value = json!({ "email": person.addresses[1], "display_name": person.names[1] }).to_string();
+    let whole = Draft { value: Some(value.into_bytes()), ..Draft::envelope("user.state", person.id, 4) };
+    system.write("user.state.v1", &whole.without("ce_id")).await;
+    until_dead_letters(system, 1.0).await;
+}
+
+async fn until_dead_letters(system: &System, open: f64) {
+    for (part, label) in [(Part::Email, "group=\"email.recipients\""), (Part::Cache, "group=\"cache.profiles\"")] {
+        let count = async || system.metric(part, "dead_letters_open", &[label]).await;
+        eventually_eq(&format!("open dead letters of {part:?}"), Some(open), count).await;
+    }
+}
+
+async fn erase(system: &System, person: &Person) {
+    assert_eq!(system.erase(person.id).await.unwrap().status, StatusCode::NO_CONTENT);
+    let status = async || system.profile(person.id, Some(4)).await.unwrap().status.as_u16();
+    eventually_eq("the cache has forgotten", 404, status).await;
+    assert_eq!(system.get(Part::User, &format!("/users/{}", person.id)).await.unwrap().status, StatusCode::NOT_FOUND);
+    system.until_drained().await;
+}
+
+/// The letters point to a record that the compaction took.
+async fn settle_the_dead_letters(system: &System) {
+    for part in [Part::Email, Part::Cache] {
+        let printed = system.run(part, &["redrive"]).await.unwrap();
+        assert!(printed.contains("0 settled, 1 superseded, 0 failed"), "{printed}");
+    }
+    until_dead_letters(system, 0.0).await;
+}
+
+/// Every metric that the issue names: it is there, on the services that have it, and it is not where it began, or it went up and
+/// came back, as seen above.
+async fn every_metric_has_moved(system: &System) {
+    let requests = [
+        (Part::User, "route=\"/users\",status=\"201\""),
+        (Part::User, "route=\"/users\",status=\"409\""),
+        (Part::Email, "route=\"/users/{id}/emails\",status=\"200\""),
+        (Part::Analytics, "route=\"/funnel\",status=\"200\""),
+        (Part::Cache, "route=\"/profiles/{id}\",status=\"200\""),
+    ];
+    let mut moved = vec![];
+    for (part, label) in requests {
+        moved.push((part, "http_request_duration_seconds_count", label.to_owned()));
+    }
+    for part in [Part::User, Part::Email] {
+        moved.push((part, "relay_rounds_total", "outcome=\"published\"".to_owned()));
+    }
+    moved.push((Part::Email, "deliveries_settled_total", "state=\"sent\"".to_owned()));
+    for (group, _) in GROUPS {
+        let label = format!("group=\"{group}\"");
+        moved.push((owner(group), "event_age_seconds_count", label.clone()));
+        moved.push((owner(group), "events_consumed_total", format!("{label},outcome=\"applied\"")));
+    }
+    for group in ["email.recipients", "cache.profiles"] {
+        let label = format!("group=\"{group}\",outcome=\"dead_lettered\"");
+        moved.push((owner(group), "events_consumed_total", label));
+    }
+    for (part, name, label) in moved {
+        let value = system.metric(part, name, &[&label]).await;
+        assert!(value.is_some_and(|value| value >= 1.0), "{part:?} {name} {label}: {value:?}");
+    }
+    every_gauge_is_back_at_zero(system).await;
+}
+
+async fn every_gauge_is_back_at_zero(system: &System) {
+    let mut gauges = vec![];
+    for part in [Part::User, Part::Email] {
+        gauges.extend([(part, "outbox_rows", String::new()), (part, "outbox_oldest_age_seconds", String::new())]);
+    }
+    for state in ["pending", "sending", "unknown", "unaddressed"] {
+        gauges.push((Part::Email, "deliveries_open", format!("state=\"{state}\"")));
+    }
+    for (group, _) in GROUPS {
+        let label = format!("group=\"{group}\"");
+        gauges.push((owner(group), "consumer_lag", label.clone()));
+        gauges.push((owner(group), "dead_letters_open", label));
+    }
+    for (part, name, label) in gauges {
+        let value = async || system.metric(part, name, &[&label]).await;
+        eventually_eq(&format!("{part:?} {name} {label}"), Some(0.0), value).await;
+    }
+}
+
+fn owner(group: &str) -> Part {
+    match group.split('.').next() {
+        Some("email") => Part::Email,
+        Some("analytics") => Part::Analytics,
+        _ => Part::Cache,
+    }
+}
+
+/// Something that a service needs and does not get, so that it can be seen waiting.
+struct Held(PgConnection);
+
+impl Held {
+    /// The lock that the leading relay of an outbox holds.
+    async fn relay(system: &System, part: Part) -> Self {
+        Self::by(system, part, "select pg_advisory_lock(x'6f7574626f78'::bigint)").await
+    }
+
+    async fn table(system: &System, part: Part, table: &str) -> Self {
+        Self::by(system, part, &format!("begin; lock table {table}")).await
+    }
+
+    async fn by(system: &System, part: Part, statement: &str) -> Self {
+        let mut connection = system.database(part).await.acquire().await.unwrap().detach();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut connection).await.unwrap();
+        Self(connection)
+    }
+
+    async fn release(self) {
+        self.0.close().await.unwrap();
+    }
 }

@@ -2,4 +2,15 @@
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
+mod consuming;
+mod dead_letters;
 mod journey;
+mod local_stack;
+mod mailing;
+mod malformed;
+mod outage;
+mod problems;
+mod registering;
+mod relay;
+mod tracing;
+mod view;
