@@ -20,7 +20,11 @@ impl Handler for Welcome {
     type Event = UserEvent;
 
     /// One transaction. Crash before the commit: the batch comes again. Crash after it: it comes again and changes nothing.
+    /// Users are written in the order of their ids, as in [`Recipients`]: two transactions that lock the same rows in opposite
+    /// orders would deadlock. The effects commute, so the order has no other meaning.
     async fn handle(&self, batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
+        let mut batch: Vec<_> = batch.iter().collect();
+        batch.sort_by_key(|record| record.envelope.key);
         let mut tx = self.db.begin().await?;
         let mut outcome = Outcome::default();
         for record in batch {
@@ -82,8 +86,8 @@ pub struct Recipients {
 impl Handler for Recipients {
     type Event = UserState;
 
-    /// One statement. Users are written in the order of their ids, since two transactions that lock the same rows in opposite
-    /// orders would deadlock; and each once, since a statement may touch a row only once.
+    /// One statement. Users are written in the order of their ids, as in [`Welcome`]; and each once, since a statement may touch
+    /// a row only once.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut newest: BTreeMap<Uuid, &Record<UserState>> = BTreeMap::new();
         for record in batch {

@@ -115,8 +115,11 @@ impl Sender {
                 deliveries::put_off(&self.db, claim, &self.rules, true, None).await?;
                 tracing::warn!(attempt = claim.attempt, "no answer to the mail: it may arrive twice");
             }
-            // Ours it is no more, or it is put off: then the lease ends by itself.
-            Ending::Superseded => tracing::warn!(attempt = claim.attempt, "not sent: no longer ours"),
+            // Another's by now: then this changes nothing. Or the recipient was erased, or the database did not say.
+            Ending::Superseded => {
+                deliveries::put_off(&self.db, claim, &self.rules, false, None).await?;
+                tracing::warn!(attempt = claim.attempt, "not sent: no longer ours, or nobody to send it to");
+            }
         }
         self.wake.notify();
         Ok(())
