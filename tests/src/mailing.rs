@@ -9,7 +9,7 @@ use uuid::Uuid;
 use xtask::smtp_sink::Mail;
 
 use crate::log::Draft;
-use crate::{Part, System, eventually, eventually_eq};
+use crate::{Part, System, eventually_eq};
 
 /// What no question asked from time to time can see: every state that a delivery passes through.
 const DIARY: &str = "

@@ -45,8 +45,8 @@ async fn profile(
             tracing::error!(error = %format!("{error:#}"), "Valkey does not answer");
             problem(StatusCode::SERVICE_UNAVAILABLE, "the cache's store does not answer; try again")
         })?;
-        let fresh_enough = if min_version > 0 { found.version >= min_version } else { found.complete };
-        if fresh_enough {
+        // Also of an incomplete view a version may be known, but an older one than was answered before.
+        if found.complete && found.version >= min_version {
             return Ok(answer(id, found));
         }
         if min_version <= 0 {

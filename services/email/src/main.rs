@@ -59,8 +59,9 @@ struct Config {
     /// Mails sent at the same time by this process.
     #[arg(long, env, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     senders: u16,
-    /// How long a sender may take over one mail before another may take it over; longer than the SMTP time-outs together.
-    #[arg(long, env, default_value_t = 120_000)]
+    /// How long a sender may take over one mail before another may take it over. It must be longer than the time-outs of all steps
+    /// together, 130 seconds; a shorter one sends copies when the mail server is slow.
+    #[arg(long, env, default_value_t = 180_000)]
     lease_ms: u64,
     /// The wait before the second attempt; it doubles with each, up to ten minutes.
     #[arg(long, env, default_value_t = 1_000)]

@@ -54,7 +54,7 @@ impl Sender {
         self.metrics.settled("cancelled", cancelled);
         let Some(claim) = bounded(deliveries::claim(&self.db, &self.rules)).await? else { return Ok(false) };
         fault::point("email.after_claim");
-        let span = tracing::info_span!(
+        let span = tracing::error_span!(
             parent: None, "send", "otel.kind" = "client", delivery.id = %claim.id, template = claim.template, trace.id = Empty
         );
         let cause = TraceContext { traceparent: claim.traceparent.clone(), tracestate: claim.tracestate.clone() };

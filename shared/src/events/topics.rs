@@ -41,7 +41,7 @@ impl Topic {
             Kind::Facts => &[("cleanup.policy", "delete"), ("retention.ms", "-1")],
             Kind::State => &[
                 ("cleanup.policy", "compact"),
-                ("max.compaction.lag.ms", "604800000"), // 7 days: by then an erased value is gone
+                ("max.compaction.lag.ms", "604800000"), // 7 days: by then an erased value is gone, once a later record has come
                 ("delete.retention.ms", "2592000000"),  // 30 days: a consumer behind by less still sees the tombstone
                 ("segment.ms", "86400000"),             // 1 day: only closed segments are compacted
             ],

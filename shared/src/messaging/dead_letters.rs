@@ -3,7 +3,7 @@
 //! `<group>.dlq` is a table, not a queue: compacted, keyed by the source's coordinates, so the same record is one letter
 //! however often it is set aside, and a settled letter is a tombstone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -163,13 +163,17 @@ fn topic(kafka: &KafkaConfig, group: &str) -> String {
 pub(super) fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>> {
     let mut table = BTreeMap::new();
     let (mut complete, mut heard) = (false, Instant::now());
-    let mut read = 0;
-    follow(kafka, group, &mut table, |table, caught_up| {
-        if table.len() != read {
-            (read, heard) = (table.len(), Instant::now());
+    follow(kafka, group, |change, caught_up| {
+        match change {
+            Some((key, Some(letter))) => drop(table.insert(key, letter)),
+            Some((key, None)) => drop(table.remove(&key)),
+            None => {
+                complete = caught_up;
+                return !complete && heard.elapsed() < SILENCE;
+            }
         }
-        complete = caught_up;
-        !complete && heard.elapsed() < SILENCE
+        heard = Instant::now();
+        true
     })?;
     ensure!(complete, "cannot read the dead letters of {group}: nothing came from Kafka for {SILENCE:?}");
     let mut letters: Vec<_> = table.values().filter_map(DeadLetter::parse).collect();
@@ -177,7 +181,7 @@ pub(super) fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadL
     Ok(letters)
 }
 
-/// Keeps the metric of open letters, by following the table: it also moves when another process redrives.
+/// Keeps the metric of open letters, by following the table: it also moves when another process redrives. Only keys are held.
 pub(crate) fn count_open(
     kafka: &KafkaConfig,
     group: &str,
@@ -185,24 +189,24 @@ pub(crate) fn count_open(
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     let gauge = metrics.dead_letters_open.get_or_create_owned(&Group { group: group.to_owned() });
-    follow(kafka, group, &mut BTreeMap::new(), |table, caught_up| {
-        if caught_up {
-            gauge.set(table.len() as i64);
+    let mut open = BTreeSet::new();
+    follow(kafka, group, |change, caught_up| {
+        match change {
+            Some((key, Some(_))) => drop(open.insert(key)),
+            Some((key, None)) => drop(open.remove(&key)),
+            None if caught_up => drop(gauge.set(open.len() as i64)),
+            None => {}
         }
         !stop.is_cancelled()
     })
 }
 
-type Table = BTreeMap<Vec<u8>, OwnedMessage>;
+/// A key of the table and its letter; no letter where it was settled.
+type Change = (Vec<u8>, Option<OwnedMessage>);
 
-/// Reads the table from its beginning for as long as `go_on` says so: it is asked after each record and at each pause, and
-/// told whether the end was reached.
-fn follow(
-    kafka: &KafkaConfig,
-    group: &str,
-    table: &mut Table,
-    mut go_on: impl FnMut(&Table, bool) -> bool,
-) -> anyhow::Result<()> {
+/// Reads the table from its beginning for as long as `go_on` says so. It is told each change, and at each pause whether the end was
+/// reached.
+fn follow(kafka: &KafkaConfig, group: &str, mut go_on: impl FnMut(Option<Change>, bool) -> bool) -> anyhow::Result<()> {
     let consumer: BaseConsumer = kafka
         .client()
         .set("group.id", kafka.prefixed(&format!("{group}.dlq"))) // never joined: the client asks for a name
@@ -216,21 +220,23 @@ fn follow(
     consumer.assign(&start)?;
     let mut caught_up = false;
     loop {
-        match consumer.poll(POLL) {
+        let change = match consumer.poll(POLL) {
             Some(Ok(message)) => {
                 let key = message.key().unwrap_or_default().to_vec();
                 // A pointer has no payload either, but it has headers.
-                if message.headers().is_some() {
-                    table.insert(key, message.detach())
-                } else {
-                    table.remove(&key)
-                };
+                Some((key, message.headers().is_some().then(|| message.detach())))
             }
-            Some(Err(KafkaError::PartitionEOF(_))) => caught_up = true,
-            Some(Err(error)) => tracing::debug!(group, %error, "cannot read the dead letters yet"),
-            None => {}
-        }
-        if !go_on(table, caught_up) {
+            Some(Err(KafkaError::PartitionEOF(_))) => {
+                caught_up = true;
+                None
+            }
+            Some(Err(error)) => {
+                tracing::debug!(group, %error, "cannot read the dead letters yet");
+                None
+            }
+            None => None,
+        };
+        if !go_on(change, caught_up) {
             return Ok(());
         }
     }

@@ -2,8 +2,12 @@
 //! again, at any time, also after newer ones (a relay's duplicate, a retry, a redrive, a replay). So its effects commute (on
 //! facts) or the highest version wins (on state).
 
-use std::any::Any;
 use std::ops::AddAssign;
+use std::panic::AssertUnwindSafe;
+
+use anyhow::anyhow;
+use futures::FutureExt;
+use tokio::time::{Duration, timeout};
 
 use super::Record;
 use crate::events::Event;
@@ -31,6 +35,20 @@ pub trait Handler: Send + Sync + 'static {
         _position: i64,
     ) -> impl Future<Output = Result<(), Failure>> + Send {
         async { Ok(()) }
+    }
+}
+
+/// For one call of a handler. Well above any database time-out, so it strikes only where nobody answers at all (a frozen server, a
+/// network that is gone), and well below the five minutes after which a group would think its consumer dead.
+pub(super) const HANDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Calls a handler, for at most [`HANDLE_TIMEOUT`]. A panic is a bug met by this record; its message may quote the record, so it is
+/// not kept.
+pub(super) async fn call<H: Handler>(handler: &H, batch: &[Record<H::Event>]) -> Result<Outcome, Failure> {
+    let handled = AssertUnwindSafe(handler.handle(batch)).catch_unwind();
+    match timeout(HANDLE_TIMEOUT, handled).await {
+        Ok(handled) => handled.unwrap_or(Err(Failure::Reject("the handler panicked"))),
+        Err(_) => Err(anyhow!("the handler did not end within {HANDLE_TIMEOUT:?}").into()),
     }
 }
 
@@ -63,11 +81,6 @@ impl Failure {
             }),
             Self::Resume => None,
         }
-    }
-
-    /// A panic is a bug met by this record. Its message may quote the record, so it is not kept.
-    pub(crate) fn panicked(_panic: Box<dyn Any + Send>) -> Self {
-        Self::Reject("the handler panicked")
     }
 }
 

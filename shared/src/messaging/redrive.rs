@@ -12,10 +12,10 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio::time::Instant;
 
 use super::dead_letters::{self, DeadLetter, DeadLetters};
-use super::{Failure, Handler, Record, Source};
+use super::{Failure, Handler, Record, Source, handler};
 use crate::events::{Event, Kind};
 use crate::fault;
-use crate::service::KafkaConfig;
+use crate::service::{KafkaConfig, telemetry};
 
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(100);
@@ -53,6 +53,7 @@ pub async fn redrive<H: Handler>(
     handler: &H,
     options: &Redrive,
 ) -> anyhow::Result<()> {
+    telemetry::hide_panic_messages();
     let kind = H::Event::TOPIC.kind;
     let dead_letters = DeadLetters::new(kafka, group, kind)?;
     let letters = tokio::task::block_in_place(|| dead_letters::open(kafka, group))?;
@@ -105,7 +106,7 @@ async fn attempt<H: Handler>(
         Ok(None) => return Ok(None),
         Err(error) => return Ok(Some(error.to_string())),
     };
-    match handler.handle(&[record]).await {
+    match handler::call(handler, &[record]).await {
         Ok(_) => Ok(None),
         Err(failure) => match (failure.rejection(), failure) {
             (Some(reason), _) => Ok(Some(reason)),

@@ -119,6 +119,7 @@ impl Relay {
     /// read: so no row is read that a predecessor could still publish later.
     fn lead(&self) -> anyhow::Result<()> {
         let runtime = Handle::current();
+        self.metrics.outbox_blocked_keys.set(0); // another's concern while it leads
         let Some(mut db) = runtime.block_on(self.elected())? else { return Ok(()) };
         let name: String =
             runtime.block_on(bounded(sqlx::query_scalar("select current_database()").fetch_one(&mut db)))?;
@@ -148,12 +149,12 @@ impl Relay {
         runtime.block_on(db.close()).context("cannot close the relay's connection")
     }
 
-    /// The key of a row that Kafka refused for itself; any other error ends the term.
-    fn refused(&self, error: &anyhow::Error) -> anyhow::Result<Option<Uuid>> {
+    /// The keys of rows that Kafka refused for themselves; any other error ends the term.
+    fn refused(&self, error: &anyhow::Error) -> anyhow::Result<Vec<Uuid>> {
         let Some(refused) = error.downcast_ref::<Refused>() else { bail!("{error:#}") };
-        tracing::error!(key = %refused.key, error = %refused.cause, "Kafka refuses an outbox row: its key is set aside");
+        tracing::error!(keys = ?refused.keys, error = %refused.cause, "Kafka refuses outbox rows: their keys are set aside");
         self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
-        Ok(Some(refused.key))
+        Ok(refused.keys.clone())
     }
 
     /// Read → publish → delete. Crash before the Kafka commit: the transaction is aborted and nothing of it is seen; the rows
@@ -171,7 +172,7 @@ impl Relay {
             return Ok(0);
         }
         fault::point("relay.after_read");
-        let span = tracing::info_span!("publish", rows = rows.len(), "otel.kind" = "producer");
+        let span = tracing::error_span!("publish", rows = rows.len(), "otel.kind" = "producer");
         let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
         let records = rows.into_iter().map(|row| {
             let (topic, envelope) = (self.kafka.prefixed(&row.topic), row.envelope.into_envelope(&self.source));

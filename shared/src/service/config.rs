@@ -11,7 +11,10 @@ pub struct ServiceConfig {
     /// Where /livez, /readyz and /metrics are answered. Keep it off the public network.
     #[arg(long, env, default_value = "127.0.0.1:9080")]
     pub admin_addr: SocketAddr,
-    /// How log lines look. RUST_LOG chooses which are written.
+    /// Which log lines are written, as tracing-subscriber's EnvFilter reads it. Our own, and of the libraries what is wrong.
+    #[arg(long, env, default_value = "warn,rdkafka=off,user=info,email=info,analytics=info,cache=info,shared=info")]
+    pub rust_log: String,
+    /// How log lines look.
     #[arg(long, env, value_enum, default_value_t)]
     pub log_format: LogFormat,
     /// Where traces go, by OTLP over gRPC, for example http://localhost:4317. Not set: nowhere.

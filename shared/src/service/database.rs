@@ -1,6 +1,6 @@
 //! The connection pool, with the time-outs that keep a frozen process from blocking its successor.
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgPool};
@@ -36,16 +36,15 @@ pub(crate) async fn connect(
     let options: PgConnectOptions =
         url.parse().context("the database URL is not postgres://user:password@host:port/name")?;
     health.waiting(PART, "the database to answer");
-    while let Err(error) = migrate(&options, migrations).await {
+    // Given up in the middle, a migration is rolled back.
+    while let Some(Err(error)) = stop.run_until_cancelled(migrate(&options, migrations)).await {
         if !unreachable(&error) {
             return Err(error.context("cannot migrate the database"));
         }
         tracing::warn!(error = %format!("{error:#}"), "waiting for the database");
-        tokio::select! {
-            () = sleep(RETRY_INTERVAL) => {}
-            () = stop.cancelled() => bail!("stopped while waiting for the database"),
-        }
+        stop.run_until_cancelled(sleep(RETRY_INTERVAL)).await;
     }
+    ensure!(!stop.is_cancelled(), "stopped while waiting for the database");
     health.ready(PART);
     Ok(pool(options))
 }

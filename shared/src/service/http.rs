@@ -4,7 +4,7 @@
 use axum::Router;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use problem_details::ProblemDetails;
@@ -85,8 +85,10 @@ async fn observed(State(metrics): State<Metrics>, request: Request, next: Next) 
     let begun = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("none", MatchedPath::as_str).to_owned(); // never the path: it holds what users type
-    let method = request.method().to_string();
-    let span = tracing::info_span!(
+    // HTTP allows any word as a method; a label has only those that mean something.
+    let known = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::HEAD, Method::OPTIONS];
+    let method = known.iter().find(|known| *known == request.method()).map_or("other", Method::as_str).to_owned();
+    let span = tracing::error_span!(
         "request",
         "otel.kind" = "server",
         http.request.method = %method,

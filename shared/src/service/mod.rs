@@ -47,6 +47,13 @@ pub struct Service {
     traces: SdkTracerProvider,
 }
 
+/// A start that fails half-way ends the threads that run already; otherwise the process would wait for them for ever.
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
 impl Service {
     /// Installs telemetry and opens the admin port.
     ///
@@ -154,10 +161,6 @@ impl Service {
     /// Cancelled when the process is told to stop.
     pub fn stopping(&self) -> CancellationToken {
         self.stop.clone()
-    }
-
-    pub fn health(&self) -> Health {
-        self.health.clone()
     }
 
     pub fn metrics(&self) -> Metrics {

@@ -19,9 +19,6 @@ use tracing_subscriber::{EnvFilter, Layer};
 use super::config::{LogFormat, ServiceConfig};
 use crate::events::Envelope;
 
-/// Our own messages, and of the libraries what is wrong.
-const DEFAULT_FILTER: &str = "warn,rdkafka=off,user=info,email=info,analytics=info,cache=info,shared=info";
-
 /// A W3C trace context as text: `traceparent` and `tracestate`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TraceContext {
@@ -53,28 +50,27 @@ pub(crate) fn init(name: &'static str, config: &ServiceConfig) -> anyhow::Result
         provider = provider.with_batch_exporter(exporter);
     }
     let provider = provider.build();
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::WARN.into());
-    let filter = filter.from_env().context("RUST_LOG is not a filter")?;
-    let filter = if filter.to_string() == "warn" { EnvFilter::new(DEFAULT_FILTER) } else { filter };
+    let filter = EnvFilter::try_new(&config.rust_log).context("RUST_LOG is not a filter")?;
     let lines = match config.log_format {
         LogFormat::Json => tracing_subscriber::fmt::layer().json().flatten_event(true).boxed(),
         LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
     };
-    // Spans are recorded also where the log filter is silent: a trace must not have holes.
-    let traces = tracing_opentelemetry::layer().with_tracer(provider.tracer(name)).with_filter(
-        tracing_subscriber::filter::Targets::new()
-            .with_targets([(name, tracing::Level::INFO), ("shared", tracing::Level::INFO)]),
-    );
-    let subscriber = tracing_subscriber::registry().with(lines.with_filter(filter)).with(traces);
-    // Not `init()`, which also takes over the `log` crate: sqlx then asks through it, at each statement, whether a line would be
-    // written, and filters per layer apply the "no" to the next span or event of the thread instead. Requests had no spans.
+    let traces = tracing_opentelemetry::layer().with_tracer(provider.tracer(name));
+    // One filter for both layers, not one each: a library that only asks whether a line would be written (sqlx does) leaves the answer
+    // of a layer's own filter behind on its thread, where it is taken for the answer about the next span. So that no filter takes
+    // spans away, and a trace has no holes, our spans have the level of errors.
+    let subscriber = tracing_subscriber::registry().with(filter).with(lines).with(traces);
     tracing::subscriber::set_global_default(subscriber).context("telemetry was installed twice")?;
+    hide_panic_messages();
+    Ok(provider)
+}
+
+/// A panic is logged by its place: its message may quote what the code was working on.
+pub(crate) fn hide_panic_messages() {
     std::panic::set_hook(Box::new(|panic| {
-        // The place, not the message: that may quote what the code was working on.
         let location = panic.location().map(ToString::to_string);
         tracing::error!(location, "panicked");
     }));
-    Ok(provider)
 }
 
 /// The trace context of the current span, to be stored beside what will be done later.

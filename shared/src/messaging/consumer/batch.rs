@@ -1,23 +1,14 @@
 //! What is done with a batch: decode, handle, and where a record cannot be handled set it aside as a dead letter.
 
-use std::panic::AssertUnwindSafe;
-
-use anyhow::anyhow;
-use futures::FutureExt;
 use rdkafka::message::{Message, OwnedMessage};
-use tokio::time::{Duration, timeout};
 use tracing::{Instrument, Span, field::Empty};
 
 use super::Running;
 use crate::events;
 use crate::messaging::dead_letters::DeadLetter;
-use crate::messaging::{Failure, Handler, Outcome, Record, Source};
+use crate::messaging::{Failure, Handler, Outcome, Record, Source, handler};
 use crate::service::metrics::{Consumed, Group};
 use crate::service::telemetry::{self, TraceContext};
-
-/// For a batch. Well above any database time-out, so it strikes only where nobody answers at all (a frozen server, a network that is
-/// gone), and well below the five minutes after which the group would think us dead.
-const HANDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What became of a batch's records. It is counted when the whole batch is done, so that a retried batch counts once.
 #[derive(Default)]
@@ -39,7 +30,7 @@ pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Failur
             Err(error) => set_aside(consumer, message, error.to_string(), &mut tally)?,
         }
     }
-    let batch_span = tracing::info_span!("consume", group = consumer.setup.group, records = consumer.batch.len());
+    let batch_span = tracing::error_span!("consume", group = consumer.setup.group, records = consumer.batch.len());
     match run(consumer, &mut records, &batch_span) {
         Ok(outcome) => tally.outcome += outcome,
         // Records are isolated by rerunning the batch one by one: a SQL error has undone the whole transaction.
@@ -105,12 +96,8 @@ fn run<H: Handler>(
     }
     let spans: Vec<Span> = records.iter().map(|record| span(consumer, record, batch_span)).collect();
     let span = if let [single] = spans.as_slice() { single } else { batch_span };
-    let handled = AssertUnwindSafe(consumer.setup.handler.handle(records)).catch_unwind().instrument(span.clone());
-    let bounded = async { timeout(HANDLE_TIMEOUT, handled).await };
-    let outcome = match consumer.runtime.block_on(bounded) {
-        Ok(handled) => handled.unwrap_or_else(|panic| Err(Failure::panicked(panic)))?,
-        Err(_) => return Err(anyhow!("no end after {HANDLE_TIMEOUT:?}").into()),
-    };
+    let handled = handler::call(&consumer.setup.handler, records).instrument(span.clone());
+    let outcome = consumer.runtime.block_on(handled)?;
     consumer.reached = reached;
     let group = Group { group: consumer.setup.group.clone() };
     for (record, span) in records.iter().zip(&spans) {
@@ -122,7 +109,7 @@ fn run<H: Handler>(
 }
 
 fn span<H: Handler>(consumer: &Running<H>, record: &Record<H::Event>, batch_span: &Span) -> Span {
-    let span = tracing::info_span!(
+    let span = tracing::error_span!(
         parent: None,
         "process",
         "otel.name" = format!("process {}", record.envelope.kind),

@@ -20,8 +20,10 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Message, OwnedMessage};
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::runtime::Handle as Runtime;
+use tokio::time::timeout;
 
 use super::dead_letters::DeadLetters;
+use super::handler::HANDLE_TIMEOUT;
 use super::{Failure, Handler};
 use crate::fault;
 use crate::service::metrics;
@@ -166,7 +168,8 @@ impl<H: Handler> Running<H> {
                     Some(Offset::Offset(position)) => position.max(after),
                     _ => after,
                 };
-            let told = self.runtime.block_on(self.setup.handler.caught_up(partition, after, position));
+            let told = self.setup.handler.caught_up(partition, after, position);
+            let told = self.runtime.block_on(async { timeout(HANDLE_TIMEOUT, told).await })?;
             if matches!(told, Err(Failure::Resume)) {
                 self.unplace(&[partition])?;
                 continue;

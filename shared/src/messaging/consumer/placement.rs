@@ -9,6 +9,8 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use super::{KAFKA_TIMEOUT, Running};
 use crate::messaging::Handler;
+use crate::messaging::handler::HANDLE_TIMEOUT;
+use tokio::time::timeout;
 
 /// How soon a start that could not be found out is asked for again.
 const PLACE_INTERVAL: Duration = Duration::from_millis(500);
@@ -18,10 +20,13 @@ impl<H: Handler> Running<H> {
     /// the next turn, and nothing is read meanwhile: a start is never guessed.
     pub(super) fn place(&mut self) {
         let unplaced = self.client.context().unplaced();
-        if unplaced.is_empty() || Instant::now() < self.place_at {
+        let part = self.setup.part("position");
+        if unplaced.is_empty() {
+            return self.setup.health.ready(&part); // those that could not be placed may have been taken away
+        }
+        if Instant::now() < self.place_at {
             return;
         }
-        let part = self.setup.part("position");
         match self.try_place(&unplaced) {
             Ok(()) => self.setup.health.ready(&part),
             Err(error) => {
@@ -44,7 +49,9 @@ impl<H: Handler> Running<H> {
         let mut starts = TopicPartitionList::new();
         for element in committed.elements() {
             element.error()?;
-            let own = self.runtime.block_on(self.setup.handler.resume_at(element.partition()));
+            let own = self
+                .runtime
+                .block_on(async { timeout(HANDLE_TIMEOUT, self.setup.handler.resume_at(element.partition())).await })?;
             let start = match (own.context("cannot ask the handler for its position")?, element.offset()) {
                 (Some(own), _) => own,
                 (None, Offset::Offset(committed)) => committed,

@@ -27,11 +27,11 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 const REPORTS_TIMEOUT: Duration = Duration::from_secs(12);
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
 
-/// Kafka said no to this very record, and will say so again.
+/// Kafka said no to these very records, and will say so again.
 #[derive(Debug, thiserror::Error)]
-#[error("a row of {key} is refused")]
+#[error("rows of {} keys are refused", keys.len())]
 pub(super) struct Refused {
-    pub key: Uuid,
+    pub keys: Vec<Uuid>,
     #[source]
     pub cause: KafkaError,
 }
@@ -73,10 +73,13 @@ impl Transactions {
             self.enqueue(index, record)?;
         }
         fault::point("relay.after_enqueue");
-        let mut failures = self.reports.wait(total)?;
+        let failures = self.reports.wait(total)?;
         fault::point("relay.after_ack");
-        if let Some((index, cause)) = failures.remove_refused() {
-            return Err(Refused { key: keys[index], cause }.into());
+        let refused: Vec<&usize> =
+            failures.0.iter().filter(|(_, cause)| refuses(cause)).map(|(index, _)| index).collect();
+        if let Some(first) = refused.first() {
+            let cause = failures.0[first].clone();
+            return Err(Refused { keys: refused.iter().map(|index| keys[**index]).collect(), cause }.into());
         }
         if let Some(cause) = failures.0.into_values().next() {
             return Err(anyhow!(cause).context("Kafka did not take the round"));
@@ -105,7 +108,7 @@ impl Transactions {
                     std::thread::sleep(QUEUE_FULL_PAUSE);
                     unsent
                 }
-                Err((cause, _)) if refuses(&cause) => return Err(Refused { key: envelope.key, cause }.into()),
+                Err((cause, _)) if refuses(&cause) => return Err(Refused { keys: vec![envelope.key], cause }.into()),
                 Err((cause, _)) => return Err(cause).context("cannot hand a row to the producer"),
             };
         }
@@ -132,16 +135,9 @@ fn refuses(cause: &KafkaError) -> bool {
     )
 }
 
+/// By the record's place in the round.
 #[derive(Default)]
 struct Failures(HashMap<usize, KafkaError>);
-
-impl Failures {
-    /// The first record that Kafka refused for itself; the others failed only because the transaction did.
-    fn remove_refused(&mut self) -> Option<(usize, KafkaError)> {
-        let index = self.0.iter().filter(|(_, cause)| refuses(cause)).map(|(index, _)| *index).min()?;
-        self.0.remove_entry(&index)
-    }
-}
 
 /// The delivery reports of the current round.
 #[derive(Default)]
