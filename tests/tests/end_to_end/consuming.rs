@@ -75,17 +75,20 @@ async fn killed_at(points: [(Part, &str); 3]) {
     assert_eq!(system.until_cached(users[0], 2).await.body["display_name"], "Countess");
 }
 
-/// Any order of starting the services works, also on a broker and in databases where nothing is yet. Of the 24 orders these are
-/// four in which each service is once the first and once the last; the other four are below.
+/// All 24 orders of starting the services work, also on a broker and in databases where nothing is yet. This is one half of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn services_may_be_started_in_any_order() {
     starting_from_each([Part::User, Part::Email, Part::Analytics, Part::Cache]).await;
+    starting_from_each([Part::User, Part::Email, Part::Cache, Part::Analytics]).await;
+    starting_from_each([Part::User, Part::Analytics, Part::Email, Part::Cache]).await;
 }
 
-/// As above, the other way round.
+/// The other half.
 #[tokio::test(flavor = "multi_thread")]
-async fn services_may_be_started_in_any_reverse_order() {
-    starting_from_each([Part::Cache, Part::Analytics, Part::Email, Part::User]).await;
+async fn services_may_be_started_in_any_other_order() {
+    starting_from_each([Part::User, Part::Analytics, Part::Cache, Part::Email]).await;
+    starting_from_each([Part::User, Part::Cache, Part::Email, Part::Analytics]).await;
+    starting_from_each([Part::User, Part::Cache, Part::Analytics, Part::Email]).await;
 }
 
 async fn starting_from_each(mut order: [Part; 4]) {
