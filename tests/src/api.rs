@@ -1,10 +1,15 @@
 //! The services' HTTP APIs, as a client sees them.
 
+use std::time::{Duration, Instant};
+
 use reqwest::{Client, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
+use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::{Part, System, eventually, eventually_eq};
+use crate::consume::part_of;
+use crate::log::GROUPS;
+use crate::{DEADLINE, POLL, Part, System, eventually, eventually_eq};
 
 /// An answer: status, `ETag`, body (null if it is not JSON).
 #[derive(Debug, Clone, PartialEq)]
@@ -14,6 +19,17 @@ pub struct Answer {
     pub content_type: Option<String>,
     pub body: Value,
 }
+
+/// What is under way before the log.
+const OPEN: [(&str, Part, &str); 3] = [
+    ("the user outbox", Part::User, "select count(*) from outbox"),
+    ("the email outbox", Part::Email, "select count(*) from outbox"),
+    (
+        "open deliveries",
+        Part::Email,
+        "select count(*) from deliveries where status in ('pending', 'sending', 'unknown')",
+    ),
+];
 
 impl Answer {
     pub fn id(&self) -> Uuid {
@@ -136,23 +152,48 @@ impl System {
         Some((answer.status.is_success(), answer.body))
     }
 
+    /// Whether the admin port answers this with success.
+    pub async fn get_admin(&self, part: Part, path: &str) -> bool {
+        send(Client::new().get(self.admin_url(part, path))).await.is_ok_and(|answer| answer.status.is_success())
+    }
+
     /// Waits until nothing is under way any more: outboxes empty, no delivery open, all lags 0.
+    ///
+    /// # Panics
+    /// It still is after [`DEADLINE`].
     pub async fn until_drained(&self) {
-        let (user, email) = (self.database(Part::User).await, self.database(Part::Email).await);
-        let open = "select count(*) from deliveries where status in ('pending', 'sending', 'unknown')";
-        let questions = [
-            ("the user outbox", &user, "select count(*) from outbox"),
-            ("the email outbox", &email, "select count(*) from outbox"),
-            ("open deliveries", &email, open),
-        ];
-        eventually_eq("everything is drained", vec![], async || {
-            let mut busy = vec![];
-            for (what, db, question) in questions {
-                let rows: i64 = sqlx::query_scalar(question).fetch_one(db).await.unwrap();
-                busy.extend((rows > 0).then(|| format!("{what}: {rows}")));
+        let behind = self.drain(DEADLINE).await;
+        assert!(behind.is_empty(), "not drained within {DEADLINE:?}: {behind:?}");
+    }
+
+    /// Waits for the same; what is still under way after `limit`.
+    pub async fn drain(&self, limit: Duration) -> Vec<String> {
+        let deadline = Instant::now() + limit;
+        let mut databases = vec![];
+        for (what, part, question) in OPEN {
+            if self.was_started(part) {
+                databases.push((what, self.database(part).await, question));
             }
-            if busy.is_empty() { self.lags() } else { busy }
-        })
-        .await;
+        }
+        loop {
+            let behind = self.behind(&databases).await;
+            if behind.is_empty() || Instant::now() > deadline {
+                return behind;
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    async fn behind(&self, databases: &[(&str, PgPool, &'static str)]) -> Vec<String> {
+        let mut behind = vec![];
+        for (what, db, question) in databases {
+            let rows: i64 = sqlx::query_scalar(*question).fetch_one(db).await.unwrap();
+            behind.extend((rows > 0).then(|| format!("{what}: {rows}")));
+        }
+        if behind.is_empty() {
+            let groups = GROUPS.iter().filter(|(group, _)| self.was_started(part_of(group)));
+            behind = groups.flat_map(|(group, topic)| self.lag_of(group, topic)).collect();
+        }
+        behind
     }
 }

@@ -9,8 +9,8 @@
 )]
 
 pub mod api;
+pub mod checker;
 pub mod consume;
-pub mod ledger;
 pub mod load;
 pub mod log;
 pub mod mailing;
@@ -18,6 +18,7 @@ pub mod otlp;
 pub mod search;
 pub mod system;
 pub mod topics;
+pub mod watch;
 pub mod wire;
 
 use std::fmt::Debug;
@@ -27,7 +28,7 @@ pub use system::{Part, System};
 
 /// Longer than anything takes that works, also on two busy cores.
 pub const DEADLINE: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(50);
+pub(crate) const POLL: Duration = Duration::from_millis(50);
 
 /// Waits until `probe` answers something, and returns it.
 ///

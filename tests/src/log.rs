@@ -141,6 +141,14 @@ impl System {
 
     /// Writes a record by hand, as any client could, and waits for Kafka's answer: partition and offset.
     pub async fn write(&self, topic: &str, draft: &Draft) -> (i32, i64) {
+        let id = draft
+            .headers
+            .iter()
+            .find(|(name, _)| name == "ce_id")
+            .and_then(|(_, id)| Uuid::try_parse_ascii(id.as_deref()?).ok());
+        if let Some(id) = id {
+            self.note_by_hand(id);
+        }
         let producer: FutureProducer =
             self.client().set("partitioner", "murmur2_random").set("message.max.bytes", "2000000").create().unwrap();
         let name = self.prefixed(topic);
@@ -163,10 +171,6 @@ impl System {
     }
 
     /// The records that a group has not committed yet, per partition that has such; the transaction markers count too.
-    pub fn lags(&self) -> Vec<String> {
-        GROUPS.iter().flat_map(|(group, topic)| self.lag_of(group, topic)).collect()
-    }
-
     pub fn lag_of(&self, group: &str, topic: &str) -> Vec<String> {
         let name = self.prefixed(topic);
         let consumer: BaseConsumer = self.client().set("group.id", self.prefixed(group)).create().unwrap();
@@ -198,6 +202,7 @@ impl System {
     /// Forces the compaction of `user.state.v1`: segments roll at once, and each partition gets one more record, since only an
     /// append rolls a segment. The records are tombstones of users that never were.
     pub async fn force_compaction(&self) {
+        self.note_compaction();
         let settings = [
             ("cleanup.policy", "compact"),
             ("segment.ms", "100"),

@@ -12,13 +12,15 @@ use crate::log::Draft;
 use crate::{Part, System, eventually_eq};
 
 /// What no question asked from time to time can see: every state that a delivery passes through.
-const DIARY: &str = "
-    create table delivery_diary (number bigint generated always as identity, user_id uuid not null, status text not null);
-    create function keep_diary() returns trigger language plpgsql as $$ begin
-        insert into delivery_diary (user_id, status) values (new.user_id, new.status);
+pub const DIARY: &str = "
+    create table if not exists delivery_diary (
+        number bigint generated always as identity, delivery_id uuid not null, user_id uuid not null, status text not null
+    );
+    create or replace function keep_diary() returns trigger language plpgsql as $$ begin
+        insert into delivery_diary (delivery_id, user_id, status) values (new.id, new.user_id, new.status);
         return null;
     end $$;
-    create trigger keep_diary after insert or update of status on deliveries for each row execute function keep_diary();";
+    create or replace trigger keep_diary after insert or update of status on deliveries for each row execute function keep_diary();";
 
 impl System {
     /// A user service and an email service, ready, whose deliveries keep a diary from now on.

@@ -15,13 +15,13 @@ impl System {
     /// The places that hold any of `texts`, sorted: `user public.users`, `topic user.state.v1`, `cache`, `log of email`, …
     pub async fn places_of(&self, texts: &[&str]) -> Vec<String> {
         let mut places = vec![];
-        for part in [Part::User, Part::Email, Part::Analytics] {
+        for part in self.started().into_iter().filter(|part| *part != Part::Cache) {
             places.extend(self.tables_with(part, texts).await);
         }
         let cached = cached(&mut self.valkey().await, &self.prefix).await;
         places.extend(holds(&cached, texts).then(|| "cache".to_owned()));
         places.extend(self.topics_with(texts));
-        for part in Part::ALL {
+        for part in self.started() {
             places.extend(holds(&self.log_of(part), texts).then(|| format!("log of {part:?}")));
             places.extend(holds(&self.metrics_page(part).await, texts).then(|| format!("metrics of {part:?}")));
         }

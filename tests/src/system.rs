@@ -1,10 +1,16 @@
 //! One Waybill for one test: services of its own on the shared components, kept apart by topic prefix, databases and key
 //! prefix; or on components of its own, where the test breaks those.
 
-use std::collections::BTreeMap;
+mod run;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sqlx::PgPool;
+use uuid::Uuid;
 use xtask::process::{Logs, Scratch};
 use xtask::services::{ANALYTICS, CACHE, EMAIL, Running, Service, USER};
 use xtask::smtp_sink::SmtpSink;
@@ -36,6 +42,15 @@ impl Part {
 pub struct System {
     services: BTreeMap<Part, Running>,
     ports: BTreeMap<Part, Service>,
+    /// How often each service was started, and which of them ended by themselves.
+    starts: BTreeMap<Part, usize>,
+    ended: Vec<String>,
+    expected_to_end: Vec<Part>,
+    copies: AtomicBool,
+    compacted: AtomicBool,
+    by_hand: Mutex<BTreeSet<Uuid>>,
+    /// What is random in a test follows from it. Set `WAYBILL_SEED` to repeat a run.
+    pub seed: u64,
     environment: Vec<(String, String)>,
     logs: Logs,
     pub prefix: String,
@@ -117,6 +132,13 @@ impl System {
         Self {
             services: BTreeMap::new(),
             ports: Part::ALL.map(|part| (part, part.service().on_free_ports())).into(),
+            starts: BTreeMap::new(),
+            ended: vec![],
+            expected_to_end: vec![],
+            copies: AtomicBool::new(false),
+            compacted: AtomicBool::new(false),
+            by_hand: Mutex::default(),
+            seed: seed(),
             environment: environment.map(|(name, value)| (name.to_owned(), value)).collect(),
             logs: Logs::fresh(&format!("tests/{prefix}"), false).unwrap(),
             prefix,
@@ -130,11 +152,16 @@ impl System {
 
     /// Starts a service, without waiting, with further settings such as `FAULT_AT`. One that runs is killed first.
     pub fn spawn(&mut self, part: Part, settings: &[(&str, &str)]) {
-        self.services.remove(&part);
+        self.bury(part);
         let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
         let running = self.ports[&part].spawn(&testing::stack().programs, &environment, &self.logs).unwrap();
         self.services.insert(part, running);
+        *self.starts.entry(part).or_default() += 1;
+        self.expected_to_end.retain(|known| *known != part);
+        if settings.iter().any(|(name, _)| *name == "FAULT_AT") {
+            self.expected_to_end.push(part);
+        }
     }
 
     /// Starts a service and waits until it is ready.
@@ -162,6 +189,7 @@ impl System {
 
     /// SIGKILL; the service is gone when this returns.
     pub fn kill(&mut self, part: Part) {
+        self.expected_to_end.push(part);
         self.running(part).process.kill();
     }
 
@@ -177,6 +205,7 @@ impl System {
 
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self, part: Part) {
+        self.expected_to_end.push(part);
         self.running(part).stop().await;
     }
 
@@ -202,10 +231,16 @@ impl System {
 
     /// A further copy of a service, beside the first, on ports of its own.
     pub fn spawn_another(&self, part: Part, settings: &[(&str, &str)]) -> Running {
-        let logs = Logs::fresh(&format!("tests/{}-{}", self.prefix, uuid::Uuid::now_v7().simple()), false).unwrap();
+        self.copies.store(true, Ordering::Relaxed);
+        let logs = Logs::fresh(&format!("tests/{}-{}", self.prefix, Uuid::now_v7().simple()), false).unwrap();
         let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
         part.service().on_free_ports().spawn(&testing::stack().programs, &environment, &logs).unwrap()
+    }
+
+    /// A file beside the services' logs.
+    pub fn evidence(&self, name: &str) -> PathBuf {
+        self.logs.folder().join(name)
     }
 
     /// Replaces a setting for every service that is started from now on.
@@ -243,10 +278,19 @@ impl System {
     }
 }
 
+/// `WAYBILL_SEED`, or another one each time.
+fn seed() -> u64 {
+    match std::env::var("WAYBILL_SEED") {
+        Ok(seed) => seed.parse().expect("WAYBILL_SEED is a number"),
+        Err(_) => fastrand::u64(..),
+    }
+}
+
 impl Drop for System {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the logs of this test's services: {}", self.logs.folder().display());
+            let logs = self.logs.folder().display();
+            eprintln!("the logs of this test's services: {logs}; to repeat it: WAYBILL_SEED={}", self.seed);
         }
     }
 }

@@ -7,26 +7,27 @@ use futures::future::join_all;
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 use tests::api::{self, Answer, send};
-use tests::ledger::Ledger;
+use tests::load::Answered;
+use tests::watch::Watch;
 use tests::{Part, System, eventually, eventually_eq, within};
 use uuid::Uuid;
 
 /// The user service alone, ready, and every event it will ever commit.
-async fn user_alone() -> (System, Ledger) {
+async fn user_alone() -> (System, Watch) {
     let mut system = System::empty().await;
     system.restart(Part::User, &[]).await;
-    let ledger = system.keep_ledger().await;
-    (system, ledger)
+    let watch = system.watch().await;
+    (system, watch)
 }
 
-async fn users(ledger: &Ledger) -> i64 {
-    ledger.count("select count(*) from users").await
+async fn users(watch: &Watch) -> i64 {
+    watch.count("select count(*) from users").await
 }
 
 /// One user, one fact and one state in the logs, and nothing else.
-async fn assert_one_registration(system: &System, ledger: &Ledger) {
-    system.assert_log_is_the_ledger(ledger).await;
-    assert_eq!(users(ledger).await, 1, "one user");
+async fn assert_one_registration(system: &mut System, watch: &Watch) {
+    system.check(watch, &Answered::default()).await;
+    assert_eq!(users(watch).await, 1, "one user");
     assert_eq!(system.read("user.events.v1").len(), 1, "one fact");
     assert_eq!(system.read("user.state.v1").len(), 1, "one state");
 }
@@ -43,33 +44,33 @@ async fn settled(system: &System, email: &str, key: &str) -> Answer {
 /// T02, I1, I2: clients that lost the answer, or never waited for it, all send the same request again.
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_requests_with_one_key_are_one_registration_and_get_one_answer() {
-    let (system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let (email, key) = (api::address(), Uuid::now_v7().to_string());
     let answers = join_all((0..50).map(|_| settled(&system, &email, &key))).await;
     assert_eq!(answers[0].status, StatusCode::CREATED, "{:?}", answers[0]);
     for answer in &answers {
         assert_eq!(answer, &answers[0], "all get the first answer");
     }
-    assert_one_registration(&system, &ledger).await;
+    assert_one_registration(&mut system, &watch).await;
 }
 
 /// T02: the key stands for one request; another one under it is a mistake of the client, and has no effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_used_for_another_request_is_refused() {
-    let (system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let key = Uuid::now_v7().to_string();
     let first = settled(&system, &api::address(), &key).await;
     assert_eq!(first.status, StatusCode::CREATED);
     let other = settled(&system, &api::address(), &key).await;
     assert_eq!(other.status, StatusCode::UNPROCESSABLE_ENTITY, "{other:?}");
-    assert_one_registration(&system, &ledger).await;
+    assert_one_registration(&mut system, &watch).await;
 }
 
 /// T03, I1, I2: one address belongs to one user, whoever is faster, and the losers leave nothing behind. Upper and lower case
 /// are one address.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_many_registrations_of_an_address_wins_and_the_others_leave_nothing() {
-    let (system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let email = api::address();
     let spellings = [email.clone(), email.to_uppercase().replace("EXAMPLE.COM", "example.com")];
     let keys: Vec<String> = (0..20).map(|_| Uuid::now_v7().to_string()).collect();
@@ -78,8 +79,8 @@ async fn one_of_many_registrations_of_an_address_wins_and_the_others_leave_nothi
     statuses.sort_unstable();
     assert_eq!(statuses[0], 201);
     assert_eq!(statuses[1..], [409; 19]);
-    assert_eq!(ledger.count("select count(*) from idempotency_keys").await, 1, "a refusal is not stored");
-    assert_one_registration(&system, &ledger).await;
+    assert_eq!(watch.count("select count(*) from idempotency_keys").await, 1, "a refusal is not stored");
+    assert_one_registration(&mut system, &watch).await;
 }
 
 /// T01: the service dies at `point` while it answers a registration; what its client then has, the key and the address.
@@ -99,31 +100,31 @@ async fn killed_while_registering(system: &mut System, point: &str) -> (String, 
 /// T01, I1, I2: nothing of a registration exists before its commit, so the retry makes it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_before_the_commit_leaves_nothing_and_the_retry_registers() {
-    let (mut system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let (email, key) = killed_while_registering(&mut system, "user.before_commit").await;
     system.restart(Part::User, &[]).await;
-    assert_eq!(users(&ledger).await, 0, "no user");
-    assert_eq!(ledger.count("select count(*) from ledger").await, 0, "no event");
-    assert_eq!(ledger.count("select count(*) from idempotency_keys").await, 0, "no claimed key");
+    assert_eq!(users(&watch).await, 0, "no user");
+    assert_eq!(watch.count("select count(*) from ledger").await, 0, "no event");
+    assert_eq!(watch.count("select count(*) from idempotency_keys").await, 0, "no claimed key");
 
     let retry = system.post_user(&email, Some(&key)).await.unwrap();
     assert_eq!(retry.status, StatusCode::CREATED, "{retry:?}");
-    assert_one_registration(&system, &ledger).await;
+    assert_one_registration(&mut system, &watch).await;
 }
 
 /// T01, I1, I2: after the commit everything exists, so the retry gets the answer that was lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_before_the_answer_leaves_everything_and_the_retry_gets_that_answer() {
-    let (mut system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let (email, key) = killed_while_registering(&mut system, "user.after_commit").await;
     system.restart(Part::User, &[]).await;
-    let committed: Uuid = sqlx::query_scalar("select id from users").fetch_one(&ledger.0).await.unwrap();
+    let committed: Uuid = sqlx::query_scalar("select id from users").fetch_one(&watch.user).await.unwrap();
 
     let retry = system.post_user(&email, Some(&key)).await.unwrap();
     assert_eq!(retry.status, StatusCode::CREATED, "{retry:?}");
     assert_eq!((retry.id(), retry.version()), (committed, 1), "the first answer");
     assert_eq!(system.post_user(&email, Some(&key)).await.unwrap(), retry, "and again");
-    assert_one_registration(&system, &ledger).await;
+    assert_one_registration(&mut system, &watch).await;
 }
 
 /// `POST /users` to any process of the service.
@@ -137,7 +138,7 @@ fn registration(url: &str, email: &str, key: &str) -> impl Future<Output = Answe
 /// its sessions, so a second process goes on under the same key; what the first does when it wakes up has no effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_frozen_inside_a_registration_holds_its_successor_up_only_for_seconds() {
-    let (mut system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     system.restart(Part::User, &[("FAULT_AT", "user.before_commit:1:stop")]).await;
     let mut successor = system.spawn_another(Part::User, &[]);
     successor.until_ready().await.unwrap();
@@ -153,13 +154,13 @@ async fn a_service_frozen_inside_a_registration_holds_its_successor_up_only_for_
     });
     let registered = registered.await;
     // The lock of the relay is free after 15 s.
-    assert_one_registration(&system, &ledger).await;
+    system.until_published(&watch).await;
 
     system.thaw(Part::User);
     assert_eq!(frozen.await.unwrap().status, StatusCode::SERVICE_UNAVAILABLE, "the frozen one could not commit");
     let again = registration(&system.url(Part::User, ""), &email, &key).await;
     assert_eq!(again, registered, "the first process works again, and knows the answer of the second");
-    assert_one_registration(&system, &ledger).await;
+    assert_one_registration(&mut system, &watch).await;
 }
 
 /// `PATCH /users/{id}` with an `If-Match`.
@@ -171,7 +172,7 @@ async fn rename_if(system: &System, id: Uuid, etag: &str, display_name: &str) ->
 /// Two people who have read the same version cannot both write: the second would undo what it has never seen.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_changes_of_the_version_that_both_have_read_one_wins_and_the_other_is_told() {
-    let (system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let id = system.register().await;
     for version in 1..=10 {
         let read = system.get(Part::User, &format!("/users/{id}")).await.unwrap();
@@ -186,6 +187,6 @@ async fn of_two_changes_of_the_version_that_both_have_read_one_wins_and_the_othe
         assert_eq!((now.version(), &now.body["display_name"]), (version + 1, &json!(names[winner])));
     }
     // What was refused has told nobody.
-    system.assert_log_is_the_ledger(&ledger).await;
+    system.check(&watch, &Answered::default()).await;
     eventually_eq("one event a version", 11, async || system.read("user.events.v1").len()).await;
 }

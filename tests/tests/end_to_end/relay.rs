@@ -7,45 +7,24 @@ use reqwest::{Client, StatusCode};
 use serde_json::json;
 use sqlx::PgConnection;
 use tests::api::{self, Answer, send};
-use tests::ledger::{Ledger, assert_newest_is_last, copies};
+use tests::checker::{Asked, Outcome};
+use tests::load::Answered;
 use tests::log::Raw;
+use tests::watch::{Watch, copies};
 use tests::{Part, System, eventually, eventually_eq, throughout};
 use uuid::Uuid;
 use xtask::services::Running;
 
 /// The user service alone, ready, and every event it will ever commit.
-async fn user_alone() -> (System, Ledger) {
+async fn user_alone() -> (System, Watch) {
     let mut system = System::empty().await;
     system.restart(Part::User, &[]).await;
-    let ledger = system.keep_ledger().await;
-    (system, ledger)
+    let watch = system.watch().await;
+    (system, watch)
 }
 
 async fn until_frozen(system: &mut System, part: Part) {
     eventually(&format!("{part:?} is frozen"), async || system.is_frozen(part).then_some(())).await;
-}
-
-/// I5: `(users, mails meant for them, users with more than one)`.
-async fn intents(system: &System) -> (i64, i64, i64) {
-    let count = "select count(*), count(distinct user_id), count(*) - count(distinct user_id) from deliveries";
-    let (mails, users, doubled): (i64, i64, i64) =
-        sqlx::query_as(count).fetch_one(&system.database(Part::Email).await).await.unwrap();
-    (users, mails, doubled)
-}
-
-/// I1, I5, I7, I8: every user was counted once, got one mail intent, and is in the cache as the user service has them.
-async fn assert_effects_once(system: &System, ledger: &Ledger) {
-    system.until_drained().await;
-    let users = ledger.count("select count(*) from users").await;
-    assert_eq!(system.funnel().await.0, users, "I7: registrations counted, and users");
-    assert_eq!(intents(system).await, (users, users, 0), "I5: users mailed, mails, doubled mails");
-    let rows: Vec<(Uuid, i64, bool)> =
-        sqlx::query_as("select id, version, email is null from users").fetch_all(&ledger.0).await.unwrap();
-    for (id, version, erased) in rows {
-        let profile = system.profile(id, Some(version)).await.unwrap();
-        let expected = if erased { StatusCode::NOT_FOUND } else { StatusCode::OK };
-        assert_eq!(profile.status, expected, "I8: {id} at version {version}: {profile:?}");
-    }
 }
 
 /// T04, T05, I1, I3, I4: wherever the relay is killed, under load, no event is lost and none comes out of order; and though some
@@ -54,7 +33,7 @@ async fn assert_effects_once(system: &System, ledger: &Ledger) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_killed_at_any_point_loses_nothing_reorders_nothing_and_doubles_no_effect() {
     let mut system = System::start().await;
-    let ledger = system.keep_ledger().await;
+    let watch = system.watch().await;
     let load = system.load(2);
     for point in ["after_read", "after_enqueue", "after_ack", "after_commit", "after_delete"] {
         for nth in [1, 4] {
@@ -63,21 +42,11 @@ async fn a_relay_killed_at_any_point_loses_nothing_reorders_nothing_and_doubles_
         }
     }
     system.restart(Part::User, &[]).await;
-    let enough = load.accepted() + 10;
-    eventually("the last start is under load too", async || (load.accepted() >= enough).then_some(())).await;
+    load.until_accepted(10).await;
     let answered = load.end().await;
-    // A service that has only just started may say "try again", where two cores are busy; nothing else is an answer.
-    let refused: Vec<&Answer> = answered.refused.iter().filter(|answer| answer.status != 503).collect();
-    assert!(refused.is_empty(), "{refused:?}");
-
-    system.assert_log_is_the_ledger(&ledger).await;
-    for id in &answered.accepted {
-        let found: i64 =
-            sqlx::query_scalar("select count(*) from users where id = $1").bind(id).fetch_one(&ledger.0).await.unwrap();
-        assert_eq!(found, 1, "I1: {id} was accepted");
-    }
-    assert!(copies(&system.read("user.events.v1")) > 0, "a crash between commit and delete publishes twice");
-    assert_effects_once(&system, &ledger).await;
+    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
+    let history = system.check(&watch, &answered).await;
+    assert!(copies(&history.facts) > 0, "a crash between commit and delete publishes twice");
     let duplicates = system.metric(Part::Analytics, "events_consumed_total", &["outcome=\"duplicate\""]).await;
     assert!(duplicates.is_some_and(|count| count > 0.0), "the copies have reached analytics: {duplicates:?}");
 }
@@ -95,12 +64,12 @@ async fn put(db: &mut PgConnection, topic: &str, key: Uuid, version: i64) {
 /// was published. A relay that remembers how far it has read would never see it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_that_commits_after_later_ids_were_published_is_not_lost() {
-    let (system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let (late, early) = (Uuid::now_v7(), Uuid::now_v7());
-    let mut first = ledger.0.begin().await.unwrap();
+    let mut first = watch.user.begin().await.unwrap();
     put(&mut first, "user.events.v1", late, 1).await;
 
-    let mut second = ledger.0.begin().await.unwrap();
+    let mut second = watch.user.begin().await.unwrap();
     for version in [1, 2] {
         put(&mut second, "user.events.v1", early, version).await;
     }
@@ -109,9 +78,9 @@ async fn a_transaction_that_commits_after_later_ids_were_published_is_not_lost()
 
     put(&mut first, "user.events.v1", late, 2).await;
     first.commit().await.unwrap();
-    let mut third = ledger.0.acquire().await.unwrap();
+    let mut third = watch.user.acquire().await.unwrap();
     put(&mut third, "user.events.v1", late, 3).await;
-    system.assert_log_is_the_ledger(&ledger).await;
+    system.check(&watch, &Answered::default()).await;
     assert_eq!(system.read("user.events.v1").len(), 5, "all of them");
 }
 
@@ -132,9 +101,9 @@ fn of_key(records: Vec<Raw>, key: Uuid) -> Vec<Raw> {
 /// T09: the leader is frozen inside the round that publishes version 2, at `point`. A second process publishes newer versions,
 /// the last of which erases the user. Then the first wakes up with its round still in hand.
 async fn a_leader_frozen_at(point: &str) {
-    let (mut system, ledger) = user_alone().await;
+    let (mut system, watch) = user_alone().await;
     let id = system.register().await;
-    system.until_published(&ledger).await;
+    system.until_published(&watch).await;
     system.restart(Part::User, &[("FAULT_AT", &format!("{point}:1:stop"))]).await;
     let url = system.url(Part::User, &format!("/users/{id}"));
     let renaming = Client::new().patch(url).json(&json!({ "display_name": "Two" }));
@@ -146,7 +115,7 @@ async fn a_leader_frozen_at(point: &str) {
     assert_eq!(change(&successor, id, Some("Three")).await.version(), 3);
     assert_eq!(change(&successor, id, None).await.status, StatusCode::NO_CONTENT);
     // Postgres ends the frozen session, and with it the lock, after 15 s.
-    system.until_published(&ledger).await;
+    system.until_published(&watch).await;
 
     system.thaw(Part::User);
     assert_eq!(renaming.await.unwrap().unwrap().version(), 2);
@@ -154,7 +123,7 @@ async fn a_leader_frozen_at(point: &str) {
         system.log_of(Part::User).contains("the relay starts over").then_some(())
     })
     .await;
-    system.assert_log_is_the_ledger(&ledger).await;
+    system.check(&watch, &Answered::default()).await;
     assert_eq!(of_key(system.read("user.events.v1"), id).len(), 4, "each version once: nothing of the round came late");
 
     system.force_compaction().await;
@@ -165,7 +134,7 @@ async fn a_leader_frozen_at(point: &str) {
     for record in left.await {
         assert_eq!((record.version(), record.value), (4, None), "I4: the tombstone is what stays");
     }
-    assert_newest_is_last(&system.read("user.state.v1"));
+    system.check(&watch, &Answered::default()).await;
 }
 
 /// T09, I3, I4: what was handed to the client library and not sent before the freeze is not sent after it.
@@ -183,9 +152,9 @@ async fn a_leader_frozen_before_its_commit_is_fenced() {
 /// T10, I4: a row that Kafka will never take blocks what comes after it under the same key, says so, and blocks nobody else.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_that_kafka_refuses_blocks_its_key_and_no_other() {
-    let (system, ledger) = user_alone().await;
+    let (system, watch) = user_alone().await;
     let (poisoned, other) = (Uuid::now_v7(), Uuid::now_v7());
-    let mut tx = ledger.0.begin().await.unwrap();
+    let mut tx = watch.user.begin().await.unwrap();
     put(&mut tx, "no.such.topic", poisoned, 1).await;
     put(&mut tx, "user.events.v1", poisoned, 2).await;
     put(&mut tx, "user.events.v1", other, 1).await;
@@ -200,7 +169,7 @@ async fn a_row_that_kafka_refuses_blocks_its_key_and_no_other() {
     .await;
     assert!(of_key(system.read("user.events.v1"), poisoned).is_empty(), "version 2 must not overtake version 1");
     let waiting = "select count(*) from outbox";
-    eventually_eq("its rows stay", 2, async || ledger.count(waiting).await).await;
+    eventually_eq("its rows stay", 2, async || watch.count(waiting).await).await;
 }
 
 /// T46: a topic that is not what its owner declares is not written to; the service ends and says what to do.
@@ -235,7 +204,7 @@ const OUTAGE: Duration = Duration::from_secs(20);
 #[tokio::test(flavor = "multi_thread")]
 async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everything_drains_in_order() {
     let mut system = System::start_on_own_components().await;
-    let ledger = system.keep_ledger().await;
+    let watch = system.watch().await;
     let load = system.load(2);
     eventually("the load has begun", async || (load.accepted() > 5).then_some(())).await;
     system.stack.as_mut().unwrap().kafka.process.kill();
@@ -246,12 +215,12 @@ async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everythin
                    and state like 'idle in transaction%' and now() - state_change > interval '1 second'";
     throughout(OUTAGE, "no transaction is held open, and the service is ready", async || {
         let ready = system.readiness(Part::User).await.is_some_and(|(ready, _)| ready);
-        ready && ledger.count(resting).await == 0
+        ready && watch.count(resting).await == 0
     })
     .await;
     let during = load.accepted() - before;
     assert!(during > 20, "the load went on: {during} registrations");
-    let waiting = ledger.count("select count(*) from outbox").await;
+    let waiting = watch.count("select count(*) from outbox").await;
     assert!(waiting >= i64::try_from(2 * during).unwrap(), "{waiting} rows wait after {during} registrations");
     eventually("the metric tells of them", async || {
         system.metric(Part::User, "outbox_rows", &[]).await.filter(|rows| *rows >= 2.0 * during as f64)
@@ -260,9 +229,10 @@ async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everythin
 
     system.stack.as_mut().unwrap().kafka.restart().await.unwrap();
     let answered = load.end().await;
-    assert_eq!((answered.refused, answered.unknown), (vec![], 0), "every request was answered with 201");
-    system.assert_log_is_the_ledger(&ledger).await;
-    assert_effects_once(&system, &ledger).await;
+    let all = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
+    let failed: Vec<_> = all.filter(|operation| !matches!(operation.outcome, Outcome::Done(_))).collect();
+    assert!(failed.is_empty(), "every write was answered with success: {failed:?}");
+    system.check(&watch, &answered).await;
 }
 
 /// Who has how many mails.
@@ -283,6 +253,7 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
     system.spawn(Part::Email, &[("FAULT_AT", "email.before_commit:1:stop")]);
     system.spawn(Part::Analytics, &[("FAULT_AT", "inbox.before_commit:1:stop")]);
     system.ready(&[Part::User, Part::Email, Part::Analytics]).await;
+    let watch = system.watch().await;
     let mut addresses: Vec<String> = (0..5).map(|_| api::address()).collect();
     for email in &addresses {
         system.register_as(email).await;
@@ -308,7 +279,7 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
     }
     system.ready(&[Part::Email, Part::Analytics]).await;
     eventually_eq("the old and the new work together", (10, 10), async || system.funnel().await).await;
-    assert_eq!(intents(&system).await, (10, 10, 0), "I5: users mailed, mails, doubled mails");
+    system.check(&watch, &Answered::default()).await;
     let once: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
     assert_eq!(sent(&system).await, once, "one mail each");
 }

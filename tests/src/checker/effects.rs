@@ -1,0 +1,99 @@
+//! What consumers made of the log: I7 to I10.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use uuid::Uuid;
+
+use super::{Analytics, Asked, Fact, Found, Funnel, History, Known, Outcome};
+use crate::log::Raw;
+
+pub fn check(history: &History, found: &mut Found) {
+    if let (Some(analytics), Some(email)) = (&history.analytics, &history.email) {
+        let logs = [("user.events.v1", &history.facts), ("email.events.v1", &email.facts)];
+        for (topic, records) in logs {
+            in_inbox(analytics, topic, records, history, found);
+        }
+        folded(analytics, &history.facts, &email.facts, found);
+    }
+    let newest = Known::newest(&history.states);
+    if let Some(email) = &history.email {
+        same("I10", "the recipient", &newest, &email.recipients, found);
+    }
+    if let Some(cache) = &history.cache {
+        same("I8", "the cached profile", &newest, cache, found);
+        reads(history, found);
+    }
+}
+
+/// I9: all offsets are committed, so an event that is neither in effect nor a dead letter was passed over. I7: and no event has
+/// an effect that is not in the log.
+fn in_inbox(analytics: &Analytics, topic: &str, records: &[Raw], history: &History, found: &mut Found) {
+    let logged: BTreeSet<Uuid> = Fact::distinct(records).into_iter().map(|fact| fact.id).collect();
+    let none = BTreeSet::new();
+    let inbox = analytics.inbox.get(topic).unwrap_or(&none);
+    let letters: BTreeSet<Uuid> = history.letters.values().flatten().filter_map(Fact::of).map(|fact| fact.id).collect();
+    for id in logged.difference(inbox).filter(|id| !letters.contains(id)) {
+        found.add("I9", format!("an event of {topic} was passed without effect: {id}"));
+    }
+    for id in inbox.difference(&logged) {
+        found.add("I7", format!("in effect, but not in {topic}: {id}"));
+    }
+}
+
+/// I7: the read models are the fold of the log, each fact once, whatever its copies.
+fn folded(analytics: &Analytics, users: &[Raw], emails: &[Raw], found: &mut Found) {
+    let (mut hours, mut funnel): (BTreeMap<i64, i64>, Funnel) = Default::default();
+    let earliest = |slot: &mut Option<i64>, time: i64| *slot = Some(slot.map_or(time, |known| known.min(time)));
+    for fact in Fact::distinct(users).iter().filter(|fact| fact.kind == "user.registered") {
+        *hours.entry(fact.hour()).or_default() += 1;
+        earliest(&mut funnel.entry(fact.user).or_default().0, fact.time);
+    }
+    for fact in Fact::distinct(emails).iter().filter(|fact| fact.kind == "email.sent") {
+        earliest(&mut funnel.entry(fact.user).or_default().1, fact.time);
+    }
+    let model = &analytics.registrations;
+    found.expect(*model == hours, "I7", || format!("registrations by hour are {model:?}, and in the log {hours:?}"));
+    let users: BTreeSet<&Uuid> = funnel.keys().chain(analytics.funnel.keys()).collect();
+    for user in users {
+        let (model, log) = (analytics.funnel.get(user), funnel.get(user));
+        found.expect(model == log, "I7", || format!("{user} is {model:?} in the funnel, and in the log {log:?}"));
+    }
+}
+
+/// The highest version wins, whatever the order: what is kept is what the log of states folds to. After a compaction the log
+/// may have forgotten users who were erased.
+fn same(
+    invariant: &'static str,
+    whose: &str,
+    newest: &BTreeMap<Uuid, Known>,
+    kept: &BTreeMap<Uuid, Known>,
+    found: &mut Found,
+) {
+    for (user, state) in newest {
+        let kept = kept.get(user);
+        found.expect(kept == Some(state), invariant, || format!("{whose} of {user} is {kept:?}, in the log {state:?}"));
+    }
+    for (user, kept) in kept.iter().filter(|(user, kept)| !newest.contains_key(user) && kept.person.is_some()) {
+        found.add(invariant, format!("{whose} of {user} is {kept:?}, and in the log nothing"));
+    }
+}
+
+/// I8: no reader ever sees an older version than before. Who is not found any more was erased.
+fn reads(history: &History, found: &mut Found) {
+    let mut seen: BTreeMap<Uuid, i64> = BTreeMap::new();
+    let mut erased = BTreeSet::new();
+    for operation in &history.operations {
+        let Some(user) = operation.user else { continue };
+        match (&operation.asked, operation.outcome) {
+            (Asked::Erase, Outcome::Done(_) | Outcome::Unknown) => drop(erased.insert(user)),
+            (Asked::Read, Outcome::Done(version)) => {
+                let before = seen.insert(user, version).unwrap_or(0);
+                found.expect(version >= before, "I8", || format!("{user} was read as {before}, then as {version}"));
+            }
+            (Asked::Read, Outcome::Refused(404)) if seen.contains_key(&user) => {
+                found.expect(erased.contains(&user), "I8", || format!("{user} was read, then not found"));
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Intents and mails: I5 and I6.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use uuid::Uuid;
+
+use super::{Delivery, Email, Fact, Found, History};
+
+/// What a delivery may end in.
+const SETTLED: [&str; 3] = ["sent", "failed", "cancelled"];
+
+pub fn check(history: &History, email: &Email, found: &mut Found) {
+    one_intent_each(history, email, found);
+    for delivery in &email.deliveries {
+        settled(history, delivery, found);
+    }
+    mailed(email, found);
+    told(email, found);
+}
+
+/// I5: one intent per registration in the log, and none besides.
+fn one_intent_each(history: &History, email: &Email, found: &mut Found) {
+    let facts = Fact::distinct(&history.facts);
+    let registered: BTreeSet<Uuid> =
+        facts.iter().filter(|fact| fact.kind == "user.registered").map(|fact| fact.user).collect();
+    let mut intents: BTreeMap<Uuid, usize> = BTreeMap::new();
+    for delivery in &email.deliveries {
+        *intents.entry(delivery.user).or_default() += 1;
+    }
+    for user in &registered {
+        let count = intents.remove(user).unwrap_or(0);
+        found.expect(count == 1, "I5", || format!("{user} was registered and has {count} intents"));
+    }
+    for (user, count) in intents {
+        found.add("I5", format!("{user} was not registered and has {count} intents"));
+    }
+}
+
+/// I5: every intent is settled; that of a user who is there by a mail or a refusal, not by being forgotten.
+fn settled(history: &History, delivery: &Delivery, found: &mut Found) {
+    let status = delivery.states.last().map_or("", String::as_str);
+    found.expect(SETTLED.contains(&status), "I5", || format!("not settled: {delivery:?}"));
+    let there = history.users.get(&delivery.user).is_some_and(|row| row.person.is_some());
+    found.expect(!there || status != "cancelled", "I5", || format!("cancelled for nothing: {delivery:?}"));
+}
+
+/// I6: the server has every sent mail, and more than one copy only where the answer was lost or a lease ended, under one
+/// Message-ID. It has none that was not meant.
+fn mailed(email: &Email, found: &mut Found) {
+    let mut copies: BTreeMap<Uuid, usize> = BTreeMap::new();
+    for mail in &email.mails {
+        let id = mail.message_id.as_deref().and_then(|id| id.split('@').next()).and_then(|id| id.parse().ok());
+        let Some(id) = id else {
+            found.add("I6", format!("a mail without a delivery's Message-ID: {:?}", mail.message_id));
+            continue;
+        };
+        *copies.entry(id).or_default() += 1;
+    }
+    for delivery in &email.deliveries {
+        let count = copies.remove(&delivery.id).unwrap_or(0);
+        let sent = delivery.states.last().is_some_and(|status| status == "sent");
+        found.expect(!sent || count > 0, "I6", || format!("sent, but the server has no mail: {delivery:?}"));
+        let most = if in_doubt(delivery) { usize::MAX } else { 1 };
+        found.expect(count <= most, "I6", || format!("{count} copies without a reason: {delivery:?}"));
+    }
+    for (id, count) in copies {
+        found.add("I6", format!("{count} mails of a delivery that does not exist: {id}"));
+    }
+}
+
+/// Whether the answer to the mail was lost once, or a lease ended: claimed twice with nothing in between.
+fn in_doubt(delivery: &Delivery) -> bool {
+    let ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && pair[1] == "sending");
+    ended || delivery.states.iter().any(|status| status == "unknown")
+}
+
+/// I6: each end of a delivery is told once, and told as it was.
+fn told(email: &Email, found: &mut Found) {
+    let mut told: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    for record in &email.facts {
+        if seen.insert(record.header("ce_id")) {
+            let kind = record.header("ce_type").unwrap_or_default().to_owned();
+            told.entry(record.key_text()).or_default().push(kind);
+        }
+    }
+    for delivery in &email.deliveries {
+        let expected = match delivery.states.last().map(String::as_str) {
+            Some("sent") => vec!["email.sent"],
+            Some("failed") => vec!["email.failed"],
+            _ => vec![],
+        };
+        let told = told.remove(&delivery.id.to_string()).unwrap_or_default();
+        found.expect(told == expected, "I6", || format!("told as {told:?}: {delivery:?}"));
+    }
+}
