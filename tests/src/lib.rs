@@ -16,6 +16,7 @@ pub mod log;
 pub mod mailing;
 pub mod otlp;
 pub mod search;
+pub mod soak;
 pub mod system;
 pub mod topics;
 pub mod watch;

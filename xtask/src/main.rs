@@ -41,6 +41,19 @@ enum Command {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Load the system while random faults strike it, and say whether a promise was broken.
+    Soak {
+        #[arg(long, default_value_t = 30)]
+        minutes: u64,
+        /// The faults and what the clients do follow from it.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Put known mistakes into a copy of the tree, one after another, and say which test notices each.
+    Seeded {
+        /// Names of patches in tests/seeded; all, if none is given.
+        names: Vec<String>,
+    },
     /// Renew the descriptions of queries in services/*/.sqlx, which let the services compile without a database.
     Prepare {
         /// Only say whether they are current.
@@ -77,6 +90,8 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Up { fresh } => commands::up::run(fresh).await,
         Command::Demo => unless_told_to_end(commands::demo::run()).await,
         Command::Test { arguments } => unless_told_to_end(commands::test::run(&arguments)).await,
+        Command::Soak { minutes, seed } => unless_told_to_end(commands::soak::run(minutes, seed)).await,
+        Command::Seeded { names } => unless_told_to_end(commands::seeded::run(&names)).await,
         Command::Prepare { check } => unless_told_to_end(commands::prepare::run(check)).await,
         Command::Check => unless_told_to_end(commands::check::run()).await,
     }

@@ -151,8 +151,13 @@ async fn cargo_build(arguments: &[&str], logs: &Logs) -> Result<()> {
 /// The cargo that runs us, so that the toolchain is the same; without what `cargo run` tells us about our own package. Some
 /// build scripts look at that (ring's does), and crates would be compiled anew on every change between `cargo` and `cargo xtask`.
 pub fn cargo() -> std::process::Command {
+    cargo_in(paths::root())
+}
+
+/// The same in another checkout.
+pub fn cargo_in(root: &Path) -> std::process::Command {
     let mut command = process::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(paths::root());
+    command.current_dir(root);
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
             command.env_remove(name);

@@ -13,6 +13,11 @@ use xtask::system::start_stack;
 use xtask::testing;
 
 pub async fn run(arguments: &[String]) -> Result<ExitCode> {
+    run_with(arguments, &[]).await
+}
+
+/// With further variables in the tests' environment.
+pub async fn run_with(arguments: &[String], settings: &[(&str, String)]) -> Result<ExitCode> {
     let logs = Logs::fresh("test", false)?;
     let fetched = fetch().await?;
     let programs = services::build_with_fault_points(&logs).await?;
@@ -31,6 +36,7 @@ pub async fn run(arguments: &[String]) -> Result<ExitCode> {
     command.env(testing::POSTGRES, stack.postgres.url());
     command.env(testing::VALKEY, stack.redis.url());
     command.env(testing::BIN, &programs);
+    command.envs(settings.iter().map(|(name, value)| (name, value)));
     let status = Process::spawn_on_terminal("cargo", command, &logs)?.wait().await;
     Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
 }

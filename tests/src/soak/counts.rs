@@ -1,0 +1,56 @@
+//! How often consumers met what they already had. Their counters die with them, so they are read each second.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use reqwest::Client;
+use tokio::task::JoinSet;
+
+use crate::{Part, System};
+
+const EVERY: Duration = Duration::from_secs(1);
+
+pub struct Redelivered {
+    seen: Arc<AtomicU64>,
+    readers: JoinSet<()>,
+}
+
+impl Redelivered {
+    pub fn watch(system: &System) -> Self {
+        let (seen, mut readers) = (Arc::new(AtomicU64::new(0)), JoinSet::new());
+        for part in [Part::Email, Part::Analytics, Part::Cache] {
+            readers.spawn(read(system.admin_url(part, "/metrics"), seen.clone()));
+        }
+        Self { seen, readers }
+    }
+
+    /// What came between the last look and a death is not in it.
+    pub async fn end(mut self) -> u64 {
+        self.readers.shutdown().await;
+        self.seen.load(Ordering::Relaxed)
+    }
+}
+
+async fn read(url: String, seen: Arc<AtomicU64>) {
+    let client = Client::builder().timeout(EVERY).build().unwrap();
+    let mut before = 0;
+    loop {
+        if let Ok(page) = client.get(&url).send().await
+            && let Ok(page) = page.text().await
+        {
+            let now = redelivered(&page);
+            // Less than before: another process, which began at 0.
+            seen.fetch_add(if now < before { now } else { now - before }, Ordering::Relaxed);
+            before = now;
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+}
+
+/// The duplicates, and what was stale.
+fn redelivered(page: &str) -> u64 {
+    let lines = page.lines().filter(|line| line.starts_with("events_consumed_total"));
+    let again = lines.filter(|line| line.contains("outcome=\"duplicate\"") || line.contains("outcome=\"stale\""));
+    again.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).map(|count| count as u64).sum()
+}
