@@ -1,5 +1,5 @@
-//! T41: the whole system under load while random faults strike, two minutes of it with a seed that stays the same. For more of it,
-//! `cargo xtask soak` says so in the environment, and prints what this has found.
+//! Two minutes of the soak, with a seed that stays the same. For more, `cargo xtask soak` and `cargo xtask test --full` say so in
+//! the environment, and print what this has found.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a panic is how a test fails")]
 
@@ -8,6 +8,7 @@ use std::time::Duration;
 const MINUTES: u64 = 2;
 const SEED: u64 = 1;
 
+/// T41, I1 to I14: the whole system under load while random faults strike.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_faults_under_load_break_no_promise() {
     let wanted = |name, usual| std::env::var(name).map_or(usual, |number| number.parse().unwrap());

@@ -37,6 +37,9 @@ enum Command {
     Demo,
     /// Run every test on a real Kafka, Postgres and Redis.
     Test {
+        /// With the long repeats and a longer soak, and write docs/last-run.md.
+        #[arg(long, conflicts_with = "arguments")]
+        full: bool,
         /// Arguments for `cargo test`, for example `-p user`.
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -89,7 +92,8 @@ async fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Up { fresh } => commands::up::run(fresh).await,
         Command::Demo => unless_told_to_end(commands::demo::run()).await,
-        Command::Test { arguments } => unless_told_to_end(commands::test::run(&arguments)).await,
+        Command::Test { full: true, .. } => unless_told_to_end(commands::full::run()).await,
+        Command::Test { arguments, .. } => unless_told_to_end(commands::test::run(&arguments)).await,
         Command::Soak { minutes, seed } => unless_told_to_end(commands::soak::run(minutes, seed)).await,
         Command::Seeded { names } => unless_told_to_end(commands::seeded::run(&names)).await,
         Command::Prepare { check } => unless_told_to_end(commands::prepare::run(check)).await,

@@ -13,11 +13,11 @@ use xtask::system::start_stack;
 use xtask::testing;
 
 pub async fn run(arguments: &[String]) -> Result<ExitCode> {
-    run_with(arguments, &[]).await
+    run_with(arguments, &[], None).await
 }
 
-/// With further variables in the tests' environment.
-pub async fn run_with(arguments: &[String], settings: &[(&str, String)]) -> Result<ExitCode> {
+/// With further variables in the tests' environment; what cargo prints is kept in `cargo.log` if a folder for it is given.
+pub async fn run_with(arguments: &[String], settings: &[(&str, String)], kept: Option<&Logs>) -> Result<ExitCode> {
     let logs = Logs::fresh("test", false)?;
     let fetched = fetch().await?;
     let programs = services::build_with_fault_points(&logs).await?;
@@ -37,7 +37,11 @@ pub async fn run_with(arguments: &[String], settings: &[(&str, String)]) -> Resu
     command.env(testing::VALKEY, stack.redis.url());
     command.env(testing::BIN, &programs);
     command.envs(settings.iter().map(|(name, value)| (name, value)));
-    let status = Process::spawn_on_terminal("cargo", command, &logs)?.wait().await;
+    let mut cargo = match kept {
+        Some(kept) => Process::spawn("cargo", command, kept)?,
+        None => Process::spawn_on_terminal("cargo", command, &logs)?,
+    };
+    let status = cargo.wait().await;
     Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
 }
 
