@@ -79,3 +79,14 @@ async fn insert(tx: &mut PgConnection, name: &str, ids: impl Iterator<Item = Uui
     .await?;
     Ok(new.into_iter().collect())
 }
+
+/// Which of these events the read model has in it that `db` finds by its search path.
+pub(super) async fn known(db: &mut PgConnection, name: &str, ids: Vec<Uuid>) -> sqlx::Result<HashSet<Uuid>> {
+    let known: Vec<Uuid> =
+        sqlx::query_scalar("select event_id from inbox where handler = $1 and event_id = any($2::uuid[])")
+            .bind(name)
+            .bind(ids)
+            .fetch_all(db)
+            .await?;
+    Ok(known.into_iter().collect())
+}

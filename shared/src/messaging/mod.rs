@@ -1,5 +1,5 @@
 //! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or [`inbox`] → [`dead_letters`]
-//! → [`redrive`].
+//! → [`redrive`]; and once more from the beginning: [`replay`].
 
 mod consumer;
 mod dead_letters;
@@ -9,6 +9,7 @@ pub mod outbox;
 mod record;
 mod redrive;
 mod relay;
+mod replay;
 mod topics;
 
 pub(crate) use consumer::Consumer;
@@ -20,4 +21,5 @@ pub use record::{Record, Source};
 pub use redrive::{Redrive, redrive};
 pub(crate) use relay::Relay;
 pub use relay::Wake;
+pub use replay::Replay;
 pub(crate) use topics::ensure as ensure_topics;

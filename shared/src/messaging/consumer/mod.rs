@@ -31,9 +31,9 @@ use assignment::Assignment;
 pub(crate) use start::Consumer;
 
 /// Records per batch.
-const BATCH_RECORDS: usize = 500;
+pub(super) const BATCH_RECORDS: usize = 500;
 /// Bytes after which a batch takes no further record. A record has 1 MiB at most, so this and one more is the bound.
-const BATCH_BYTES: usize = 4 * 1024 * 1024;
+pub(super) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// How long an empty hand waits for a first record; also how soon a stop is noticed.
 const IDLE_POLL: Duration = Duration::from_millis(100);
 /// How long a started batch waits for more.
