@@ -3,11 +3,13 @@
 
 mod http;
 mod projections;
+mod rebuild;
 
 use std::net::SocketAddr;
 
 use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
+use rebuild::Rebuild;
 use secrecy::{ExposeSecret, SecretString};
 use shared::messaging::{Inbox, Redrive, redrive};
 use shared::service::{self, Service, ServiceConfig};
@@ -36,6 +38,8 @@ enum Command {
     Healthcheck,
     /// Try the open dead letters again.
     Redrive(Redrive),
+    /// Fold the whole log anew beside the running service, compare, and swap.
+    Rebuild(Rebuild),
 }
 
 #[derive(clap::Args)]
@@ -57,6 +61,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
         Command::Redrive(options) => settle(cli.config, options).await,
+        Command::Rebuild(options) => rebuild::run(cli.config, options).await,
     }
 }
 
