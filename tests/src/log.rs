@@ -199,6 +199,15 @@ impl System {
         admin.alter_configs([&change], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
     }
 
+    /// Deletes the records of a partition before an offset, as an exceeded retention does.
+    pub async fn delete_records(&self, topic: &str, partition: i32, before: i64) {
+        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&self.prefixed(topic), partition, Offset::Offset(before)).unwrap();
+        let deleted = admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
+        deleted.elements()[0].error().unwrap();
+    }
+
     /// Forces the compaction of `user.state.v1`: segments roll at once, and each partition gets one more record, since only an
     /// append rolls a segment. The records are tombstones of users that never were.
     pub async fn force_compaction(&self) {

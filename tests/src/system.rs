@@ -1,13 +1,13 @@
 //! One Waybill for one test: services of its own on the shared components, kept apart by topic prefix, databases and key
 //! prefix; or on components of its own, where the test breaks those.
 
+mod processes;
 mod run;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -16,6 +16,8 @@ use xtask::services::{ANALYTICS, CACHE, EMAIL, Running, Service, USER};
 use xtask::smtp_sink::SmtpSink;
 use xtask::stack::{Ports, Stack};
 use xtask::testing;
+
+pub use processes::is_frozen;
 
 /// A service's name, as in `services/<name>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -148,99 +150,6 @@ impl System {
             stack,
             _scratch: scratch,
         }
-    }
-
-    /// Starts a service, without waiting, with further settings such as `FAULT_AT`. One that runs is killed first.
-    pub fn spawn(&mut self, part: Part, settings: &[(&str, &str)]) {
-        self.bury(part);
-        let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
-        let running = self.ports[&part].spawn(&testing::stack().programs, &environment, &self.logs).unwrap();
-        self.services.insert(part, running);
-        *self.starts.entry(part).or_default() += 1;
-        self.expected_to_end.retain(|known| *known != part);
-        if settings.iter().any(|(name, _)| *name == "FAULT_AT") {
-            self.expected_to_end.push(part);
-        }
-    }
-
-    /// Starts a service and waits until it is ready.
-    pub async fn restart(&mut self, part: Part, settings: &[(&str, &str)]) {
-        self.spawn(part, settings);
-        self.ready(&[part]).await;
-    }
-
-    pub async fn ready(&mut self, parts: &[Part]) {
-        for part in parts {
-            self.running(*part).until_ready().await.unwrap();
-        }
-    }
-
-    /// Runs a subcommand of the service to its end, for example `redrive`; what it printed.
-    pub async fn run(&self, part: Part, arguments: &[&str]) -> anyhow::Result<String> {
-        let program = testing::stack().programs.join(part.service().name);
-        let mut command = tokio::process::Command::new(program);
-        command.args(arguments).envs(self.environment.iter().cloned()).kill_on_drop(true);
-        let output = tokio::time::timeout(crate::DEADLINE, command.output()).await??;
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        anyhow::ensure!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
-        Ok(printed)
-    }
-
-    /// SIGKILL; the service is gone when this returns.
-    pub fn kill(&mut self, part: Part) {
-        self.expected_to_end.push(part);
-        self.running(part).process.kill();
-    }
-
-    /// SIGSTOP.
-    pub fn freeze(&mut self, part: Part) {
-        self.running(part).process.freeze();
-    }
-
-    /// SIGCONT.
-    pub fn thaw(&mut self, part: Part) {
-        self.running(part).process.thaw();
-    }
-
-    /// SIGTERM, and waits for the end.
-    pub async fn stop(&mut self, part: Part) {
-        self.expected_to_end.push(part);
-        self.running(part).stop().await;
-    }
-
-    /// Whether the process has ended, by itself or by a fault point.
-    pub fn has_ended(&mut self, part: Part) -> bool {
-        self.running(part).process.ended().is_some()
-    }
-
-    /// Whether the process is stopped, by [`System::freeze`] or by a fault point. Linux only.
-    pub fn is_frozen(&mut self, part: Part) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running(part).process.pid()));
-        stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T')))
-    }
-
-    pub fn pid(&mut self, part: Part) -> u32 {
-        self.running(part).process.pid()
-    }
-
-    /// What the service has logged so far, over all its starts.
-    pub fn log_of(&self, part: Part) -> String {
-        std::fs::read_to_string(self.logs.file(part.service().name)).unwrap_or_default()
-    }
-
-    /// A further copy of a service, beside the first, on ports of its own.
-    pub fn spawn_another(&self, part: Part, settings: &[(&str, &str)]) -> Running {
-        self.copies.store(true, Ordering::Relaxed);
-        let logs = Logs::fresh(&format!("tests/{}-{}", self.prefix, Uuid::now_v7().simple()), false).unwrap();
-        let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
-        part.service().on_free_ports().spawn(&testing::stack().programs, &environment, &logs).unwrap()
-    }
-
-    /// A file beside the services' logs.
-    pub fn evidence(&self, name: &str) -> PathBuf {
-        self.logs.folder().join(name)
     }
 
     /// Replaces a setting for every service that is started from now on.

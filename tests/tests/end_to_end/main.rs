@@ -10,6 +10,7 @@ mod mailing;
 mod malformed;
 mod outage;
 mod problems;
+mod rebuild;
 mod registering;
 mod relay;
 mod tracing;

@@ -1,0 +1,124 @@
+//! The services' processes: started, killed, frozen, looked at.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+use xtask::process::{Logs, Process};
+use xtask::services::Running;
+use xtask::testing;
+
+use super::{Part, System};
+
+impl System {
+    /// Starts a service, without waiting, with further settings such as `FAULT_AT`. One that runs is killed first.
+    pub fn spawn(&mut self, part: Part, settings: &[(&str, &str)]) {
+        self.bury(part);
+        let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
+        let running = self.ports[&part].spawn(&testing::stack().programs, &environment, &self.logs).unwrap();
+        self.services.insert(part, running);
+        *self.starts.entry(part).or_default() += 1;
+        self.expected_to_end.retain(|known| *known != part);
+        if settings.iter().any(|(name, _)| *name == "FAULT_AT") {
+            self.expected_to_end.push(part);
+        }
+    }
+
+    /// Starts a service and waits until it is ready.
+    pub async fn restart(&mut self, part: Part, settings: &[(&str, &str)]) {
+        self.spawn(part, settings);
+        self.ready(&[part]).await;
+    }
+
+    pub async fn ready(&mut self, parts: &[Part]) {
+        for part in parts {
+            self.running(*part).until_ready().await.unwrap();
+        }
+    }
+
+    /// Runs a subcommand of the service to its end, for example `redrive`; what it printed.
+    pub async fn run(&self, part: Part, arguments: &[&str]) -> anyhow::Result<String> {
+        let program = testing::stack().programs.join(part.service().name);
+        let mut command = tokio::process::Command::new(program);
+        command.args(arguments).envs(self.environment.iter().cloned()).kill_on_drop(true);
+        let output = tokio::time::timeout(crate::DEADLINE, command.output()).await??;
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        anyhow::ensure!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+        Ok(printed)
+    }
+
+    /// Starts a subcommand of the service, with further settings; to be killed, frozen or waited for. It prints to
+    /// [`System::printed`].
+    pub fn spawn_subcommand(&self, part: Part, name: &str, arguments: &[&str], settings: &[(&str, &str)]) -> Process {
+        let mut command = xtask::process::command(testing::stack().programs.join(part.service().name));
+        command.arg(name).args(arguments).envs(self.environment.iter().cloned()).envs(settings.iter().copied());
+        Process::spawn(name, command, &self.logs).unwrap()
+    }
+
+    /// What all runs of a subcommand have printed.
+    pub fn printed(&self, name: &str) -> String {
+        std::fs::read_to_string(self.logs.file(name)).unwrap_or_default()
+    }
+
+    /// SIGKILL; the service is gone when this returns.
+    pub fn kill(&mut self, part: Part) {
+        self.expected_to_end.push(part);
+        self.running(part).process.kill();
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&mut self, part: Part) {
+        self.running(part).process.freeze();
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&mut self, part: Part) {
+        self.running(part).process.thaw();
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub async fn stop(&mut self, part: Part) {
+        self.expected_to_end.push(part);
+        self.running(part).stop().await;
+    }
+
+    /// Whether the process has ended, by itself or by a fault point.
+    pub fn has_ended(&mut self, part: Part) -> bool {
+        self.running(part).process.ended().is_some()
+    }
+
+    /// Whether the process is stopped, by [`System::freeze`] or by a fault point. Linux only.
+    pub fn is_frozen(&mut self, part: Part) -> bool {
+        is_frozen(&self.running(part).process)
+    }
+
+    pub fn pid(&mut self, part: Part) -> u32 {
+        self.running(part).process.pid()
+    }
+
+    /// What the service has logged so far, over all its starts.
+    pub fn log_of(&self, part: Part) -> String {
+        std::fs::read_to_string(self.logs.file(part.service().name)).unwrap_or_default()
+    }
+
+    /// A further copy of a service, beside the first, on ports of its own.
+    pub fn spawn_another(&self, part: Part, settings: &[(&str, &str)]) -> Running {
+        self.copies.store(true, Ordering::Relaxed);
+        let logs = Logs::fresh(&format!("tests/{}-{}", self.prefix, Uuid::now_v7().simple()), false).unwrap();
+        let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
+        part.service().on_free_ports().spawn(&testing::stack().programs, &environment, &logs).unwrap()
+    }
+
+    /// A file beside the services' logs.
+    pub fn evidence(&self, name: &str) -> PathBuf {
+        self.logs.folder().join(name)
+    }
+}
+
+/// Linux only.
+pub fn is_frozen(process: &Process) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid()));
+    stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T')))
+}
