@@ -10,6 +10,7 @@
 
 pub mod api;
 pub mod checker;
+pub mod clock;
 pub mod consume;
 pub mod load;
 pub mod log;

@@ -22,7 +22,12 @@ use crate::service::metrics::{Group, Metrics};
 
 /// The largest record that a source topic takes by default is 1 MiB; its letter has some headers more.
 const MAX_BYTES: &str = "2097152";
-pub(super) const SETTINGS: &[(&str, &str)] = &[("cleanup.policy", "compact"), ("max.message.bytes", MAX_BYTES)];
+pub(super) const SETTINGS: &[(&str, &str)] = &[
+    ("cleanup.policy", "compact"),
+    ("max.message.bytes", MAX_BYTES),
+    // As with every other topic: a consumer whose clock is fast can write letters too.
+    ("message.timestamp.type", "LogAppendTime"),
+];
 /// After so many attempts a letter is parked: kept and counted, tried only when named.
 const MAX_ATTEMPTS: u32 = 5;
 const ACK_TIMEOUT_MS: &str = "10000";

@@ -1,0 +1,88 @@
+//! Clocks that are wrong. Nothing is ordered, deduplicated or leased by the clock of a service.
+
+use std::collections::BTreeSet;
+
+use reqwest::StatusCode;
+use tests::clock::Clock;
+use tests::{Part, System, api, eventually, eventually_eq};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use xtask::smtp_sink::{Fault, Stage};
+
+const HOUR: i64 = 3600;
+
+/// Starts a service that has this clock, without waiting.
+fn start(system: &mut System, part: Part, clock: &Clock) {
+    system.spawn(part, &borrowed(&clock.settings()));
+}
+
+fn borrowed(settings: &[(String, String)]) -> Vec<(&str, &str)> {
+    settings.iter().map(|(name, value)| (&**name, &**value)).collect()
+}
+
+/// T39, I3 to I6, I8: the clocks of all services are wrong, each in its own direction, and leap to the other side under load. More than
+/// an hour, because that is what Kafka by default lets a producer's clock be fast by.
+#[tokio::test(flavor = "multi_thread")]
+async fn clocks_that_are_wrong_and_leap_change_nothing() {
+    let mut system = System::empty().await;
+    let clocks = [2, -2, 2, -2].map(|hours| Clock::off_by(hours * HOUR));
+    for (part, clock) in Part::ALL.into_iter().zip(&clocks) {
+        start(&mut system, part, clock);
+    }
+    system.ready(&Part::ALL).await;
+    let ledger = system.keep_ledger().await;
+    let load = system.load(4);
+    eventually("users are registered", async || (load.accepted() >= 12).then_some(())).await;
+    for (clock, hours) in clocks.iter().zip([-2, 2, -2, 2]) {
+        clock.leap_to(hours * HOUR);
+    }
+    let before = load.accepted();
+    eventually("more users are registered", async || (load.accepted() >= before + 12).then_some(())).await;
+    let answered = load.end().await;
+    assert_eq!((answered.refused.len(), answered.unknown), (0, 0), "{:?}", answered.refused);
+
+    system.until_drained().await;
+    system.assert_log_is_the_ledger(&ledger).await;
+    let mut mailed = 0;
+    for id in &answered.accepted {
+        let state = system.deliveries(*id).await;
+        assert!(state == ["sent"] || state == ["cancelled"], "{id}: {state:?}");
+        mailed += usize::from(state == ["sent"]);
+    }
+    let mails: BTreeSet<Option<String>> = system.sink.mails().into_iter().map(|mail| mail.message_id).collect();
+    assert_eq!((system.sink.mails().len(), mails.len()), (mailed, mailed), "mails, and mails that are no copies");
+    let (registered, mailed) = (answered.accepted.len() as i64, mailed as i64);
+    eventually_eq("the funnel", (registered, mailed), async || system.funnel().await).await;
+    let (fast, slow) = hours_off(&system);
+    assert!(fast && slow, "the user service's clock was fast: {fast}, and slow: {slow}");
+}
+
+/// Whether there are facts that bear a time of at least an hour ahead, and such of an hour ago.
+fn hours_off(system: &System) -> (bool, bool) {
+    let facts = system.read("user.events.v1");
+    let times = facts.iter().map(|fact| OffsetDateTime::parse(fact.header("ce_time").unwrap(), &Rfc3339).unwrap());
+    let off: Vec<i64> = times.map(|time| (time - OffsetDateTime::now_utc()).whole_hours()).collect();
+    (off.iter().any(|hours| *hours >= 1), off.iter().any(|hours| *hours <= -1))
+}
+
+/// T39: what lasts a time lasts it by the database's clock. A mail that is in hand keeps its lease, though the clocks of its service's two
+/// senders say that two days have passed; and an answer is kept for a retry, though its day is over by the service's clock.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_leaps_ends_no_lease_and_forgets_no_answer() {
+    let clocks = [Clock::off_by(0), Clock::off_by(0)];
+    let settings = clocks[0].settings();
+    let mut system = System::start_mailing(&borrowed(&settings)).await;
+    start(&mut system, Part::User, &clocks[1]);
+    system.ready(&[Part::User]).await;
+    system.sink.set(Fault::Slow { ms: 2_000, stage: Stage::Rcpt });
+    let email = api::address();
+    let first = system.post_user(&email, Some("a key")).await.unwrap();
+    assert_eq!(first.status, StatusCode::CREATED);
+    system.until_diary(first.id(), "pending sending").await;
+    for clock in &clocks {
+        clock.leap_to(48 * HOUR);
+    }
+    assert_eq!(system.post_user(&email, Some("a key")).await.unwrap(), first, "the stored answer");
+    system.until_mailed(first.id()).await;
+    assert_eq!(system.diary(first.id()).await, "pending sending sent");
+}
