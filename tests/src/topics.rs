@@ -1,19 +1,41 @@
-//! Topics as an operator's mistake would leave them.
+//! Topics and groups as an operator, or an operator's mistake, would leave them.
 
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 
-use crate::System;
+use crate::{System, eventually};
 
 impl System {
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap()
+    }
+
     /// Creates a topic (its name without the prefix) before its owner does.
     pub async fn create_topic(&self, topic: &str, partitions: i32, settings: &[(&str, &str)]) {
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
         let name = self.prefixed(topic);
         let mut new = NewTopic::new(&name, partitions, TopicReplication::Fixed(1));
         new.config = settings.to_vec();
-        admin.create_topics([&new], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
+        self.admin().create_topics([&new], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
+    }
+
+    /// Deletes a topic with all that is in it, and waits until Kafka does not know it any more.
+    pub async fn delete_topic(&self, topic: &str) {
+        let (name, admin) = (self.prefixed(topic), self.admin());
+        admin.delete_topics(&[&name], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
+        eventually("the topic is gone", async || {
+            let metadata = admin.inner().fetch_metadata(Some(&name), crate::DEADLINE).unwrap();
+            metadata.topics()[0].error().map(|_| ())
+        })
+        .await;
+    }
+
+    /// Resets a consumer group: what it has read is forgotten. Its members have been told to stop.
+    pub async fn reset_group(&self, group: &str) {
+        let (name, admin) = (self.prefixed(group), self.admin());
+        eventually("the group is reset", async || {
+            admin.delete_groups(&[&name], &AdminOptions::new()).await.unwrap()[0].as_ref().ok().map(|_| ())
+        })
+        .await;
     }
 }

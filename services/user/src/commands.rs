@@ -92,6 +92,30 @@ pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Re
     Ok(())
 }
 
+/// What [`retell`] wrote.
+#[derive(Default)]
+pub struct Retold {
+    pub states: u64,
+    pub tombstones: u64,
+}
+
+/// Tells the current states of these users once more, at the versions they have, under new event ids. No user changes, so there is
+/// no fact. The rows are locked, in the order of their ids: a command that comes meanwhile waits, and its events lie behind
+/// these; so the last state that is told of a user is the newest.
+pub async fn retell(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Retold> {
+    let rows = sqlx::query!(
+        "select id, version, email, display_name from users where id = any($1) order by id for update",
+        users
+    );
+    let mut retold = Retold::default();
+    for row in rows.fetch_all(&mut *tx).await? {
+        let profile = row.email.zip(row.display_name).map(|(email, display_name)| Profile { email, display_name });
+        *if profile.is_some() { &mut retold.states } else { &mut retold.tombstones } += 1;
+        outbox::publish(tx, row.id, row.version, &profile.map_or(UserState::Erased, UserState::Current)).await?;
+    }
+    Ok(retold)
+}
+
 /// One fact, one state, one version.
 async fn tell(tx: &mut PgConnection, user: &User, fact: fn(UserRef) -> UserEvent) -> Result<(), Error> {
     outbox::publish(tx, user.id, user.version, &fact(UserRef { user_id: user.id })).await?;

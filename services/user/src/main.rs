@@ -2,13 +2,17 @@
 //! transaction; the relay takes them to `user.events.v1` and `user.state.v1`, and from there to whoever listens.
 
 mod commands;
+mod heartbeat;
 mod http;
 mod idempotency;
 mod problem;
+mod republish;
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use republish::Republish;
 use secrecy::{ExposeSecret, SecretString};
 use shared::events::Topic;
 use shared::service::{self, Service, ServiceConfig};
@@ -25,12 +29,15 @@ struct Cli {
     command: Option<Command>,
 }
 
-#[derive(Subcommand, Clone, Copy)]
+#[derive(Subcommand, Clone)]
 enum Command {
     /// Run the service (the default).
     Serve,
     /// Ask the running service whether it is ready; exit 0 if so.
     Healthcheck,
+    /// Tell the current states once more, to repair a damaged user.state.v1 or to fill a new one. A running service publishes
+    /// them. Doing it twice, or beside everything else, is harmless.
+    Republish(Republish),
 }
 
 #[derive(clap::Args)]
@@ -45,6 +52,10 @@ struct Config {
     /// the answers stored so far.
     #[arg(long, env, hide_env_values = true)]
     idempotency_secret: SecretString,
+    /// How often each partition of user.state.v1 gets a record, without which Kafka would not compact a quiet one and erased
+    /// addresses would stay in it. A day, as long as a segment is open.
+    #[arg(long, env, default_value_t = 86_400_000, value_parser = clap::value_parser!(u64).range(1..))]
+    heartbeat_interval_ms: u64,
     #[command(flatten)]
     service: ServiceConfig,
 }
@@ -55,6 +66,10 @@ async fn main() -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
+        Command::Republish(options) => {
+            let db = service::pool(cli.config.user_database_url.expose_secret().parse()?);
+            republish::republish(&db, &options).await
+        }
     }
 }
 
@@ -65,6 +80,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.own_topics(&[Topic::USER_EVENTS, Topic::USER_STATE]);
     let wake = service.relay(&db);
     service.spawn("idempotency expiry", idempotency::expire(db.clone()));
+    let interval = Duration::from_millis(config.heartbeat_interval_ms);
+    service.spawn("heartbeat", heartbeat::run(db.clone(), wake.clone(), interval));
     service.http(config.http_addr, http::routes(http::App { db, wake, idempotency })).await?;
     service.run().await
 }

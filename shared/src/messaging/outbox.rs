@@ -42,6 +42,15 @@ pub async fn publish<E: Event>(tx: &mut PgConnection, key: Uuid, version: i64, e
     Ok(event_id)
 }
 
+/// How many rows wait to be published; counted no further than `limit`. Who writes many rows at once asks before it goes on.
+///
+/// # Errors
+/// The database does not answer.
+pub async fn waiting(db: &PgPool, limit: i64) -> sqlx::Result<i64> {
+    let rows = sqlx::query_scalar("select count(*) from (select from outbox limit $1) waiting").bind(limit);
+    bounded(rows.fetch_one(db)).await
+}
+
 /// Keeps the metrics of what waits to be published. While Kafka is away the oldest age is what to alert on.
 pub(crate) async fn measure(db: PgPool, metrics: Metrics) -> anyhow::Result<()> {
     loop {

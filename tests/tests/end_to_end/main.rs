@@ -14,5 +14,6 @@ mod problems;
 mod rebuild;
 mod registering;
 mod relay;
+mod republishing;
 mod tracing;
 mod view;
