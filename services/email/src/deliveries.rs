@@ -8,7 +8,7 @@
 //!    └ unknown ◄────────┘ the answer to the mail itself never came
 //! ```
 //! A sender that dies leaves `sending` with a lease; when that ends, by the database's clock, the delivery is claimed again. An
-//! erased recipient turns what is not being sent into `cancelled`.
+//! erased recipient turns what is not being sent into `cancelled`. What is too old to be sent unasked is [`held`](crate::held).
 
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ pub struct Claim {
 }
 
 /// Takes the delivery that has waited longest: one that is due, whose recipient is known and not erased, whose cause is not
-/// too old, and whose former sender, if any, has let its lease end.
+/// too old unless an operator released it, and whose former sender, if any, has let its lease end.
 pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     let token = mint_id();
     let claimed = sqlx::query_as!(
@@ -54,7 +54,7 @@ pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
                  from deliveries d join recipients r using (user_id)
                  where d.status in ('pending', 'unknown', 'sending') and d.next_attempt_at <= now()
                      and (d.status <> 'sending' or d.lease_until < now())
-                     and r.email is not null and d.requested_at > now() - $3::interval
+                     and r.email is not null and (d.released_at is not null or d.requested_at > now() - $3::interval)
                  order by d.next_attempt_at limit 1 for update of d skip locked) due
            where d.id = due.id
            returning d.id, d.user_id, d.template, d.attempt, d.traceparent, d.tracestate,
@@ -164,6 +164,6 @@ fn code(smtp_code: u16) -> i16 {
     i16::try_from(smtp_code).expect("SMTP codes have three digits")
 }
 
-fn interval(duration: Duration) -> PgInterval {
+pub fn interval(duration: Duration) -> PgInterval {
     PgInterval::try_from(duration).expect("durations here are whole milliseconds")
 }

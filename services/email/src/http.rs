@@ -19,7 +19,7 @@ pub fn routes(db: PgPool) -> Router {
 struct Email {
     delivery_id: Uuid,
     template: String,
-    /// `pending`, `sending`, `unknown`, `sent`, `failed` or `cancelled`.
+    /// `pending`, `held`, `sending`, `unknown`, `sent`, `failed` or `cancelled`.
     status: String,
     attempts: i32,
     /// The mail server's last reply.

@@ -3,6 +3,7 @@
 
 mod deliveries;
 mod handlers;
+mod held;
 mod http;
 mod mail;
 mod metrics;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use handlers::{Recipients, Welcome};
+use held::SendHeld;
 use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
@@ -44,6 +46,8 @@ enum Command {
     Healthcheck,
     /// Try the open dead letters again.
     Redrive(Redrive),
+    /// Send mails that are held back because their cause is older than MAX_AGE_HOURS.
+    SendHeld(SendHeld),
 }
 
 #[derive(clap::Args)]
@@ -66,7 +70,8 @@ struct Config {
     /// The wait before the second attempt; it doubles with each, up to ten minutes.
     #[arg(long, env, default_value_t = 1_000)]
     backoff_ms: u64,
-    /// A mail whose cause is older is held back: it comes from a history read again, not from a user who waits.
+    /// A mail whose cause is older is held back: it comes from a history read again, not from a user who waits. `email send-held`
+    /// sends what is held.
     #[arg(long, env, default_value_t = 72)]
     max_age_hours: u32,
     #[command(flatten)]
@@ -80,6 +85,9 @@ async fn main() -> anyhow::Result<()> {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
         Command::Redrive(options) => settle(cli.config, options).await,
+        Command::SendHeld(options) => {
+            held::send(&service::pool(cli.config.email_database_url.expose_secret().parse()?), &options).await
+        }
     }
 }
 
@@ -92,6 +100,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.consume(RECIPIENTS, Recipients { db: db.clone() });
     let metrics = metrics::Metrics::register(&service.metrics());
     service.spawn("deliveries' metrics", metrics.clone().measure(db.clone()));
+    let max_age = Duration::from_secs(u64::from(config.max_age_hours) * 3600);
+    service.spawn("held deliveries", held::watch(db.clone(), max_age, metrics.clone()));
     for number in 0..config.senders {
         let sender = Sender {
             db: db.clone(),
@@ -99,7 +109,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             rules: deliveries::Rules {
                 lease: Duration::from_millis(config.lease_ms),
                 backoff: Duration::from_millis(config.backoff_ms),
-                max_age: Duration::from_secs(u64::from(config.max_age_hours) * 3600),
+                max_age,
             },
             wake: wake.clone(),
             metrics: metrics.clone(),

@@ -5,6 +5,7 @@
 mod clocks;
 mod consuming;
 mod dead_letters;
+mod held;
 mod journey;
 mod local_stack;
 mod mailing;
