@@ -18,10 +18,10 @@ const TOPICS: [&str; 3] = ["user.events.v1", "user.state.v1", "email.events.v1"]
 
 /// Rows leave an outbox, so a trigger keeps what came. It writes in the inserting transaction: what is rolled back leaves no trace.
 const LEDGER: &str = "
-    create table if not exists ledger (event_id uuid primary key, topic text not null);
+    create table if not exists ledger (event_id uuid primary key, topic text not null, key uuid not null);
     create or replace function keep() returns trigger language plpgsql as $$
     begin
-        insert into ledger values (new.event_id, new.topic);
+        insert into ledger values (new.event_id, new.topic, new.aggregateid);
         return null;
     end $$;
     create or replace trigger keep after insert on outbox for each row execute function keep();";

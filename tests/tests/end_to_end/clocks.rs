@@ -1,10 +1,8 @@
 //! Clocks that are wrong. Nothing is ordered, deduplicated or leased by the clock of a service.
 
-use std::collections::BTreeSet;
-
 use reqwest::StatusCode;
 use tests::clock::Clock;
-use tests::{Part, System, api, eventually, eventually_eq};
+use tests::{Part, System, api};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use xtask::smtp_sink::{Fault, Stage};
@@ -30,29 +28,16 @@ async fn clocks_that_are_wrong_and_leap_change_nothing() {
         start(&mut system, part, clock);
     }
     system.ready(&Part::ALL).await;
-    let ledger = system.keep_ledger().await;
+    let watch = system.watch().await;
     let load = system.load(4);
-    eventually("users are registered", async || (load.accepted() >= 12).then_some(())).await;
+    load.until_accepted(12).await;
     for (clock, hours) in clocks.iter().zip([-2, 2, -2, 2]) {
         clock.leap_to(hours * HOUR);
     }
-    let before = load.accepted();
-    eventually("more users are registered", async || (load.accepted() >= before + 12).then_some(())).await;
+    load.until_accepted(12).await;
     let answered = load.end().await;
-    assert_eq!((answered.refused.len(), answered.unknown), (0, 0), "{:?}", answered.refused);
-
-    system.until_drained().await;
-    system.assert_log_is_the_ledger(&ledger).await;
-    let mut mailed = 0;
-    for id in &answered.accepted {
-        let state = system.deliveries(*id).await;
-        assert!(state == ["sent"] || state == ["cancelled"], "{id}: {state:?}");
-        mailed += usize::from(state == ["sent"]);
-    }
-    let mails: BTreeSet<Option<String>> = system.sink.mails().into_iter().map(|mail| mail.message_id).collect();
-    assert_eq!((system.sink.mails().len(), mails.len()), (mailed, mailed), "mails, and mails that are no copies");
-    let (registered, mailed) = (answered.accepted.len() as i64, mailed as i64);
-    eventually_eq("the funnel", (registered, mailed), async || system.funnel().await).await;
+    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
+    system.check(&watch, &answered).await;
     let (fast, slow) = hours_off(&system);
     assert!(fast && slow, "the user service's clock was fast: {fast}, and slow: {slow}");
 }

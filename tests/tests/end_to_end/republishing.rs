@@ -6,7 +6,6 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use shared::events::Topic;
 use sqlx::Connection;
-use tests::ledger::event_id;
 use tests::log::Raw;
 use tests::{Part, System, api, eventually, eventually_eq, throughout};
 use uuid::Uuid;
@@ -58,7 +57,8 @@ async fn states_are_republished_as_they_are_and_nothing_else() {
     let printed = system.run(Part::User, &["republish"]).await.unwrap();
     assert!(printed.ends_with("republished: 1 states, 1 tombstones\n"), "{printed}");
     assert_eq!(states(&system).await, [(alive, vec![1, 2, 2, 2]), (erased, vec![1, -2, -2])].into());
-    let ids: BTreeSet<Uuid> = system.read(STATE).iter().map(event_id).collect();
+    let ids: BTreeSet<Uuid> =
+        system.read(STATE).iter().map(|record| record.header("ce_id").unwrap().parse().unwrap()).collect();
     assert_eq!(ids.len(), 7, "every one has an event id of its own");
     assert_eq!(system.read("user.events.v1").len(), 4, "nothing happened, so there is no fact of it");
     eventually_eq("the cache knows them", 3.0, async || system.counted("cache.profiles", "duplicate").await).await;
@@ -73,7 +73,7 @@ async fn states_are_republished_as_they_are_and_nothing_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_republish_under_load_leaves_each_newest_state_last() {
     let system = user_service(&[]).await;
-    let ledger = system.keep_ledger().await;
+    let watch = system.watch().await;
     unheard_of(&system, 450).await;
     let load = system.load(4);
     let at_least = async |accepted| {
@@ -86,7 +86,7 @@ async fn a_republish_under_load_leaves_each_newest_state_last() {
         runs += 1;
     }
     load.end().await;
-    system.until_published(&ledger).await;
+    system.until_published(&watch).await;
     let mut newest: BTreeMap<Uuid, i64> = BTreeMap::new();
     for (key, versions) in states(&system).await {
         let versions: Vec<i64> = versions.into_iter().map(i64::abs).collect();
@@ -95,7 +95,7 @@ async fn a_republish_under_load_leaves_each_newest_state_last() {
         assert!(known.into_iter().eq(1..=versions[versions.len() - 1]), "{key} has gaps: {versions:?}");
         newest.insert(key, versions[versions.len() - 1]);
     }
-    let users: Vec<(Uuid, i64)> = sqlx::query_as("select id, version from users").fetch_all(&ledger.0).await.unwrap();
+    let users: Vec<(Uuid, i64)> = sqlx::query_as("select id, version from users").fetch_all(&watch.user).await.unwrap();
     assert_eq!(newest, users.into_iter().collect(), "the last state of each user");
 }
 
@@ -230,30 +230,30 @@ async fn a_heartbeat_is_one_record_in_each_partition_for_all_replicas_together()
     for record in system.read(STATE) {
         assert_eq!(Topic::USER_STATE.partition_of(record.key_text().parse().unwrap()), record.partition);
     }
-    let ledger = system.keep_ledger().await;
+    let watch = system.watch().await;
     let diary = "create table beats (at timestamptz not null);
         create function keep_beat() returns trigger language plpgsql as $$
         begin insert into beats values (new.beaten_at); return null; end $$;
         create trigger keep_beat after update on heartbeats for each row execute function keep_beat();";
-    sqlx::raw_sql(diary).execute(&ledger.0).await.unwrap();
+    sqlx::raw_sql(diary).execute(&watch.user).await.unwrap();
 
     let interval = [("HEARTBEAT_INTERVAL_MS", "1000")];
     let second = system.spawn_another(Part::User, &interval);
     system.restart(Part::User, &interval).await;
-    eventually("four heartbeats", async || (ledger.count("select count(*) from beats").await >= 4).then_some(())).await;
+    eventually("four heartbeats", async || (watch.count("select count(*) from beats").await >= 4).then_some(())).await;
     drop(second);
     system.stop(Part::User).await;
 
     let gaps: Vec<f64> = sqlx::query_scalar(
         "select extract(epoch from at - lag(at) over (order by at))::float8 from beats order by at offset 1",
     )
-    .fetch_all(&ledger.0)
+    .fetch_all(&watch.user)
     .await
     .unwrap();
     assert!(gaps.iter().all(|gap| *gap >= INTERVAL), "seconds between heartbeats: {gaps:?}");
     let told: Vec<(Uuid, i64)> = sqlx::query_as("select key, count(*) from ledger where topic = $1 group by key")
         .bind(STATE)
-        .fetch_all(&ledger.0)
+        .fetch_all(&watch.user)
         .await
         .unwrap();
     let partitions: BTreeSet<i32> = told.iter().map(|(key, _)| Topic::USER_STATE.partition_of(*key)).collect();
