@@ -31,6 +31,8 @@ use transaction::{Refused, Transactions};
 
 /// Rows per transaction: large enough that a transaction's cost (about 3 ms) does not count.
 const ROUND_ROWS: i64 = 500;
+/// Rows of any size that are allowed have to be read, sent and acknowledged within the time-outs of a round.
+const ROUND_BYTES: i64 = 4 << 20;
 /// Rows that another replica wrote are found after this time at the latest.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
@@ -212,15 +214,19 @@ impl Relay {
     }
 }
 
+/// As many rows as a round may have, and no more bytes than can be sent within its time-outs; but at least one row.
 /// By id, without a cursor: a row whose transaction commits late has a low id and is read in the next round. Versions of one
 /// key never swap, since the row lock on the aggregate orders their transactions.
 async fn read(db: &mut PgConnection, blocked: &BTreeSet<Uuid>) -> sqlx::Result<Vec<Row>> {
     sqlx::query_as(
         "select id, event_id, topic, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
-         from outbox where aggregateid <> all ($1) order by id limit $2",
+         from (select *, sum(octet_length(payload)) over (order by id rows between unbounded preceding and 1 preceding) as before
+               from (select * from outbox where aggregateid <> all ($1) order by id limit $2) as oldest) as measured
+         where coalesce(before, 0) < $3 order by id",
     )
     .bind(blocked.iter().copied().collect::<Vec<_>>())
     .bind(ROUND_ROWS)
+    .bind(ROUND_BYTES)
     .fetch_all(db)
     .await
 }

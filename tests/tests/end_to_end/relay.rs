@@ -84,6 +84,21 @@ async fn a_transaction_that_commits_after_later_ids_were_published_is_not_lost()
     assert_eq!(system.read("user.events.v1").len(), 5, "all of them");
 }
 
+/// A backlog of the largest rows does not become a round that no time-out allows: it goes out in rounds of some MiB.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_large_rows_goes_out_in_rounds_that_can_succeed() {
+    let (mut system, watch) = user_alone().await;
+    let insert = "insert into outbox (event_id, topic, aggregatetype, aggregateid, version, type, payload, occurred_at)
+                  select gen_random_uuid(), 'user.events.v1', 'user', $1, n, 'user.profile_changed',
+                      case when n % 10 > 0 then convert_to(rpad('', 900000, 'x'), 'utf8') else '{}' end, now()
+                  from generate_series(1, 40) n";
+    sqlx::query(insert).bind(Uuid::now_v7()).execute(&watch.user).await.unwrap();
+    system.until_published(&watch).await;
+    let rounds = system.metric(Part::User, "relay_rounds_total", &["outcome=\"published\""]).await.unwrap();
+    assert!(rounds >= 7.0, "{rounds} rounds for 32 MB");
+    system.check(&watch, &Answered::default()).await;
+}
+
 /// `PATCH` or `DELETE` of a user, sent to any process of the service.
 async fn change(process: &Running, id: Uuid, display_name: Option<&str>) -> Answer {
     let url = format!("{}/users/{id}", process.service.url());
