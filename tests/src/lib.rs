@@ -15,6 +15,7 @@ pub mod load;
 pub mod log;
 pub mod mailing;
 pub mod otlp;
+pub mod proxy;
 pub mod search;
 pub mod system;
 pub mod topics;

@@ -11,6 +11,8 @@ use xtask::smtp_sink::SmtpSink;
 use xtask::stack::{Ports, Stack};
 use xtask::testing;
 
+use crate::proxy::Proxy;
+
 /// A service's name, as in `services/<name>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
@@ -214,11 +216,22 @@ impl System {
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// What the services are told under this name.
+    pub fn setting(&self, name: &str) -> &str {
+        let (_, value) = self.environment.iter().find(|(known, _)| known == name).unwrap();
+        value
+    }
+
+    /// A proxy before the service's database, and the settings with which a copy of the service goes through it.
+    pub async fn proxied_database(&self, part: Part) -> (Proxy, (String, String)) {
+        let name = database_url(part);
+        let (proxy, through) = Proxy::before_url(self.setting(&name)).await;
+        (proxy, (name, through))
+    }
+
     /// The service's database, with the service's own rights.
     pub async fn database(&self, part: Part) -> PgPool {
-        let name = format!("{}_DATABASE_URL", part.service().name.to_uppercase());
-        let (_, url) = self.environment.iter().find(|(known, _)| *known == name).unwrap();
-        PgPool::connect(url).await.unwrap()
+        PgPool::connect(self.setting(&database_url(part))).await.unwrap()
     }
 
     pub async fn valkey(&self) -> redis::aio::MultiplexedConnection {
@@ -241,6 +254,10 @@ impl System {
     fn running(&mut self, part: Part) -> &mut Running {
         self.services.get_mut(&part).unwrap_or_else(|| panic!("{part:?} was not started"))
     }
+}
+
+fn database_url(part: Part) -> String {
+    format!("{}_DATABASE_URL", part.service().name.to_uppercase())
 }
 
 impl Drop for System {
