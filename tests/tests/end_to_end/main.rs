@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
 mod consuming;
+mod cut_off;
 mod dead_letters;
 mod journey;
 mod local_stack;
