@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use reqwest::StatusCode;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -51,6 +52,32 @@ impl System {
             assert_ordered(topic, &records);
         }
         assert_newest_is_last(&self.read("user.state.v1"));
+    }
+}
+
+impl System {
+    /// I5: `(users, mails meant for them, users with more than one)`.
+    pub async fn intents(&self) -> (i64, i64, i64) {
+        let count = "select count(*), count(distinct user_id), count(*) - count(distinct user_id) from deliveries";
+        let (mails, users, doubled): (i64, i64, i64) =
+            sqlx::query_as(count).fetch_one(&self.database(Part::Email).await).await.unwrap();
+        (users, mails, doubled)
+    }
+
+    /// I1, I5, I7, I8: every user was counted once, got one mail intent, and is in the cache as the user service has them.
+    pub async fn assert_effects_once(&self, ledger: &Ledger) {
+        self.until_drained().await;
+        let users = ledger.count("select count(*) from users").await;
+        assert_eq!(self.funnel().await.0, users, "I7: registrations counted, and users");
+        assert_eq!(self.registrations().await, Some(users), "I7: registrations per bucket, and users");
+        assert_eq!(self.intents().await, (users, users, 0), "I5: users mailed, mails, doubled mails");
+        let rows: Vec<(Uuid, i64, bool)> =
+            sqlx::query_as("select id, version, email is null from users").fetch_all(&ledger.0).await.unwrap();
+        for (id, version, erased) in rows {
+            let profile = self.profile(id, Some(version)).await.unwrap();
+            let expected = if erased { StatusCode::NOT_FOUND } else { StatusCode::OK };
+            assert_eq!(profile.status, expected, "I8: {id} at version {version}: {profile:?}");
+        }
     }
 }
 

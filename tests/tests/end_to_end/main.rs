@@ -11,6 +11,7 @@ mod mailing;
 mod malformed;
 mod outage;
 mod problems;
+mod rebalancing;
 mod registering;
 mod relay;
 mod tracing;

@@ -25,29 +25,6 @@ async fn until_frozen(system: &mut System, part: Part) {
     eventually(&format!("{part:?} is frozen"), async || system.is_frozen(part).then_some(())).await;
 }
 
-/// I5: `(users, mails meant for them, users with more than one)`.
-async fn intents(system: &System) -> (i64, i64, i64) {
-    let count = "select count(*), count(distinct user_id), count(*) - count(distinct user_id) from deliveries";
-    let (mails, users, doubled): (i64, i64, i64) =
-        sqlx::query_as(count).fetch_one(&system.database(Part::Email).await).await.unwrap();
-    (users, mails, doubled)
-}
-
-/// I1, I5, I7, I8: every user was counted once, got one mail intent, and is in the cache as the user service has them.
-async fn assert_effects_once(system: &System, ledger: &Ledger) {
-    system.until_drained().await;
-    let users = ledger.count("select count(*) from users").await;
-    assert_eq!(system.funnel().await.0, users, "I7: registrations counted, and users");
-    assert_eq!(intents(system).await, (users, users, 0), "I5: users mailed, mails, doubled mails");
-    let rows: Vec<(Uuid, i64, bool)> =
-        sqlx::query_as("select id, version, email is null from users").fetch_all(&ledger.0).await.unwrap();
-    for (id, version, erased) in rows {
-        let profile = system.profile(id, Some(version)).await.unwrap();
-        let expected = if erased { StatusCode::NOT_FOUND } else { StatusCode::OK };
-        assert_eq!(profile.status, expected, "I8: {id} at version {version}: {profile:?}");
-    }
-}
-
 /// T04, T05, I1, I3, I4: wherever the relay is killed, under load, no event is lost and none comes out of order; and though some
 /// were published twice, at new offsets, each has its effects once. Twice per point; dying is over in a moment, so more
 /// of it would take longer and show no more.
@@ -77,7 +54,7 @@ async fn a_relay_killed_at_any_point_loses_nothing_reorders_nothing_and_doubles_
         assert_eq!(found, 1, "I1: {id} was accepted");
     }
     assert!(copies(&system.read("user.events.v1")) > 0, "a crash between commit and delete publishes twice");
-    assert_effects_once(&system, &ledger).await;
+    system.assert_effects_once(&ledger).await;
     let duplicates = system.metric(Part::Analytics, "events_consumed_total", &["outcome=\"duplicate\""]).await;
     assert!(duplicates.is_some_and(|count| count > 0.0), "the copies have reached analytics: {duplicates:?}");
 }
@@ -262,7 +239,7 @@ async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everythin
     let answered = load.end().await;
     assert_eq!((answered.refused, answered.unknown), (vec![], 0), "every request was answered with 201");
     system.assert_log_is_the_ledger(&ledger).await;
-    assert_effects_once(&system, &ledger).await;
+    system.assert_effects_once(&ledger).await;
 }
 
 /// Who has how many mails.
@@ -308,7 +285,7 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
     }
     system.ready(&[Part::Email, Part::Analytics]).await;
     eventually_eq("the old and the new work together", (10, 10), async || system.funnel().await).await;
-    assert_eq!(intents(&system).await, (10, 10, 0), "I5: users mailed, mails, doubled mails");
+    assert_eq!(system.intents().await, (10, 10, 0), "I5: users mailed, mails, doubled mails");
     let once: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
     assert_eq!(sent(&system).await, once, "one mail each");
 }
