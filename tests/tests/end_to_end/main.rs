@@ -5,6 +5,7 @@
 mod consuming;
 mod cut_off;
 mod dead_letters;
+mod deleted;
 mod journey;
 mod local_stack;
 mod mailing;
