@@ -15,5 +15,6 @@ mod problems;
 mod rebalancing;
 mod registering;
 mod relay;
+mod relaying;
 mod tracing;
 mod view;
