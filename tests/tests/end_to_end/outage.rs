@@ -49,6 +49,41 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
     assert!(Part::ALL.into_iter().all(|part| !system.has_ended(part)));
 }
 
+/// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What was
+/// accepted is there with its events, and nothing of what was not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else() {
+    let mut system = System::empty().await;
+    let mut postgres = system.own_postgres().await;
+    for part in Part::ALL {
+        system.spawn(part, &[]);
+    }
+    system.ready(&Part::ALL).await;
+    let ledger = system.keep_ledger().await;
+    let load = system.load(2);
+    let progress = async || {
+        let enough = load.accepted() + 10;
+        eventually("registrations are accepted", async || (load.accepted() >= enough).then_some(())).await;
+    };
+    for _ in 0..2 {
+        progress().await;
+        postgres.component.process.kill();
+        postgres.component.restart().await.unwrap();
+    }
+    progress().await;
+    let answered = load.end().await;
+    assert!(answered.refused.iter().all(|answer| answer.status == StatusCode::SERVICE_UNAVAILABLE));
+    system.ready(&Part::ALL).await;
+    system.assert_log_is_the_ledger(&ledger).await;
+    for id in &answered.accepted {
+        let found = sqlx::query_scalar("select count(*) from users where id = $1").bind(id);
+        let found: i64 = found.fetch_one(&ledger.0).await.unwrap();
+        assert_eq!(found, 1, "I1: {id} was accepted");
+    }
+    system.assert_effects_once(&ledger).await;
+    assert!(Part::ALL.into_iter().all(|part| !system.has_ended(part)), "nobody dies of it");
+}
+
 /// Users whose records arrive during the outage. Their own service is down as well, so they are written by hand.
 async fn records_meanwhile(system: &System) -> Vec<Uuid> {
     let users: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
