@@ -1,7 +1,7 @@
 //! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an empty function.
 
-/// A named place between two effects. With `FAULT_AT=point:nth:kill|stop` in the environment the process gets SIGKILL or
-/// SIGSTOP when it comes here for the nth time (counted from 1).
+/// A named place between two effects. With `FAULT_AT=point:nth:kill|stop|stall|panic` in the environment, when the process comes
+/// here for the nth time (counted from 1), it gets SIGKILL or SIGSTOP, its thread hangs for a while, or its thread panics.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn point(_name: &str) {}
@@ -13,31 +13,45 @@ pub use armed::point;
 mod armed {
     use std::sync::LazyLock;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
 
     use nix::sys::signal::{Signal, raise};
+
+    /// Longer than the shortest interval (10 s) after which Kafka gives up a consumer that does not poll, by enough for two busy
+    /// cores.
+    const STALL: Duration = Duration::from_secs(25);
+
+    #[derive(Clone, Copy)]
+    enum Action {
+        Signal(Signal),
+        Stall,
+        Panic,
+    }
 
     struct Fault {
         point: String,
         nth: u64,
-        signal: Signal,
+        action: Action,
         seen: AtomicU64,
     }
 
     static FAULT: LazyLock<Option<Fault>> = LazyLock::new(|| {
         #[expect(clippy::disallowed_methods, reason = "a test switch, not a setting of the service")]
         let text = std::env::var("FAULT_AT").ok()?;
-        Some(parse(&text).expect("FAULT_AT is point:nth:kill|stop"))
+        Some(parse(&text).expect("FAULT_AT is point:nth:kill|stop|stall|panic"))
     });
 
     fn parse(text: &str) -> Option<Fault> {
         let (rest, action) = text.rsplit_once(':')?;
         let (point, nth) = rest.rsplit_once(':')?;
-        let signal = match action {
-            "kill" => Signal::SIGKILL,
-            "stop" => Signal::SIGSTOP,
+        let action = match action {
+            "kill" => Action::Signal(Signal::SIGKILL),
+            "stop" => Action::Signal(Signal::SIGSTOP),
+            "stall" => Action::Stall,
+            "panic" => Action::Panic,
             _ => return None,
         };
-        Some(Fault { point: point.to_owned(), nth: nth.parse().ok()?, signal, seen: AtomicU64::new(0) })
+        Some(Fault { point: point.to_owned(), nth: nth.parse().ok()?, action, seen: AtomicU64::new(0) })
     }
 
     pub fn point(name: &str) {
@@ -45,7 +59,18 @@ mod armed {
             && fault.point == name
             && fault.seen.fetch_add(1, Ordering::SeqCst) + 1 == fault.nth
         {
-            raise(fault.signal).expect("a process may signal itself");
+            strike(name, fault.action);
+        }
+    }
+
+    fn strike(name: &str, action: Action) {
+        match action {
+            Action::Signal(signal) => raise(signal).expect("a process may signal itself"),
+            Action::Stall => {
+                tracing::warn!(point = name, "this thread stalls");
+                std::thread::sleep(STALL);
+            }
+            Action::Panic => panic!("the fault at {name}"),
         }
     }
 }

@@ -152,9 +152,20 @@ impl System {
         Some((answer.status.is_success(), answer.body))
     }
 
-    /// Whether the admin port answers this with success.
-    pub async fn get_admin(&self, part: Part, path: &str) -> bool {
-        send(Client::new().get(self.admin_url(part, path))).await.is_ok_and(|answer| answer.status.is_success())
+    /// Whether the process itself says that it lives, which is what a supervisor asks before it restarts one.
+    pub async fn alive(&self, part: Part) -> bool {
+        let answer = Client::new().get(self.admin_url(part, "/livez")).timeout(Duration::from_secs(3)).send().await;
+        answer.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    /// Waits until the service says that it cannot work, watching that it lives all the while.
+    pub async fn until_waiting(&self, part: Part) {
+        eventually(&format!("{part:?} says that it waits"), async || {
+            assert!(self.alive(part).await, "{part:?} would be restarted");
+            let (ready, _) = self.readiness(part).await?;
+            (!ready).then_some(())
+        })
+        .await;
     }
 
     /// Waits until nothing is under way any more: outboxes empty, no delivery open, all lags 0.

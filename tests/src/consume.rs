@@ -8,12 +8,14 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use reqwest::StatusCode;
 use serde_json::json;
 use uuid::Uuid;
+use xtask::kafka::Kafka;
 use xtask::postgres::{Durability, Postgres};
 use xtask::process::{Logs, Scratch};
 use xtask::redis::Redis;
 use xtask::testing::{free_port, prefix};
 
 use crate::log::{Draft, GROUPS, Raw};
+use crate::proxy::Proxy;
 use crate::{Part, System, eventually_eq};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -97,6 +99,28 @@ impl System {
             self.set(&format!("{}_DATABASE_URL", service.to_uppercase()), &component.service_url(service));
         }
         Own { component, _scratch: scratch }
+    }
+
+    /// A Kafka of this test's own for all services, with a second way in, through the proxy: a broker tells its clients to come
+    /// by the way that they came.
+    pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
+        let scratch = Scratch::create("own-kafka").unwrap();
+        let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
+        let fetched = xtask::fetch::fetch().await.unwrap();
+        let (direct, proxied, controller) = (free_port(), free_port(), free_port());
+        let proxy = Proxy::before(&format!("127.0.0.1:{proxied}")).await;
+        let settings = format!(
+            "listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://127.0.0.1:{proxied},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://{}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+controller.quorum.voters=1@127.0.0.1:{controller}",
+            proxy.address()
+        );
+        let component = Kafka::start(&fetched, scratch.path(), direct, &settings, &logs).await.unwrap();
+        self.kafka = component.address();
+        self.set("KAFKA_BROKERS", &component.address());
+        (Own { component, _scratch: scratch }, proxy)
     }
 
     /// The open dead letters of a group by their key, as anybody sees them who reads the table.

@@ -16,6 +16,7 @@ pub mod load;
 pub mod log;
 pub mod mailing;
 pub mod otlp;
+pub mod proxy;
 pub mod search;
 pub mod soak;
 pub mod system;

@@ -1,10 +1,11 @@
 //! Kafka, as other people's clients see it: the raw log of a topic, records of any shape, offsets of groups.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
@@ -174,18 +175,28 @@ impl System {
     pub fn lag_of(&self, group: &str, topic: &str) -> Vec<String> {
         let name = self.prefixed(topic);
         let consumer: BaseConsumer = self.client().set("group.id", self.prefixed(group)).create().unwrap();
-        let metadata = consumer.fetch_metadata(Some(&name), TIMEOUT).unwrap();
-        let mut list = TopicPartitionList::new();
-        for partition in metadata.topics()[0].partitions() {
-            list.add_partition(&name, partition.id());
-        }
-        let Ok(committed) = consumer.committed_offsets(list, TIMEOUT) else { return vec![format!("{group}: unknown")] };
-        let behind = committed.elements().into_iter().filter_map(|element| {
-            let (_, end) = consumer.fetch_watermarks(&name, element.partition(), TIMEOUT).unwrap();
-            let committed = element.offset().to_raw().filter(|offset| *offset >= 0).unwrap_or(0);
-            (committed < end).then(|| format!("{group} {}: {committed} of {end}", element.partition()))
+        let Some(committed) = committed(&consumer, &name) else { return vec![format!("{group}: unknown")] };
+        let behind = committed.into_iter().filter_map(|(partition, committed)| {
+            let (_, end) = consumer.fetch_watermarks(&name, partition, TIMEOUT).unwrap();
+            let committed = committed.unwrap_or(0);
+            (committed < end).then(|| format!("{group} {partition}: {committed} of {end}"))
         });
         behind.collect()
+    }
+
+    /// The offsets that a group has committed, by partition.
+    pub fn committed(&self, group: &str, topic: &str) -> BTreeMap<i32, i64> {
+        let consumer: BaseConsumer = self.client().set("group.id", self.prefixed(group)).create().unwrap();
+        let committed = committed(&consumer, &self.prefixed(topic)).unwrap_or_default();
+        committed.into_iter().filter_map(|(partition, offset)| Some((partition, offset?))).collect()
+    }
+
+    /// Sets a group's offset, as an operator does while the group is empty.
+    pub fn commit(&self, group: &str, topic: &str, partition: i32, offset: i64) {
+        let consumer: BaseConsumer = self.client().set("group.id", self.prefixed(group)).create().unwrap();
+        let mut offsets = TopicPartitionList::new();
+        offsets.add_partition_offset(&self.prefixed(topic), partition, Offset::Offset(offset)).unwrap();
+        consumer.commit(&offsets, CommitMode::Sync).unwrap();
     }
 
     /// Changes a topic's settings on the broker, all that are not named back to their defaults.
@@ -197,15 +208,6 @@ impl System {
             change = change.set(key, value);
         }
         admin.alter_configs([&change], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
-    }
-
-    /// Deletes the records of a partition before an offset, as an exceeded retention does.
-    pub async fn delete_records(&self, topic: &str, partition: i32, before: i64) {
-        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&self.prefixed(topic), partition, Offset::Offset(before)).unwrap();
-        let deleted = admin.delete_records(&list, &AdminOptions::new()).await.unwrap();
-        deleted.elements()[0].error().unwrap();
     }
 
     /// Forces the compaction of `user.state.v1`: segments roll at once, and each partition gets one more record, since only an
@@ -225,6 +227,18 @@ impl System {
             self.write("user.state.v1", &marker).await;
         }
     }
+}
+
+/// `None`: Kafka does not say. Of a partition: nothing is committed.
+fn committed(consumer: &BaseConsumer, topic: &str) -> Option<Vec<(i32, Option<i64>)>> {
+    let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT).unwrap();
+    let mut list = TopicPartitionList::new();
+    for partition in metadata.topics()[0].partitions() {
+        list.add_partition(topic, partition.id());
+    }
+    let committed = consumer.committed_offsets(list, TIMEOUT).ok()?;
+    let offset = |offset: Offset| offset.to_raw().filter(|offset| *offset >= 0);
+    Some(committed.elements().into_iter().map(|element| (element.partition(), offset(element.offset()))).collect())
 }
 
 fn raw(message: &impl Message) -> Raw {

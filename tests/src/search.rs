@@ -23,6 +23,8 @@ impl System {
         places.extend(self.topics_with(texts));
         for part in self.started() {
             places.extend(holds(&self.log_of(part), texts).then(|| format!("log of {part:?}")));
+        }
+        for part in self.running_parts() {
             places.extend(holds(&self.metrics_page(part).await, texts).then(|| format!("metrics of {part:?}")));
         }
         places.sort();

@@ -19,6 +19,8 @@ use xtask::testing;
 
 pub use processes::is_frozen;
 
+use crate::proxy::Proxy;
+
 /// A service's name, as in `services/<name>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
@@ -47,7 +49,10 @@ pub struct System {
     /// How often each service was started, and which of them ended by themselves.
     starts: BTreeMap<Part, usize>,
     ended: Vec<String>,
-    expected_to_end: Vec<Part>,
+    /// Started with a fault point, so that their end is wanted.
+    expected_to_end: BTreeSet<Part>,
+    /// Killed or stopped, and not started again.
+    stopped: BTreeSet<Part>,
     copies: AtomicBool,
     compacted: AtomicBool,
     by_hand: Mutex<BTreeSet<Uuid>>,
@@ -136,7 +141,8 @@ impl System {
             ports: Part::ALL.map(|part| (part, part.service().on_free_ports())).into(),
             starts: BTreeMap::new(),
             ended: vec![],
-            expected_to_end: vec![],
+            expected_to_end: BTreeSet::new(),
+            stopped: BTreeSet::new(),
             copies: AtomicBool::new(false),
             compacted: AtomicBool::new(false),
             by_hand: Mutex::default(),
@@ -158,11 +164,22 @@ impl System {
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// What the services are told under this name.
+    pub fn setting(&self, name: &str) -> &str {
+        let (_, value) = self.environment.iter().find(|(known, _)| known == name).unwrap();
+        value
+    }
+
+    /// A proxy before the service's database, and the settings with which a copy of the service goes through it.
+    pub async fn proxied_database(&self, part: Part) -> (Proxy, (String, String)) {
+        let name = database_url(part);
+        let (proxy, through) = Proxy::before_url(self.setting(&name)).await;
+        (proxy, (name, through))
+    }
+
     /// The service's database, with the service's own rights.
     pub async fn database(&self, part: Part) -> PgPool {
-        let name = format!("{}_DATABASE_URL", part.service().name.to_uppercase());
-        let (_, url) = self.environment.iter().find(|(known, _)| *known == name).unwrap();
-        PgPool::connect(url).await.unwrap()
+        PgPool::connect(self.setting(&database_url(part))).await.unwrap()
     }
 
     pub async fn valkey(&self) -> redis::aio::MultiplexedConnection {
@@ -193,6 +210,10 @@ fn seed() -> u64 {
         Ok(seed) => seed.parse().expect("WAYBILL_SEED is a number"),
         Err(_) => fastrand::u64(..),
     }
+}
+
+fn database_url(part: Part) -> String {
+    format!("{}_DATABASE_URL", part.service().name.to_uppercase())
 }
 
 impl Drop for System {

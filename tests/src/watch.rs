@@ -79,8 +79,8 @@ impl System {
 
     async fn history(&mut self, watch: &Watch, answered: &Answered) -> History {
         let mut ended = self.ended();
-        for part in self.started() {
-            let alive = self.get_admin(part, "/livez").await;
+        for part in self.running_parts() {
+            let alive = self.alive(part).await;
             ended.extend((!alive).then(|| format!("{part:?} is not alive")));
         }
         let mut letters = BTreeMap::new();
@@ -154,7 +154,8 @@ impl System {
     async fn all_counted(&self) -> BTreeMap<&'static str, u64> {
         let mut counted = BTreeMap::new();
         for (group, _) in GROUPS {
-            if self.has_run_alone(part_of(group)) {
+            let part = part_of(group);
+            if self.has_run_alone(part) && self.running_parts().contains(&part) {
                 counted.insert(group, self.counted_in_all(group).await as u64);
             }
         }

@@ -2,6 +2,7 @@
 //! position in the topic is kept beside the data, so that an emptied Valkey is noticed and filled again from the topic.
 
 mod http;
+mod valkey;
 mod view;
 
 use std::net::SocketAddr;

@@ -6,25 +6,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{Client, RedisError, Script};
+use redis::{RedisError, Script};
 use shared::events::{Event, Profile, Topic, UserState};
 use shared::fault;
 use shared::messaging::{Failure, Handler, Outcome, Record};
 use uuid::Uuid;
 
-/// For one answer of Valkey; a batch's script takes a few milliseconds.
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Consumers and callers try again themselves; the client's own six retries would keep each of them waiting for some ten seconds.
-const CONNECT_RETRIES: usize = 1;
+use crate::valkey::Valkey;
+
 const PARTITIONS: i32 = UserState::TOPIC.partitions;
 
 #[derive(Clone)]
 pub struct View {
-    valkey: ConnectionManager,
+    valkey: Arc<Valkey>,
     /// Stands before every key, so that several systems can share a server.
     prefix: String,
     script: Arc<Script>,
@@ -47,11 +42,7 @@ impl View {
     /// # Errors
     /// The URL is malformed.
     pub fn new(url: &str, prefix: &str) -> anyhow::Result<Self> {
-        let config = ConnectionManagerConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_number_of_retries(CONNECT_RETRIES)
-            .set_response_timeout(Some(RESPONSE_TIMEOUT));
-        let valkey = ConnectionManager::new_lazy_with_config(Client::open(url)?, config)?;
+        let valkey = Arc::new(Valkey::new(url)?);
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
     }
 
@@ -64,7 +55,7 @@ impl View {
             pipe.arg(self.mark_key(partition));
         }
         let ((version, profile), marks): ((Option<i64>, Option<String>), i32) =
-            pipe.query_async(&mut self.valkey.clone()).await?;
+            self.valkey.ask(async |mut connection| pipe.query_async(&mut connection).await).await?;
         let profile = profile.filter(|json| !json.is_empty()).map(|json| serde_json::from_str(&json)).transpose()?;
         Ok(Lookup { complete: marks == PARTITIONS, version: version.unwrap_or(0), profile })
     }
@@ -87,7 +78,8 @@ impl View {
             };
             call.key(self.profile_key(record.envelope.key)).arg(record.envelope.version).arg(profile);
         }
-        let done: Result<(u64, u64, u64), RedisError> = call.invoke_async(&mut self.valkey.clone()).await;
+        let done: Result<(u64, u64, u64), RedisError> =
+            self.valkey.ask(async |mut connection| call.invoke_async(&mut connection).await).await;
         match done {
             Ok((applied, duplicate, stale)) => Ok(Outcome { applied, duplicate, stale }),
             Err(error) if error.code() == Some("POSITION") => Err(Failure::Resume),
@@ -131,7 +123,9 @@ impl Handler for View {
     /// The position stands beside the data; nothing stored is the beginning.
     async fn resume_at(&self, partition: i32) -> anyhow::Result<Option<i64>> {
         let mut get = redis::cmd("GET");
-        let stored: Option<i64> = get.arg(self.position_key(partition)).query_async(&mut self.valkey.clone()).await?;
+        get.arg(self.position_key(partition));
+        let stored: Option<i64> =
+            self.valkey.ask(async |mut connection| get.query_async(&mut connection).await).await?;
         Ok(Some(stored.unwrap_or(0)))
     }
 
@@ -263,7 +257,9 @@ mod tests {
         // As after a flush: the consumer still believes in its old position.
         let mut keys = vec![view.profile_key(user)];
         keys.extend((0..PARTITIONS).flat_map(|partition| [view.mark_key(partition), view.position_key(partition)]));
-        let () = redis::cmd("DEL").arg(keys).query_async(&mut view.valkey.clone()).await.unwrap();
+        let mut del = redis::cmd("DEL");
+        del.arg(keys);
+        let () = view.valkey.ask(async |mut connection| del.query_async(&mut connection).await).await.unwrap();
         let failure = view.caught_up(0, 2, 2).await.unwrap_err();
         assert!(matches!(failure, Failure::Resume), "{failure:?}");
         assert!(!view.find(user).await.unwrap().complete);
@@ -299,6 +295,6 @@ mod tests {
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
         view.resume_at(0).await.unwrap_err();
         // Whoever asks for a profile is not kept waiting either.
-        assert!(asked.elapsed() < 2 * RESPONSE_TIMEOUT, "two answers took {:?}", asked.elapsed());
+        assert!(asked.elapsed() < 2 * crate::valkey::RESPONSE_TIMEOUT, "two answers took {:?}", asked.elapsed());
     }
 }

@@ -5,7 +5,6 @@
 use std::ops::AddAssign;
 use std::panic::AssertUnwindSafe;
 
-use anyhow::anyhow;
 use futures::FutureExt;
 use tokio::time::{Duration, timeout};
 
@@ -38,19 +37,23 @@ pub trait Handler: Send + Sync + 'static {
     }
 }
 
-/// For one call of a handler. Well above any database time-out, so it strikes only where nobody answers at all (a frozen server, a
-/// network that is gone), and well below the five minutes after which a group would think its consumer dead.
-pub(super) const HANDLE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Calls a handler, for at most [`HANDLE_TIMEOUT`]. A panic is a bug met by this record; its message may quote the record, so it is
-/// not kept.
-pub(super) async fn call<H: Handler>(handler: &H, batch: &[Record<H::Event>]) -> Result<Outcome, Failure> {
+/// Calls a handler, for at most `limit`: beyond that nobody answers at all (a frozen server, a network that is gone). A panic is a
+/// bug met by this record; its message may quote the record, so it is not kept.
+pub(super) async fn call<H: Handler>(
+    handler: &H,
+    batch: &[Record<H::Event>],
+    limit: Duration,
+) -> Result<Outcome, Failure> {
     let handled = AssertUnwindSafe(handler.handle(batch)).catch_unwind();
-    match timeout(HANDLE_TIMEOUT, handled).await {
+    match timeout(limit, handled).await {
         Ok(handled) => handled.unwrap_or(Err(Failure::Reject("the handler panicked"))),
-        Err(_) => Err(anyhow!("the handler did not end within {HANDLE_TIMEOUT:?}").into()),
+        Err(_) => Err(anyhow::Error::new(TookTooLong(limit)).into()),
     }
 }
+
+#[derive(Debug, thiserror::Error)]
+#[error("the handler did not end within {0:?}")]
+struct TookTooLong(Duration);
 
 /// Why a batch did not work. The caller of [`Handler::handle`] draws the consequence.
 #[derive(Debug)]
@@ -81,6 +84,15 @@ impl Failure {
             }),
             Self::Resume => None,
         }
+    }
+
+    /// Whether fewer records at once could help: the handler, or one of its statements (SQLSTATE 57014), was ended for the time it took.
+    pub(crate) fn took_too_long(&self) -> bool {
+        let Self::Retry(error) = self else { return false };
+        error.chain().any(|cause| {
+            let code = cause.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
+            cause.is::<TookTooLong>() || code.is_some_and(|code| code == "57014")
+        })
     }
 }
 

@@ -51,18 +51,22 @@ pub async fn waiting(db: &PgPool, limit: i64) -> sqlx::Result<i64> {
     bounded(rows.fetch_one(db)).await
 }
 
-/// Keeps the metrics of what waits to be published. While Kafka is away the oldest age is what to alert on.
+/// Keeps the metrics of what waits to be published. While Kafka is away the oldest age is what to alert on. Dead rows are those that
+/// were published and deleted and are not vacuumed yet; the relay's read passes over each of them, so it takes longer the more
+/// there are. They stay while anybody in the cluster holds a snapshot from before their end: a forgotten transaction, a dump.
 pub(crate) async fn measure(db: PgPool, metrics: Metrics) -> anyhow::Result<()> {
     loop {
         let question = sqlx::query_as(
             "select (select count(*) from outbox),
-                    coalesce((select extract(epoch from now() - occurred_at)::bigint from outbox order by id limit 1), 0)",
+                    coalesce((select extract(epoch from now() - occurred_at)::bigint from outbox order by id limit 1), 0),
+                    coalesce(pg_stat_get_dead_tuples('outbox'::regclass), 0)",
         );
-        let measured: sqlx::Result<(i64, i64)> = bounded(question.fetch_one(&db)).await;
-        // A database that does not answer is reported by the readiness, and these two stay at what was last known.
-        if let Ok((rows, age)) = measured {
+        let measured: sqlx::Result<(i64, i64, i64)> = bounded(question.fetch_one(&db)).await;
+        // A database that does not answer is reported by the readiness, and these stay at what was last known.
+        if let Ok((rows, age, dead)) = measured {
             metrics.outbox_rows.set(rows);
             metrics.outbox_oldest_age.set(age);
+            metrics.outbox_dead_rows.set(dead);
         }
         sleep(MEASURE_INTERVAL).await;
     }

@@ -73,7 +73,7 @@ pub async fn redrive<H: Handler>(
             summary.superseded += 1;
             continue;
         };
-        match attempt(handler, kind, &message, &letter.source).await? {
+        match attempt(kafka, handler, kind, &message, &letter.source).await? {
             None => {
                 fault::point("redrive.after_effect");
                 dead_letters.tombstone(&letter.source).await?;
@@ -95,6 +95,7 @@ pub async fn redrive<H: Handler>(
 
 /// `None`: it worked, or is of a type that this release skips. Otherwise why it was rejected again.
 async fn attempt<H: Handler>(
+    kafka: &KafkaConfig,
     handler: &H,
     kind: Kind,
     message: &OwnedMessage,
@@ -106,7 +107,7 @@ async fn attempt<H: Handler>(
         Ok(None) => return Ok(None),
         Err(error) => return Ok(Some(error.to_string())),
     };
-    match handler::call(handler, &[record]).await {
+    match handler::call(handler, &[record], kafka.handle_timeout()).await {
         Ok(_) => Ok(None),
         Err(failure) => match (failure.rejection(), failure) {
             (Some(reason), _) => Ok(Some(reason)),

@@ -43,6 +43,8 @@ pub struct Replay<P> {
     /// The group of the live model, and the name of both inboxes.
     group: String,
     copy: Inbox<P>,
+    /// For one batch.
+    limit: Duration,
     beginning: Positions,
     /// Before these the copy has every event that it can take.
     reached: Positions,
@@ -69,7 +71,8 @@ impl<P: Projection> Replay<P> {
             .context("the Kafka settings are wrong")?;
         let topic = kafka.prefixed(P::Event::TOPIC.name);
         let (beginning, reached) = (Positions::new(), Positions::new());
-        let mut replay = Self { consumer, topic, group: group.to_owned(), copy, beginning, reached };
+        let (group, limit) = (group.to_owned(), kafka.handle_timeout());
+        let mut replay = Self { consumer, topic, group, copy, limit, beginning, reached };
         for partition in 0..P::Event::TOPIC.partitions {
             replay.beginning.insert(partition, replay.watermarks(partition)?.0);
         }
@@ -217,7 +220,7 @@ impl<P: Projection> Replay<P> {
 
     /// `None`: applied. Otherwise why it was rejected.
     async fn call(&self, records: &[Record<P::Event>]) -> anyhow::Result<Option<String>> {
-        let Err(failure) = handler::call(&self.copy, records).await else { return Ok(None) };
+        let Err(failure) = handler::call(&self.copy, records, self.limit).await else { return Ok(None) };
         match (failure.rejection(), failure) {
             (Some(reason), _) => Ok(Some(reason)),
             (None, Failure::Retry(error)) => Err(error.context("the copy's database does not take it")),

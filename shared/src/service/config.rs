@@ -1,6 +1,7 @@
 //! Settings that every service has. Doc comments are the manual: they are what `--help` prints.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use rdkafka::ClientConfig;
@@ -49,9 +50,26 @@ pub struct KafkaConfig {
     /// Whether the service creates the topics it owns. `false` where an operator does: then it only checks them.
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     pub manage_topics: bool,
+    /// How long a handler may take over one batch before the batch is put off and tried again. Keep it well above what the database
+    /// may take for a statement (5 s). After five times as long Kafka gives the partitions of a consumer that hangs to another.
+    #[arg(long, env, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(2_000..=600_000))]
+    pub handle_timeout_ms: u64,
 }
 
+/// Time-outs of a handler until Kafka thinks its consumer dead: a turn has a few waits besides, and must not come near.
+const HANDLE_TIMEOUTS_PER_POLL: u32 = 5;
+
 impl KafkaConfig {
+    /// For one call of a handler.
+    pub fn handle_timeout(&self) -> Duration {
+        Duration::from_millis(self.handle_timeout_ms)
+    }
+
+    /// A consumer that has not polled for so long hangs: its partitions go to another.
+    pub fn max_poll_interval(&self) -> Duration {
+        self.handle_timeout() * HANDLE_TIMEOUTS_PER_POLL
+    }
+
     /// A topic's or group's name on the broker.
     pub fn prefixed(&self, name: &str) -> String {
         format!("{}{name}", self.topic_prefix)
@@ -65,6 +83,8 @@ impl KafkaConfig {
             .set("allow.auto.create.topics", "false")
             // After an outage the next attempt comes within this time (ms), not librdkafka's 10 s.
             .set("reconnect.backoff.max.ms", "1000")
+            // A connection on which nothing arrives is given up after this time (ms), not after librdkafka's minute.
+            .set("socket.timeout.ms", "10000")
             // The loopback name resolves to IPv6 first on many machines; brokers in development listen on IPv4.
             .set("broker.address.family", "v4");
         client

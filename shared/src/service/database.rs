@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, Connection, PgPool};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +19,8 @@ const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection that idled longer is asked whether it still lives before it is used.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
+/// For the answer to that, below the time-out for acquiring: what is silent is replaced by a new connection in the same call.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
 /// For one statement as we see it: longer than Postgres' own `statement_timeout`, which does not run while the server is frozen
 /// or the network gone.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
@@ -58,12 +60,19 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
         .before_acquire(|connection, meta| {
             Box::pin(async move {
                 if meta.idle_for > TRUSTED_IDLE {
-                    connection.ping().await?;
+                    ping(connection).await?;
                 }
                 Ok(true)
             })
         })
+        // The pool itself asks again here, and would wait for ever: a connection given up because nothing came on it would keep its
+        // place, and ten of them the whole pool.
+        .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
         .connect_lazy_with(options.options(SESSION_LIMITS))
+}
+
+async fn ping(connection: &mut PgConnection) -> sqlx::Result<()> {
+    timeout(PING_TIMEOUT, connection.ping()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }
 
 async fn migrate(options: &PgConnectOptions, migrations: &Migrator) -> anyhow::Result<()> {

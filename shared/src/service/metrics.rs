@@ -61,6 +61,7 @@ pub struct Metrics {
     pub dead_letters_open: Family<Group, Gauge>,
     pub outbox_rows: Gauge,
     pub outbox_oldest_age: Gauge,
+    pub outbox_dead_rows: Gauge,
     pub outbox_blocked_keys: Gauge,
     pub relay_rounds: Family<Round, Counter>,
 }
@@ -77,6 +78,7 @@ impl Default for Metrics {
             dead_letters_open: Family::default(),
             outbox_rows: Gauge::default(),
             outbox_oldest_age: Gauge::default(),
+            outbox_dead_rows: Gauge::default(),
             outbox_blocked_keys: Gauge::default(),
             relay_rounds: Family::default(),
         };
@@ -92,6 +94,7 @@ impl Default for Metrics {
         metrics.register("dead_letters_open", "Dead letters not yet redriven", &metrics.dead_letters_open);
         metrics.register("outbox_rows", "Events not yet published", &metrics.outbox_rows);
         metrics.register("outbox_oldest_age_seconds", "Age of the oldest of them", &metrics.outbox_oldest_age);
+        metrics.register("outbox_dead_rows", "Events published and not yet vacuumed", &metrics.outbox_dead_rows);
         metrics.register(
             "outbox_blocked_keys",
             "Keys set aside because Kafka refuses a row",

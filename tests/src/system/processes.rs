@@ -19,9 +19,10 @@ impl System {
         let running = self.ports[&part].spawn(&testing::stack().programs, &environment, &self.logs).unwrap();
         self.services.insert(part, running);
         *self.starts.entry(part).or_default() += 1;
-        self.expected_to_end.retain(|known| *known != part);
+        self.stopped.remove(&part);
+        self.expected_to_end.remove(&part);
         if settings.iter().any(|(name, _)| *name == "FAULT_AT") {
-            self.expected_to_end.push(part);
+            self.expected_to_end.insert(part);
         }
     }
 
@@ -63,7 +64,7 @@ impl System {
 
     /// SIGKILL; the service is gone when this returns.
     pub fn kill(&mut self, part: Part) {
-        self.expected_to_end.push(part);
+        self.stopped.insert(part);
         self.running(part).process.kill();
     }
 
@@ -79,7 +80,7 @@ impl System {
 
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self, part: Part) {
-        self.expected_to_end.push(part);
+        self.stopped.insert(part);
         self.running(part).stop().await;
     }
 

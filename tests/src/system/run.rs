@@ -17,7 +17,11 @@ impl System {
         self.starts.get(&part) == Some(&1) && !self.copies.load(Ordering::Relaxed)
     }
 
-    /// The services that ought to run.
+    /// The services that ought to run now.
+    pub fn running_parts(&self) -> Vec<Part> {
+        self.starts.keys().filter(|part| !self.stopped.contains(part)).copied().collect()
+    }
+
     pub fn started(&self) -> Vec<Part> {
         self.starts.keys().copied().collect()
     }
@@ -26,7 +30,9 @@ impl System {
     pub fn ended(&mut self) -> Vec<String> {
         let mut ended = self.ended.clone();
         for (part, running) in &mut self.services {
-            if let Some(status) = running.process.ended() {
+            if !self.stopped.contains(part)
+                && let Some(status) = running.process.ended()
+            {
                 ended.push(format!("{part:?}: {status}"));
             }
         }
@@ -54,6 +60,7 @@ impl System {
     pub(super) fn bury(&mut self, part: Part) {
         if let Some(mut running) = self.services.remove(&part)
             && !self.expected_to_end.contains(&part)
+            && !self.stopped.contains(&part)
             && let Some(status) = running.process.ended()
         {
             self.ended.push(format!("{part:?}: {status}"));

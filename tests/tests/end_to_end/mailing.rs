@@ -167,6 +167,36 @@ async fn a_sender_frozen_past_its_lease_does_not_send_what_another_has_sent() {
     until_told(&system, id, &["email.sent"]).await;
 }
 
+/// T25, I5 I6: 50 senders in two processes at 1,000 intents, instead of 10,000. Each is claimed once: one attempt, one mail.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_senders_send_each_mail_once() {
+    const INTENTS: &str = "
+        insert into recipients (user_id, version, email, display_name)
+            select gen_random_uuid(), 1, 'user-' || n || '@example.com', 'Ada Lovelace' from generate_series(1, 1000) n;
+        insert into deliveries (id, user_id, template, version, requested_at)
+            select gen_random_uuid(), user_id, 'welcome', 1, now() from recipients;";
+    let mut system = System::start_mailing(&[]).await;
+    system.stop(Part::Email).await;
+    let db = system.database(Part::Email).await;
+    sqlx::raw_sql(INTENTS).execute(&db).await.unwrap();
+    let senders = [("SENDERS", "25")];
+    let mut second = system.spawn_another(Part::Email, &senders);
+    system.restart(Part::Email, &senders).await;
+    second.until_ready().await.unwrap();
+    let sent = "select count(*) from deliveries where status = 'sent'";
+    eventually_eq("all are sent", 1000, async || sqlx::query_scalar::<_, i64>(sent).fetch_one(&db).await.unwrap())
+        .await;
+    let again = "select count(*) from deliveries where attempt <> 1";
+    assert_eq!(
+        sqlx::query_scalar::<_, i64>(again).fetch_one(&db).await.unwrap(),
+        0,
+        "deliveries that were claimed twice"
+    );
+    let mails = system.sink.mails();
+    let recipients: BTreeSet<&String> = mails.iter().flat_map(|mail| &mail.to).collect();
+    assert_eq!((mails.len(), recipients.len()), (1000, 1000), "mails, and who got them");
+}
+
 /// I5: a user who is erased before the mail could go out gets none, and the delivery ends as `cancelled`: here the server had said
 /// "not now" before.
 #[tokio::test(flavor = "multi_thread")]

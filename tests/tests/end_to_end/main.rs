@@ -4,7 +4,9 @@
 
 mod clocks;
 mod consuming;
+mod cut_off;
 mod dead_letters;
+mod deleted;
 mod held;
 mod journey;
 mod local_stack;
@@ -12,9 +14,11 @@ mod mailing;
 mod malformed;
 mod outage;
 mod problems;
+mod rebalancing;
 mod rebuild;
 mod registering;
 mod relay;
+mod relaying;
 mod republishing;
 mod tracing;
 mod view;

@@ -49,6 +49,30 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
     assert!(Part::ALL.into_iter().all(|part| !system.has_ended(part)));
 }
 
+/// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What was
+/// accepted is there with its events, and nothing of what was not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else() {
+    let mut system = System::empty().await;
+    let mut postgres = system.own_postgres().await;
+    for part in Part::ALL {
+        system.spawn(part, &[]);
+    }
+    system.ready(&Part::ALL).await;
+    let watch = system.watch().await;
+    let load = system.load(2);
+    for _ in 0..2 {
+        load.until_accepted(10).await;
+        postgres.component.process.kill();
+        postgres.component.restart().await.unwrap();
+    }
+    load.until_accepted(10).await;
+    let answered = load.end().await;
+    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
+    system.ready(&Part::ALL).await;
+    system.check(&watch, &answered).await;
+}
+
 /// Users whose records arrive during the outage. Their own service is down as well, so they are written by hand.
 async fn records_meanwhile(system: &System) -> Vec<Uuid> {
     let users: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();

@@ -108,6 +108,35 @@ async fn who_was_erased_stays_erased_when_an_older_state_comes_late() {
     assert!(system.counted("email.recipients", "stale").await >= 4.0);
 }
 
+/// T28, I8 I10: a consumer frozen with a batch in hand, while another takes its partitions and writes newer versions. When it
+/// wakes up it writes what it had: the view stands elsewhere by then, so nothing of it goes in, and nobody sees a version go back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_wakes_up_after_another_took_over_takes_no_version_back() {
+    let (mut system, _valkey, users) = filled().await;
+    let mine = Arc::get_mut(&mut system).unwrap();
+    mine.restart(Part::Cache, &[("FAULT_AT", "cache.before_script:1:stop")]).await;
+    mine.rename(users[0], "Two").await.unwrap();
+    eventually("it is frozen", async || mine.is_frozen(Part::Cache).then_some(())).await;
+    let mut successor = mine.spawn_another(Part::Cache, &[]);
+    successor.until_ready().await.unwrap();
+    let seen = async || {
+        let url = format!("{}/profiles/{}", successor.service.url(), users[0]);
+        let answer = api::send(reqwest::Client::new().get(url)).await.unwrap();
+        (answer.status == StatusCode::OK).then(|| answer.version())
+    };
+    mine.rename(users[0], "Three").await.unwrap();
+    eventually_eq("the successor is at version 3", Some(3), seen).await;
+
+    mine.thaw(Part::Cache);
+    let back = async || {
+        assert_eq!(seen().await, Some(3), "the version has gone back");
+        (mine.members("cache.profiles").len() == 2).then_some(())
+    };
+    eventually("the first has given its batch up and joined again", back).await;
+    mine.rename(users[0], "Four").await.unwrap();
+    eventually_eq("whoever has the partition goes on", Some(4), seen).await;
+}
+
 /// The user and the cache service on a Valkey of their own, with some users in it.
 async fn filled() -> (Arc<System>, Own<Redis>, Vec<Uuid>) {
     let mut system = System::empty().await;

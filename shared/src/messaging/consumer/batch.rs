@@ -37,6 +37,10 @@ pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Failur
         Err(failure) if failure.rejection().is_some() => {
             isolate(consumer, records, &batch_span, &mut tally)?;
         }
+        // The second time it is not the moment but the number of records, perhaps: for ever the same batch would never be done.
+        Err(failure) if failure.took_too_long() && consumer.retry.is_some() => {
+            isolate(consumer, records, &batch_span, &mut tally)?;
+        }
         Err(failure) => return Err(failure),
     }
     count(consumer, &tally);
@@ -96,7 +100,8 @@ fn run<H: Handler>(
     }
     let spans: Vec<Span> = records.iter().map(|record| span(consumer, record, batch_span)).collect();
     let span = if let [single] = spans.as_slice() { single } else { batch_span };
-    let handled = handler::call(&consumer.setup.handler, records).instrument(span.clone());
+    let limit = consumer.setup.kafka.handle_timeout();
+    let handled = handler::call(&consumer.setup.handler, records, limit).instrument(span.clone());
     let outcome = consumer.runtime.block_on(handled)?;
     consumer.reached = reached;
     let group = Group { group: consumer.setup.group.clone() };

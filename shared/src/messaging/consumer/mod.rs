@@ -23,7 +23,6 @@ use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
 
 use super::dead_letters::DeadLetters;
-use super::handler::HANDLE_TIMEOUT;
 use super::{Failure, Handler};
 use crate::fault;
 use crate::service::metrics;
@@ -169,7 +168,7 @@ impl<H: Handler> Running<H> {
                     _ => after,
                 };
             let told = self.setup.handler.caught_up(partition, after, position);
-            let told = self.runtime.block_on(async { timeout(HANDLE_TIMEOUT, told).await })?;
+            let told = self.runtime.block_on(async { timeout(self.setup.kafka.handle_timeout(), told).await })?;
             if matches!(told, Err(Failure::Resume)) {
                 self.unplace(&[partition])?;
                 continue;

@@ -9,7 +9,6 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use super::{KAFKA_TIMEOUT, Running};
 use crate::messaging::Handler;
-use crate::messaging::handler::HANDLE_TIMEOUT;
 use tokio::time::timeout;
 
 /// How soon a start that could not be found out is asked for again.
@@ -49,15 +48,16 @@ impl<H: Handler> Running<H> {
         let mut starts = TopicPartitionList::new();
         for element in committed.elements() {
             element.error()?;
-            let own = self
-                .runtime
-                .block_on(async { timeout(HANDLE_TIMEOUT, self.setup.handler.resume_at(element.partition())).await })?;
-            let start = match (own.context("cannot ask the handler for its position")?, element.offset()) {
-                (Some(own), _) => own,
-                (None, Offset::Offset(committed)) => committed,
-                (None, _) => 0,
+            let limit = self.setup.kafka.handle_timeout();
+            let asked = self.setup.handler.resume_at(element.partition());
+            let own = self.runtime.block_on(async { timeout(limit, asked).await })?;
+            let (start, offset) = match (own.context("cannot ask the handler for its position")?, element.offset()) {
+                (Some(own), _) if own > 0 => (own, Offset::Offset(own)),
+                // Also when it is 0, of a partition that was empty: if its first records are gone by now, that must be heard.
+                (None, Offset::Offset(committed)) => (committed, Offset::Offset(committed)),
+                // Never been here: what the log still has.
+                _ => (0, Offset::Beginning),
             };
-            let offset = if start == 0 { Offset::Beginning } else { Offset::Offset(start) };
             starts.add_partition_offset(&topic, element.partition(), offset)?;
             placed.push((element.partition(), start));
         }

@@ -83,6 +83,7 @@ impl<H: Handler> Consumer<H> {
             .set("auto.offset.reset", "error")
             .set("enable.partition.eof", "true")
             .set("session.timeout.ms", "10000")
+            .set("max.poll.interval.ms", self.kafka.max_poll_interval().as_millis().to_string())
             .set("statistics.interval.ms", "500")
             // The bound on memory: bytes of the whole queue, and records per partition, since the bytes leave out what a record costs
             // beside its content. By default 100,000 are fetched ahead: a backlog of small ones filled a container.
