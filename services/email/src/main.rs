@@ -17,7 +17,7 @@ use handlers::{Recipients, Welcome};
 use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
-use shared::messaging::{Redrive, redrive};
+use shared::messaging::{ListDeadLetters, Redrive, list_dead_letters, redrive};
 use shared::service::{self, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -42,6 +42,8 @@ enum Command {
     Serve,
     /// Ask the running service whether it is ready; exit 0 if so.
     Healthcheck,
+    /// List the open dead letters.
+    DeadLetters(ListDeadLetters),
     /// Try the open dead letters again.
     Redrive(Redrive),
 }
@@ -79,6 +81,7 @@ async fn main() -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
+        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[WELCOME, RECIPIENTS], options),
         Command::Redrive(options) => settle(cli.config, options).await,
     }
 }

@@ -11,6 +11,7 @@ mod malformed;
 mod outage;
 mod problems;
 mod registering;
+mod redriving;
 mod relay;
 mod tracing;
 mod view;

@@ -73,7 +73,7 @@ fn set_aside<H: Handler>(
     reason: String,
     tally: &mut Tally,
 ) -> Result<(), Failure> {
-    let letter = DeadLetter { source: Source::of(message), reason, attempts: 1, message: message.clone() };
+    let letter = DeadLetter { source: Source::of(message), reason, attempts: 1, since: None, message: message.clone() };
     tracing::error!(source = %letter.source, reason = letter.reason, "dead letter");
     consumer.runtime.block_on(consumer.dead_letters.write(&letter))?;
     tally.dead_lettered += 1;
