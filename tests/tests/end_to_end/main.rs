@@ -2,7 +2,9 @@
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
+mod breaker;
 mod consuming;
+mod counting;
 mod dead_letters;
 mod journey;
 mod local_stack;
@@ -10,8 +12,9 @@ mod mailing;
 mod malformed;
 mod outage;
 mod problems;
-mod registering;
 mod redriving;
+mod registering;
 mod relay;
 mod tracing;
+mod unwritable;
 mod view;
