@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use futures::future::join_all;
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
@@ -142,33 +143,34 @@ impl System {
 
     /// Writes a record by hand, as any client could, and waits for Kafka's answer: partition and offset.
     pub async fn write(&self, topic: &str, draft: &Draft) -> (i32, i64) {
-        let id = draft
-            .headers
-            .iter()
-            .find(|(name, _)| name == "ce_id")
-            .and_then(|(_, id)| Uuid::try_parse_ascii(id.as_deref()?).ok());
-        if let Some(id) = id {
-            self.note_by_hand(id);
-        }
+        self.write_all(topic, std::slice::from_ref(draft)).await[0]
+    }
+
+    /// The same for many at once, in this order.
+    pub async fn write_all(&self, topic: &str, drafts: &[Draft]) -> Vec<(i32, i64)> {
         let producer: FutureProducer =
             self.client().set("partitioner", "murmur2_random").set("message.max.bytes", "2000000").create().unwrap();
         let name = self.prefixed(topic);
-        let headers = draft
-            .headers
-            .iter()
-            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: value.as_ref() }));
-        let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&name).headers(headers);
-        if let Some(key) = &draft.key {
-            record = record.key(key);
-        }
-        if let Some(value) = &draft.value {
-            record = record.payload(value);
-        }
-        if let Some(partition) = draft.partition {
-            record = record.partition(partition);
-        }
-        let delivery = producer.send(record, TIMEOUT).await.unwrap();
-        (delivery.partition, delivery.offset)
+        let sent = drafts.iter().map(|draft| {
+            self.note_by_hand(draft);
+            let headers = draft.headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+                headers.insert(Header { key, value: value.as_ref() })
+            });
+            let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&name).headers(headers);
+            if let Some(key) = &draft.key {
+                record = record.key(key);
+            }
+            if let Some(value) = &draft.value {
+                record = record.payload(value);
+            }
+            if let Some(partition) = draft.partition {
+                record = record.partition(partition);
+            }
+            let delivery = producer.send_result(record).unwrap();
+            async { delivery.await.unwrap().unwrap() }
+        });
+        let deliveries = join_all(sent).await;
+        deliveries.into_iter().map(|delivery| (delivery.partition, delivery.offset)).collect()
     }
 
     /// The records that a group has not committed yet, per partition that has such; the transaction markers count too.

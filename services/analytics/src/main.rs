@@ -11,7 +11,7 @@ use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
 use rebuild::Rebuild;
 use secrecy::{ExposeSecret, SecretString};
-use shared::messaging::{Inbox, Redrive, redrive};
+use shared::messaging::{Inbox, ListDeadLetters, Redrive, list_dead_letters, redrive};
 use shared::service::{self, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -36,6 +36,8 @@ enum Command {
     Serve,
     /// Ask the running service whether it is ready; exit 0 if so.
     Healthcheck,
+    /// List the open dead letters.
+    DeadLetters(ListDeadLetters),
     /// Try the open dead letters again.
     Redrive(Redrive),
     /// Fold the whole log anew beside the running service, compare, and swap.
@@ -60,6 +62,7 @@ async fn main() -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
+        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[USERS, EMAILS], options),
         Command::Redrive(options) => settle(cli.config, options).await,
         Command::Rebuild(options) => rebuild::run(cli.config, options).await,
     }

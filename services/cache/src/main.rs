@@ -8,7 +8,7 @@ mod view;
 use std::net::SocketAddr;
 
 use clap::{Parser, Subcommand};
-use shared::messaging::{Redrive, redrive};
+use shared::messaging::{ListDeadLetters, Redrive, list_dead_letters, redrive};
 use shared::service::{self, Service, ServiceConfig};
 use view::View;
 
@@ -30,6 +30,8 @@ enum Command {
     Serve,
     /// Ask the running service whether it is ready; exit 0 if so.
     Healthcheck,
+    /// List the open dead letters.
+    DeadLetters(ListDeadLetters),
     /// Try the open dead letters again.
     Redrive(Redrive),
 }
@@ -52,6 +54,7 @@ async fn main() -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
+        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[PROFILES], options),
         Command::Redrive(options) => {
             let view = View::new(&cli.config.valkey_url, &cli.config.service.kafka.topic_prefix)?;
             redrive(&cli.config.service.kafka, PROFILES, &view, &options).await

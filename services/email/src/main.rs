@@ -19,7 +19,7 @@ use held::SendHeld;
 use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
-use shared::messaging::{Redrive, redrive};
+use shared::messaging::{ListDeadLetters, Redrive, list_dead_letters, redrive};
 use shared::service::{self, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -44,6 +44,8 @@ enum Command {
     Serve,
     /// Ask the running service whether it is ready; exit 0 if so.
     Healthcheck,
+    /// List the open dead letters.
+    DeadLetters(ListDeadLetters),
     /// Try the open dead letters again.
     Redrive(Redrive),
     /// Send mails that are held back because their cause is older than MAX_AGE_HOURS.
@@ -84,6 +86,7 @@ async fn main() -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => serve(cli.config).await,
         Command::Healthcheck => service::healthcheck(&cli.config.service).await,
+        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[WELCOME, RECIPIENTS], options),
         Command::Redrive(options) => settle(cli.config, options).await,
         Command::SendHeld(options) => {
             held::send(&service::pool(cli.config.email_database_url.expose_secret().parse()?), &options).await

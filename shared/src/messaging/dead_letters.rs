@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use futures::future::try_join_all;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{Offset, TopicPartitionList};
@@ -31,6 +32,8 @@ pub(super) const SETTINGS: &[(&str, &str)] = &[
 /// After so many attempts a letter is parked: kept and counted, tried only when named.
 const MAX_ATTEMPTS: u32 = 5;
 const ACK_TIMEOUT_MS: &str = "10000";
+/// So soon a topic that is not there is said to be missing. The client's own 30 s are for topics that were made a moment ago.
+const MISSING_TOPIC_MS: &str = "2000";
 const POLL: Duration = Duration::from_millis(200);
 /// A redrive that hears nothing for so long gives up.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -42,6 +45,8 @@ pub(super) struct DeadLetter {
     pub reason: String,
     /// How often the record was tried.
     pub attempts: u32,
+    /// When it was first set aside, in milliseconds since 1970. `None`: now.
+    pub since: Option<i64>,
     /// The record itself. Of a compacted source only the key is written: a copy would outlive the erasure of its original.
     pub message: OwnedMessage,
 }
@@ -77,6 +82,7 @@ impl DeadLetter {
             },
             reason: text("dlq-reason")?.to_owned(),
             attempts: text("dlq-attempts")?.parse().ok()?,
+            since: letter.timestamp().to_millis(),
             message: letter.clone(),
         })
     }
@@ -104,7 +110,10 @@ impl DeadLetters {
         let producer = kafka
             .producer()
             .set("message.timeout.ms", ACK_TIMEOUT_MS)
+            .set("topic.metadata.propagation.max.ms", MISSING_TOPIC_MS)
             .set("message.max.bytes", MAX_BYTES)
+            // Each letter is waited for, so there is nothing to wait with it for.
+            .set("linger.ms", "0")
             .create()
             .context("the Kafka settings are wrong")?;
         Ok(Self { topic: topic(kafka, group), kind, producer })
@@ -118,7 +127,8 @@ impl DeadLetters {
     /// again and its letter is written again, under the same key.
     ///
     /// # Errors
-    /// Kafka did not take it in time. The batch is put off, so nothing is lost and nothing moves on.
+    /// Kafka did not take it, or not in time: the topic is missing, or closed to us, or takes no record of this size. The batch is
+    /// put off, so nothing is lost and nothing moves on.
     pub async fn write(&self, letter: &DeadLetter) -> anyhow::Result<()> {
         let source = &letter.message;
         // A letter that is written again has these headers already; they are replaced, the rest stays as it came.
@@ -143,17 +153,23 @@ impl DeadLetters {
         if let (Kind::Facts, Some(payload)) = (self.kind, source.payload()) {
             record = record.payload(payload);
         }
+        if let Some(since) = letter.since {
+            record = record.timestamp(since);
+        }
         self.send(record).await
     }
 
-    /// The letter is settled.
-    pub async fn tombstone(&self, source: &Source) -> anyhow::Result<()> {
-        self.send(FutureRecord::to(&self.topic).key(&source.to_string())).await
+    /// The letters are settled.
+    pub async fn tombstone(&self, sources: &[Source]) -> anyhow::Result<()> {
+        let keys: Vec<String> = sources.iter().map(ToString::to_string).collect();
+        try_join_all(keys.iter().map(|key| self.send(FutureRecord::to(&self.topic).key(key)))).await?;
+        Ok(())
     }
 
     async fn send(&self, record: FutureRecord<'_, String, [u8]>) -> anyhow::Result<()> {
         let sent = self.producer.send(record, Duration::from_secs(10)).await;
-        sent.map(|_| ()).map_err(|(error, _)| error).context("cannot write to the dead letters")
+        let sent = sent.map(|_| ()).map_err(|(error, _)| error);
+        sent.with_context(|| format!("cannot write to the dead letters {}", self.topic))
     }
 }
 
@@ -168,11 +184,17 @@ fn topic(kafka: &KafkaConfig, group: &str) -> String {
 pub(super) fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>> {
     let mut table = BTreeMap::new();
     let (mut complete, mut heard) = (false, Instant::now());
+    let mut missing = "nothing came from Kafka in time";
     follow(kafka, group, |change, caught_up| {
         match change {
-            Some((key, Some(letter))) => drop(table.insert(key, letter)),
-            Some((key, None)) => drop(table.remove(&key)),
-            None => {
+            Change::Letter(key, letter) => drop(table.insert(key, letter)),
+            Change::Settled(key) => drop(table.remove(&key)),
+            Change::TopicGone => {
+                table.clear();
+                missing = "there is no such topic: the service has never run here, or somebody deleted it";
+                return heard.elapsed() < SILENCE;
+            }
+            Change::None => {
                 complete = caught_up;
                 return !complete && heard.elapsed() < SILENCE;
             }
@@ -180,7 +202,7 @@ pub(super) fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadL
         heard = Instant::now();
         true
     })?;
-    ensure!(complete, "cannot read the dead letters of {group}: nothing came from Kafka for {SILENCE:?}");
+    ensure!(complete, "cannot read the dead letters {}: {missing}", topic(kafka, group));
     let mut letters: Vec<_> = table.values().filter_map(DeadLetter::parse).collect();
     letters.sort_by(|a, b| a.source.cmp(&b.source));
     Ok(letters)
@@ -197,27 +219,35 @@ pub(crate) fn count_open(
     let mut open = BTreeSet::new();
     follow(kafka, group, |change, caught_up| {
         match change {
-            Some((key, Some(_))) => drop(open.insert(key)),
-            Some((key, None)) => drop(open.remove(&key)),
-            None if caught_up => drop(gauge.set(open.len() as i64)),
-            None => {}
+            Change::Letter(key, _) => drop(open.insert(key)),
+            Change::Settled(key) => drop(open.remove(&key)),
+            Change::TopicGone => open.clear(),
+            Change::None if caught_up => drop(gauge.set(open.len() as i64)),
+            Change::None => {}
         }
         !stop.is_cancelled()
     })
 }
 
-/// A key of the table and its letter; no letter where it was settled.
-type Change = (Vec<u8>, Option<OwnedMessage>);
+/// What the table's reader comes upon.
+enum Change {
+    Letter(Vec<u8>, OwnedMessage),
+    Settled(Vec<u8>),
+    /// The topic was deleted, and the table with it. It begins anew where there is one of that name again.
+    TopicGone,
+    /// Nothing for the moment.
+    None,
+}
 
-/// Reads the table from its beginning for as long as `go_on` says so. It is told each change, and at each pause whether the end was
-/// reached.
-fn follow(kafka: &KafkaConfig, group: &str, mut go_on: impl FnMut(Option<Change>, bool) -> bool) -> anyhow::Result<()> {
+/// Reads the table from its beginning for as long as `go_on` says so. It is told each change, and whether the end was reached.
+fn follow(kafka: &KafkaConfig, group: &str, mut go_on: impl FnMut(Change, bool) -> bool) -> anyhow::Result<()> {
     let consumer: BaseConsumer = kafka
         .client()
         .set("group.id", kafka.prefixed(&format!("{group}.dlq"))) // never joined: the client asks for a name
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
-        .set("auto.offset.reset", "earliest")
+        // We begin at the beginning, so an offset that Kafka does not have means that it is not the same topic any more.
+        .set("auto.offset.reset", "error")
         .create()
         .context("the Kafka settings are wrong")?;
     let mut start = TopicPartitionList::new();
@@ -229,20 +259,34 @@ fn follow(kafka: &KafkaConfig, group: &str, mut go_on: impl FnMut(Option<Change>
             Some(Ok(message)) => {
                 let key = message.key().unwrap_or_default().to_vec();
                 // A pointer has no payload either, but it has headers.
-                Some((key, message.headers().is_some().then(|| message.detach())))
+                if message.headers().is_some() { Change::Letter(key, message.detach()) } else { Change::Settled(key) }
             }
             Some(Err(KafkaError::PartitionEOF(_))) => {
                 caught_up = true;
-                None
+                Change::None
             }
             Some(Err(error)) => {
                 tracing::debug!(group, %error, "cannot read the dead letters yet");
-                None
+                if topic_gone(&error) {
+                    std::thread::sleep(POLL); // the client may say so without asking
+                    consumer.assign(&start)?;
+                    caught_up = false;
+                    Change::TopicGone
+                } else {
+                    Change::None
+                }
             }
-            None => None,
+            None => Change::None,
         };
         if !go_on(change, caught_up) {
             return Ok(());
         }
     }
+}
+
+/// It is not there, or another one has its name.
+fn topic_gone(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{AutoOffsetReset, UnknownPartition, UnknownTopic, UnknownTopicOrPartition};
+    let code = error.rdkafka_error_code();
+    matches!(code, Some(AutoOffsetReset | UnknownPartition | UnknownTopic | UnknownTopicOrPartition))
 }

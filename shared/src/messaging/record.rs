@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
 
 use rdkafka::Message;
 use rdkafka::message::{Header, Headers, OwnedMessage};
@@ -19,6 +20,23 @@ pub struct Source {
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}-{}", self.topic, self.partition, self.offset)
+    }
+}
+
+impl FromStr for Source {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // From the right: a topic's name may hold the sign too.
+        let mut parts = text.rsplitn(3, '-');
+        let (offset, partition) =
+            (parts.next().and_then(|n| n.parse().ok()), parts.next().and_then(|n| n.parse().ok()));
+        match (parts.next(), partition, offset) {
+            (Some(topic), Some(partition), Some(offset)) if !topic.is_empty() => {
+                Ok(Self { topic: topic.to_owned(), partition, offset })
+            }
+            _ => Err("not topic-partition-offset, as `dead-letters` lists it"),
+        }
     }
 }
 
@@ -61,4 +79,19 @@ pub(super) fn headers(message: &OwnedMessage) -> impl Iterator<Item = Result<Hea
                 .map_err(|_| DecodeError::new("headers", "a name that is not UTF-8"))
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_read_as_it_is_written() {
+        let source = Source { topic: "a-b.v1".to_owned(), partition: 3, offset: 17 };
+        assert_eq!(source.to_string(), "a-b.v1-3-17");
+        assert_eq!(source.to_string().parse(), Ok(source));
+        for wrong in ["", "a", "a-1", "-1-2", "a-b-1", "a-1-b", "a-1-"] {
+            assert!(wrong.parse::<Source>().is_err(), "{wrong}");
+        }
+    }
 }

@@ -25,7 +25,29 @@ pub struct ServiceConfig {
     #[arg(long, env, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub consumers: u16,
     #[command(flatten)]
+    pub breaker: BreakerConfig,
+    #[command(flatten)]
     pub kafka: KafkaConfig,
+}
+
+/// When a consumer stops because it rejects too much; see `docs/operations.md`.
+#[derive(Args, Clone, Debug)]
+pub struct BreakerConfig {
+    /// A consumer pauses when more than this share of its last records was rejected. 1: it never does.
+    #[arg(long, env, default_value_t = 0.5, value_parser = share)]
+    pub breaker_share: f64,
+    /// How many records are "its last".
+    #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
+    pub breaker_window: u16,
+    /// It does not pause before so many of them were rejected: a few bad records in a quiet topic are no bad deploy. No more than
+    /// the window.
+    #[arg(long, env, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
+    pub breaker_minimum: u16,
+}
+
+fn share(text: &str) -> Result<f64, &'static str> {
+    let share: f64 = text.parse().map_err(|_| "not a number")?;
+    if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("a share is above 0 and at most 1, for example 0.5") }
 }
 
 /// How log lines look.
@@ -95,5 +117,18 @@ impl KafkaConfig {
         let mut producer = self.client();
         producer.set("partitioner", "murmur2_random").set("enable.idempotence", "true").set("acks", "all");
         producer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn a_share_is_above_0_and_at_most_1() {
+        assert_eq!((share("0.5"), share("1")), (Ok(0.5), Ok(1.0)));
+        for wrong in ["0", "-0.1", "1.1", "NaN", "half", ""] {
+            assert!(share(wrong).is_err(), "{wrong}");
+        }
     }
 }

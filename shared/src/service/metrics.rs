@@ -58,6 +58,7 @@ pub struct Metrics {
     pub event_age: Histograms<Group>,
     pub consumer_retries: Family<Group, Counter>,
     pub consumer_lag: Family<Partition, Gauge>,
+    pub consumer_breaker_open: Family<Group, Gauge>,
     pub dead_letters_open: Family<Group, Gauge>,
     pub outbox_rows: Gauge,
     pub outbox_oldest_age: Gauge,
@@ -75,6 +76,7 @@ impl Default for Metrics {
             event_age: Family::new_with_constructor(|| Histogram::new(AGE_BUCKETS)),
             consumer_retries: Family::default(),
             consumer_lag: Family::default(),
+            consumer_breaker_open: Family::default(),
             dead_letters_open: Family::default(),
             outbox_rows: Gauge::default(),
             outbox_oldest_age: Gauge::default(),
@@ -91,6 +93,11 @@ impl Default for Metrics {
             &metrics.consumer_retries,
         );
         metrics.register("consumer_lag", "Records behind the end of the partition", &metrics.consumer_lag);
+        metrics.register(
+            "consumer_breaker_open",
+            "Consumers paused because they rejected too much",
+            &metrics.consumer_breaker_open,
+        );
         metrics.register("dead_letters_open", "Dead letters not yet redriven", &metrics.dead_letters_open);
         metrics.register("outbox_rows", "Events not yet published", &metrics.outbox_rows);
         metrics.register("outbox_oldest_age_seconds", "Age of the oldest of them", &metrics.outbox_oldest_age);

@@ -8,7 +8,7 @@ pub mod http;
 pub mod metrics;
 pub mod telemetry;
 
-pub use config::{KafkaConfig, LogFormat, ServiceConfig};
+pub use config::{BreakerConfig, KafkaConfig, LogFormat, ServiceConfig};
 pub use database::{bounded, pool};
 pub use health::{Health, healthcheck};
 pub use metrics::Metrics;
@@ -22,6 +22,7 @@ use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Duration, timeout};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +44,8 @@ pub struct Service {
     health: Health,
     metrics: Metrics,
     stop: CancellationToken,
+    /// Changes with each SIGUSR1.
+    resumed: watch::Sender<()>,
     parts: JoinSet<(String, anyhow::Result<()>)>,
     traces: SdkTracerProvider,
 }
@@ -67,6 +70,7 @@ impl Service {
             health: Health::default(),
             metrics: Metrics::default(),
             stop: CancellationToken::new(),
+            resumed: watch::Sender::new(()),
             parts: JoinSet::new(),
             traces,
         };
@@ -120,6 +124,8 @@ impl Service {
                 number,
                 handler: handler.clone(),
                 kafka: self.config.kafka.clone(),
+                breaker: self.config.breaker.clone(),
+                resumed: self.resumed.subscribe(),
                 health: self.health.clone(),
                 metrics: self.metrics.clone(),
                 stop: self.stop.clone(),
@@ -219,14 +225,23 @@ impl Service {
         Ok(())
     }
 
+    /// SIGTERM and SIGINT stop the process. SIGUSR1 lets consumers go on whose breaker is open; it never ends a process, also one
+    /// that has no consumers.
     fn watch_signals(&mut self) -> anyhow::Result<()> {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let stop = self.stop.clone();
+        let mut resume = signal(SignalKind::user_defined1())?;
+        let (stop, resumed) = (self.stop.clone(), self.resumed.clone());
         self.spawn_draining("signals", async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                () = stop.cancelled() => {}
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => break,
+                    _ = interrupt.recv() => break,
+                    () = stop.cancelled() => break,
+                    _ = resume.recv() => {
+                        tracing::info!("SIGUSR1: consumers whose breaker is open go on");
+                        resumed.send_replace(());
+                    }
+                }
             }
             stop.cancel();
             Ok(())

@@ -78,6 +78,11 @@ impl System {
         self.running(part).process.thaw();
     }
 
+    /// SIGUSR1: what its breaker has paused goes on.
+    pub fn resume(&mut self, part: Part) {
+        self.running(part).process.signal_user1();
+    }
+
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self, part: Part) {
         self.stopped.insert(part);

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 use super::{Part, System};
+use crate::log::Draft;
 
 impl System {
     pub fn was_started(&self, part: Part) -> bool {
@@ -52,8 +53,9 @@ impl System {
         self.by_hand.lock().unwrap().clone()
     }
 
-    pub(crate) fn note_by_hand(&self, event_id: Uuid) {
-        self.by_hand.lock().unwrap().insert(event_id);
+    pub(crate) fn note_by_hand(&self, draft: &Draft) {
+        let id = draft.headers.iter().find(|(name, _)| name == "ce_id").and_then(|(_, id)| id.as_deref());
+        self.by_hand.lock().unwrap().extend(id.and_then(|id| Uuid::try_parse_ascii(id).ok()));
     }
 
     /// Notes whether the service has ended though nobody made it.

@@ -158,8 +158,16 @@ async fn a_redrive_without_kafka_ends_with_an_error() {
 }
 
 /// The user service, for its topics, and analytics; and analytics' database.
-async fn analytics() -> (System, PgPool) {
+pub async fn analytics() -> (System, PgPool) {
+    analytics_with(&[]).await
+}
+
+/// The same with settings of the test's own.
+pub async fn analytics_with(settings: &[(&str, &str)]) -> (System, PgPool) {
     let mut system = System::empty().await;
+    for (name, value) in settings {
+        system.set(name, value);
+    }
     system.spawn(Part::User, &[]);
     // Its relay makes the other topic that analytics reads.
     system.spawn(Part::Email, &[]);
@@ -196,7 +204,7 @@ async fn refused_fact(system: &System, db: &PgPool) -> (Draft, (i32, i64)) {
 }
 
 /// A bug of a handler: the database refuses rows of `table` that meet `condition`, as a wrong check would.
-async fn break_for(db: &PgPool, table: &str, condition: &str) {
+pub async fn break_for(db: &PgPool, table: &str, condition: &str) {
     let sql = format!(
         "create function bug() returns trigger language plpgsql as
              $$ begin if {condition} then raise check_violation; end if; return new; end $$;
@@ -205,19 +213,19 @@ async fn break_for(db: &PgPool, table: &str, condition: &str) {
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql.as_str())).execute(db).await.unwrap();
 }
 
-async fn mend(db: &PgPool) {
+pub async fn mend(db: &PgPool) {
     sqlx::raw_sql("drop function bug() cascade").execute(db).await.unwrap();
 }
 
 /// What a redrive says it did with the letters of the group.
-async fn redriven(system: &System, part: Part, group: &str, options: &[&str]) -> String {
+pub async fn redriven(system: &System, part: Part, group: &str, options: &[&str]) -> String {
     let arguments: Vec<&str> = ["redrive"].iter().chain(options).copied().collect();
     let printed = system.run(part, &arguments).await.unwrap();
     let line = printed.lines().find_map(|line| line.strip_prefix(&format!("{group}: ")));
     line.unwrap_or_else(|| panic!("nothing about {group} in {printed}")).to_owned()
 }
 
-fn attempts(system: &System, group: &str, key: &str) -> u32 {
+pub fn attempts(system: &System, group: &str, key: &str) -> u32 {
     system.dead_letters(group)[key].header("dlq-attempts").unwrap().parse().unwrap()
 }
 

@@ -2,8 +2,10 @@
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
+mod breaker;
 mod clocks;
 mod consuming;
+mod counting;
 mod cut_off;
 mod dead_letters;
 mod deleted;
@@ -16,9 +18,11 @@ mod outage;
 mod problems;
 mod rebalancing;
 mod rebuild;
+mod redriving;
 mod registering;
 mod relay;
 mod relaying;
 mod republishing;
 mod tracing;
+mod unwritable;
 mod view;

@@ -125,6 +125,11 @@ impl Process {
         self.signal(Signal::SIGSTOP);
     }
 
+    /// SIGUSR1: what it means is the program's own.
+    pub fn signal_user1(&mut self) {
+        self.signal(Signal::SIGUSR1);
+    }
+
     pub fn thaw(&mut self) {
         self.signal(Signal::SIGCONT);
     }

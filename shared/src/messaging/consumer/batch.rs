@@ -1,69 +1,90 @@
 //! What is done with a batch: decode, handle, and where a record cannot be handled set it aside as a dead letter.
 
+use std::collections::BTreeSet;
+
 use rdkafka::message::{Message, OwnedMessage};
 use tracing::{Instrument, Span, field::Empty};
 
 use super::Running;
+use super::pause::Halt;
 use crate::events;
 use crate::messaging::dead_letters::DeadLetter;
-use crate::messaging::{Failure, Handler, Outcome, Record, Source, handler};
+use crate::messaging::{Handler, Outcome, Record, Source, handler};
 use crate::service::metrics::{Consumed, Group};
 use crate::service::telemetry::{self, TraceContext};
 
-/// What became of a batch's records. It is counted when the whole batch is done, so that a retried batch counts once.
+/// The records of the batch in hand that have had their effect, and what became of them. It stays while the batch is put off: no
+/// record is handled, set aside or counted again because another one has to wait.
 #[derive(Default)]
-struct Tally {
+pub(super) struct Done {
+    /// Partition and offset.
+    records: BTreeSet<(i32, i64)>,
     outcome: Outcome,
     skipped: u64,
     dead_lettered: u64,
 }
 
-/// Handles what the consumer has in hand. On success every record of it has had its effect, durably; a dead letter counts as
-/// an effect. On failure any part may have had its effect, and the batch is handled again: effects are idempotent.
-pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Failure> {
-    let mut tally = Tally::default();
-    let mut records = Vec::with_capacity(consumer.batch.len());
-    for message in &consumer.batch {
-        match Record::decode(message.key(), message, Source::of(message)) {
-            Ok(Some(record)) => records.push(record),
-            Ok(None) => tally.skipped += 1,
-            Err(error) => set_aside(consumer, message, error.to_string(), &mut tally)?,
-        }
+impl Done {
+    /// Records that were dropped from a batch and turn out to have had their effect.
+    pub fn found_handled(&mut self, records: u64) {
+        self.outcome.duplicate += records;
     }
-    let batch_span = tracing::error_span!("consume", group = consumer.setup.group, records = consumer.batch.len());
-    match run(consumer, &mut records, &batch_span) {
-        Ok(outcome) => tally.outcome += outcome,
-        // Records are isolated by rerunning the batch one by one: a SQL error has undone the whole transaction.
-        Err(failure) if failure.rejection().is_some() => {
-            isolate(consumer, records, &batch_span, &mut tally)?;
-        }
-        // The second time it is not the moment but the number of records, perhaps: for ever the same batch would never be done.
-        Err(failure) if failure.took_too_long() && consumer.retry.is_some() => {
-            isolate(consumer, records, &batch_span, &mut tally)?;
-        }
-        Err(failure) => return Err(failure),
-    }
-    count(consumer, &tally);
-    Ok(())
 }
 
-fn isolate<H: Handler>(
+/// Handles what the consumer has in hand, in its order. On success every record of it has had its effect, durably; a dead letter
+/// counts as an effect. On failure some may have had it: what is [`Done`] is left alone at the next try, and effects are idempotent.
+pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Halt> {
+    let messages = std::mem::take(&mut consumer.batch);
+    let result = handle_all(consumer, &messages);
+    consumer.batch = messages;
+    result
+}
+
+fn handle_all<H: Handler>(consumer: &mut Running<H>, messages: &[OwnedMessage]) -> Result<(), Halt> {
+    let batch_span = tracing::error_span!("consume", group = consumer.setup.group, records = messages.len());
+    let mut records = Vec::with_capacity(messages.len());
+    for message in messages {
+        if consumer.done.records.contains(&place(message)) {
+            continue;
+        }
+        match Record::decode(message.key(), message, Source::of(message)) {
+            Ok(Some(record)) => records.push(record),
+            Ok(None) => {
+                consumer.done.skipped += 1;
+                finished(consumer, place(message), false);
+            }
+            // The ones before it first: the breaker judges by what came last.
+            Err(error) => {
+                handle_records(consumer, std::mem::take(&mut records), messages, &batch_span)?;
+                set_aside(consumer, message, error.to_string())?;
+            }
+        }
+    }
+    handle_records(consumer, records, messages, &batch_span)
+}
+
+/// All at once; and if one of them can never work, one by one: a SQL error has undone the whole transaction. The same where it took
+/// too long for the second time: then it is not the moment but the number of records, perhaps, and together they would never be done.
+fn handle_records<H: Handler>(
     consumer: &mut Running<H>,
-    records: Vec<Record<H::Event>>,
+    mut records: Vec<Record<H::Event>>,
+    messages: &[OwnedMessage],
     batch_span: &Span,
-    tally: &mut Tally,
-) -> Result<(), Failure> {
+) -> Result<(), Halt> {
+    match run(consumer, &mut records, batch_span) {
+        Err(Halt::Failure(failure)) if failure.rejection().is_some() => {}
+        Err(Halt::Failure(failure)) if failure.took_too_long() && consumer.pause.is_some() => {}
+        result => return result,
+    }
     for record in records {
         let mut alone = [record];
         match run(consumer, &mut alone, batch_span) {
-            Ok(outcome) => tally.outcome += outcome,
-            Err(failure) => {
-                let Some(reason) = failure.rejection() else { return Err(failure) };
+            Err(Halt::Failure(failure)) if let Some(reason) = failure.rejection() => {
                 let [Record { source, .. }] = alone;
-                let message = consumer.batch.iter().find(|message| Source::of(message) == source);
-                let message = message.expect("the record was decoded from the batch in hand");
-                set_aside(consumer, message, reason, tally)?;
+                let message = messages.iter().find(|message| place(message) == (source.partition, source.offset));
+                set_aside(consumer, message.expect("the record was decoded from one of them"), reason)?;
             }
+            result => result?,
         }
     }
     Ok(())
@@ -71,28 +92,32 @@ fn isolate<H: Handler>(
 
 /// Writes the record's dead letter, before any record behind it is handled: a handler that keeps its own position moves that
 /// past the record, so after a crash in between nobody would read the record again.
-fn set_aside<H: Handler>(
-    consumer: &Running<H>,
-    message: &OwnedMessage,
-    reason: String,
-    tally: &mut Tally,
-) -> Result<(), Failure> {
-    let letter = DeadLetter { source: Source::of(message), reason, attempts: 1, message: message.clone() };
+fn set_aside<H: Handler>(consumer: &mut Running<H>, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
+    if let Some((rejected, of)) = consumer.breaker.too_many() {
+        return Err(Halt::Breaker { rejected, of, reason });
+    }
+    let letter = DeadLetter { source: Source::of(message), reason, attempts: 1, since: None, message: message.clone() };
+    consumer.runtime.block_on(consumer.dead_letters.write(&letter)).map_err(Halt::Unwritten)?;
     tracing::error!(source = %letter.source, reason = letter.reason, "dead letter");
-    consumer.runtime.block_on(consumer.dead_letters.write(&letter))?;
-    tally.dead_lettered += 1;
+    consumer.done.dead_lettered += 1;
+    finished(consumer, place(message), true);
     Ok(())
+}
+
+fn finished<H: Handler>(consumer: &mut Running<H>, place: (i32, i64), rejected: bool) {
+    consumer.done.records.insert(place);
+    consumer.breaker.record(rejected);
+}
+
+fn place(message: &OwnedMessage) -> (i32, i64) {
+    (message.partition(), message.offset())
 }
 
 /// Calls the handler, with a span per record in its producer's trace, linked to the batch's. A single record is handled within
 /// its own span, so that what the handler does and publishes belongs to the record's trace.
-fn run<H: Handler>(
-    consumer: &mut Running<H>,
-    records: &mut [Record<H::Event>],
-    batch_span: &Span,
-) -> Result<Outcome, Failure> {
+fn run<H: Handler>(consumer: &mut Running<H>, records: &mut [Record<H::Event>], batch_span: &Span) -> Result<(), Halt> {
     if records.is_empty() {
-        return Ok(Outcome::default());
+        return Ok(());
     }
     let mut reached = consumer.reached.clone();
     for record in &mut *records {
@@ -104,13 +129,15 @@ fn run<H: Handler>(
     let handled = handler::call(&consumer.setup.handler, records, limit).instrument(span.clone());
     let outcome = consumer.runtime.block_on(handled)?;
     consumer.reached = reached;
+    consumer.done.outcome += outcome;
     let group = Group { group: consumer.setup.group.clone() };
     for (record, span) in records.iter().zip(&spans) {
         span.in_scope(|| tracing::debug!("handled"));
         let age = (events::now() - record.envelope.time).as_seconds_f64();
         consumer.setup.metrics.event_age.get_or_create(&group).observe(age.max(0.0));
+        finished(consumer, (record.source.partition, record.source.offset), false);
     }
-    Ok(outcome)
+    Ok(())
 }
 
 fn span<H: Handler>(consumer: &Running<H>, record: &Record<H::Event>, batch_span: &Span) -> Span {
@@ -132,13 +159,24 @@ fn span<H: Handler>(consumer: &Running<H>, record: &Record<H::Event>, batch_span
     span
 }
 
-fn count<H: Handler>(consumer: &Running<H>, tally: &Tally) {
+/// The handler stands elsewhere, so the batch is read again from there. What is done is counted now; what is not is remembered,
+/// for where the handler stands behind it, it has had its effect and will not come again.
+pub(super) fn drop_unfinished<H: Handler>(consumer: &mut Running<H>) {
+    let dropped = consumer.batch.iter().map(place).filter(|place| !consumer.done.records.contains(place));
+    consumer.dropped.extend(dropped);
+    consumer.batch.clear();
+    count(consumer);
+}
+
+/// Counts what became of the batch, once its offsets are stored: each record once, however often it was put off.
+pub(super) fn count<H: Handler>(consumer: &mut Running<H>) {
+    let done = std::mem::take(&mut consumer.done);
     let outcomes = [
-        ("applied", tally.outcome.applied),
-        ("duplicate", tally.outcome.duplicate),
-        ("stale", tally.outcome.stale),
-        ("skipped", tally.skipped),
-        ("dead_lettered", tally.dead_lettered),
+        ("applied", done.outcome.applied),
+        ("duplicate", done.outcome.duplicate),
+        ("stale", done.outcome.stale),
+        ("skipped", done.skipped),
+        ("dead_lettered", done.dead_lettered),
     ];
     for (outcome, records) in outcomes {
         let label = Consumed { group: consumer.setup.group.clone(), outcome };

@@ -7,11 +7,12 @@
 
 mod assignment;
 mod batch;
+mod breaker;
+mod pause;
 mod placement;
 mod start;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -25,8 +26,10 @@ use tokio::time::timeout;
 use super::dead_letters::DeadLetters;
 use super::{Failure, Handler};
 use crate::fault;
-use crate::service::metrics;
 use assignment::Assignment;
+use batch::Done;
+use breaker::Breaker;
+use pause::{Halt, Pause};
 pub(crate) use start::Consumer;
 
 /// Records per batch.
@@ -40,14 +43,6 @@ const LINGER: Duration = Duration::from_millis(2);
 /// How often [`Handler::caught_up`] is told while nothing comes.
 const CAUGHT_UP_INTERVAL: Duration = Duration::from_secs(1);
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
-const MIN_BACKOFF: Duration = Duration::from_millis(100);
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
-
-/// A partition's next try, and how long to wait after it.
-struct Retry {
-    due: Instant,
-    backoff: Duration,
-}
 
 struct Running<H> {
     setup: Consumer<H>,
@@ -56,6 +51,11 @@ struct Running<H> {
     dead_letters: DeadLetters,
     /// In hand: polled, not yet handled.
     batch: Vec<OwnedMessage>,
+    /// What of it is handled, if it was put off in the middle.
+    done: Done,
+    /// Partition and offset of what was in hand when the handler was found to stand elsewhere.
+    dropped: BTreeSet<(i32, i64)>,
+    breaker: Breaker,
     /// Per placed partition the position up to which the handler has everything.
     reached: BTreeMap<i32, i64>,
     /// The partitions behind whose last handled record there was nothing.
@@ -64,19 +64,19 @@ struct Running<H> {
     told_at: Option<Instant>,
     /// Not before this are unplaced partitions looked at.
     place_at: Instant,
-    /// Set while a dependency is down. Every partition is paused then, but polling goes on, so the group keeps us.
-    retry: Option<Retry>,
+    /// Set while every partition is paused. Polling goes on, so the group keeps us.
+    pause: Option<Pause>,
 }
 
 impl<H: Handler> Running<H> {
     /// Crash anywhere: what was not stored, or stored and not committed, comes again.
     fn run(mut self) -> anyhow::Result<()> {
         while !self.setup.stop.is_cancelled() {
-            if self.retry.is_none() {
+            if self.pause.is_none() {
                 self.place();
             }
             self.collect()?;
-            if self.retry.as_ref().is_none_or(|retry| retry.due <= Instant::now()) {
+            if self.may_work() {
                 let result = self.work();
                 self.conclude(result)?;
             }
@@ -91,7 +91,7 @@ impl<H: Handler> Running<H> {
     fn collect(&mut self) -> anyhow::Result<()> {
         let mut wait = IDLE_POLL;
         let mut bytes = 0;
-        while self.retry.is_some() || (self.batch.len() < BATCH_RECORDS && bytes < BATCH_BYTES) {
+        while self.pause.is_some() || (self.batch.len() < BATCH_RECORDS && bytes < BATCH_BYTES) {
             match self.client.poll(wait) {
                 None => break,
                 Some(Ok(message)) => {
@@ -117,6 +117,7 @@ impl<H: Handler> Running<H> {
         for partition in self.client.context().take_revoked() {
             self.at_end.remove(&partition);
             self.reached.remove(&partition);
+            self.dropped.retain(|(of, _)| *of != partition);
         }
         // What was polled before a revoke belongs to another consumer now, and what has no start yet is not for us to read.
         self.batch.retain(|message| self.reached.contains_key(&message.partition()));
@@ -140,7 +141,7 @@ impl<H: Handler> Running<H> {
     }
 
     /// Handles what is in hand, then tells the handler where it has caught up.
-    fn work(&mut self) -> Result<(), Failure> {
+    fn work(&mut self) -> Result<(), Halt> {
         if !self.batch.is_empty() {
             batch::handle(self)?;
             fault::point("consumer.after_effect");
@@ -149,6 +150,7 @@ impl<H: Handler> Running<H> {
             fault::point("consumer.after_store");
             self.batch.clear();
         }
+        batch::count(self); // also where the last records of a batch were taken away while it was put off
         if self.told_at.is_none_or(|told_at| told_at.elapsed() >= CAUGHT_UP_INTERVAL) {
             self.tell_caught_up()?;
             self.told_at = Some(Instant::now());
@@ -188,58 +190,5 @@ impl<H: Handler> Running<H> {
             offsets.add_partition_offset(&topic, partition, Offset::Offset(offset))?;
         }
         self.client.store_offsets(&offsets).context("cannot store offsets")
-    }
-
-    /// Draws the consequence of a turn's result.
-    fn conclude(&mut self, result: Result<(), Failure>) -> anyhow::Result<()> {
-        match result {
-            Ok(()) => {
-                if self.retry.take().is_some() {
-                    self.setup.health.ready(&self.setup.part("dependency"));
-                    tracing::info!(group = self.setup.group, "goes on");
-                    self.client.context().paused.store(false, Relaxed);
-                    self.client.resume(&self.list(&self.reached.keys().copied().collect::<Vec<_>>()))?;
-                }
-                Ok(())
-            }
-            Err(Failure::Resume) => {
-                let partitions: BTreeSet<i32> = self.batch.drain(..).map(|message| message.partition()).collect();
-                tracing::info!(group = self.setup.group, ?partitions, "the stored position differs: starting there");
-                self.unplace(&partitions.into_iter().collect::<Vec<_>>())?;
-                self.conclude(Ok(()))
-            }
-            Err(Failure::Retry(error)) => self.put_off(&error),
-            Err(Failure::Reject(reason)) => self.put_off(&anyhow::anyhow!("rejected without a record: {reason}")),
-        }
-    }
-
-    fn put_off(&mut self, error: &anyhow::Error) -> anyhow::Result<()> {
-        let backoff = match &self.retry {
-            None => {
-                self.client.context().paused.store(true, Relaxed);
-                self.client.pause(&self.list(&self.reached.keys().copied().collect::<Vec<_>>()))?;
-                self.setup.health.waiting(&self.setup.part("dependency"), "what its handler needs to work again");
-                MIN_BACKOFF
-            }
-            Some(retry) => (retry.backoff * 2).min(MAX_BACKOFF),
-        };
-        tracing::warn!(group = self.setup.group, error = %format!("{error:#}"), "paused: will try again");
-        let group = metrics::Group { group: self.setup.group.clone() };
-        self.setup.metrics.consumer_retries.get_or_create(&group).inc();
-        // Half of it is chance, so that consumers of one dependency do not come back in step.
-        let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
-        self.retry = Some(Retry { due, backoff });
-        self.measure_lag();
-        Ok(())
-    }
-
-    /// The lag of what is paused, so that it is seen to grow. Unknown where Kafka does not answer either.
-    fn measure_lag(&self) {
-        for (partition, reached) in &self.reached {
-            let Ok((_, end)) = self.client.fetch_watermarks(&self.setup.topic(), *partition, KAFKA_TIMEOUT) else {
-                return;
-            };
-            self.client.context().measured_lag(*partition, end - reached);
-        }
     }
 }

@@ -67,6 +67,10 @@ impl<H: Handler> Running<H> {
         for (partition, start) in placed {
             self.reached.insert(partition, start);
             self.at_end.remove(&partition);
+            let ours = |&&(of, _): &&(i32, i64)| of == partition;
+            let behind = self.dropped.iter().filter(ours).filter(|(_, offset)| *offset < start).count();
+            self.done.found_handled(behind as u64);
+            self.dropped.retain(|(of, _)| *of != partition);
         }
         self.client.resume(&self.list(unplaced))?;
         self.client.context().placed(unplaced);

@@ -7,13 +7,14 @@ use anyhow::Context;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use tokio::runtime::Handle as Runtime;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Assignment, BATCH_RECORDS, Running};
+use super::{Assignment, BATCH_RECORDS, Breaker, Done, Running};
 use crate::events::Event;
 use crate::messaging::dead_letters::{self, DeadLetters};
 use crate::messaging::{Handler, topics};
-use crate::service::{Health, KafkaConfig, Metrics};
+use crate::service::{BreakerConfig, Health, KafkaConfig, Metrics};
 
 /// A consumer before its thread starts.
 pub(crate) struct Consumer<H> {
@@ -21,6 +22,9 @@ pub(crate) struct Consumer<H> {
     pub number: u16,
     pub handler: H,
     pub kafka: KafkaConfig,
+    pub breaker: BreakerConfig,
+    /// Changes when an operator says that what is paused by its breaker shall go on.
+    pub resumed: watch::Receiver<()>,
     pub health: Health,
     pub metrics: Metrics,
     pub stop: CancellationToken,
@@ -33,6 +37,7 @@ impl<H: Handler> Consumer<H> {
     /// What waiting cannot mend: the client's settings, an offset out of range, a topic that differs from its declaration.
     pub fn run(self) -> anyhow::Result<()> {
         let runtime = Runtime::current();
+        let breaker = Breaker::new(&self.breaker)?;
         self.health.waiting(&self.part("group"), format!("the topic {}", self.topic()));
         let dead_letters = DeadLetters::new(&self.kafka, &self.group, H::Event::TOPIC.kind)?;
         let dead_letter_topic = dead_letters.topic().to_owned();
@@ -52,11 +57,14 @@ impl<H: Handler> Consumer<H> {
             runtime,
             dead_letters,
             batch: Vec::with_capacity(BATCH_RECORDS),
+            done: Done::default(),
+            dropped: BTreeSet::new(),
+            breaker,
             reached: BTreeMap::new(),
             at_end: BTreeSet::new(),
             told_at: None,
             place_at: Instant::now(),
-            retry: None,
+            pause: None,
             setup: self,
         };
         consumer.run()

@@ -1,0 +1,69 @@
+//! The dead letters cannot be written: nothing moves on, and it is said why.
+
+use tests::log::Draft;
+use tests::{Part, System, eventually, eventually_eq};
+use uuid::Uuid;
+
+use crate::dead_letters::analytics;
+
+const USERS: &str = "analytics.users";
+const TOPIC: &str = "user.events.v1";
+const LETTERS: &str = "analytics.users.dlq";
+const COMPACTED: (&str, &str) = ("cleanup.policy", "compact");
+
+/// T33, I9 I11: somebody deleted the topic of the dead letters, then the topic takes no record of that size. Each time the consumer
+/// waits at the bad record, says for what, and goes on by itself when the topic is as it should be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_that_cannot_be_written_holds_the_consumer_until_it_can() {
+    let (mut system, _) = analytics().await;
+    let first = [write_bad_and_good(&system).await, write_bad_and_good(&system).await];
+    system.until_open_letters(USERS, &first).await;
+    system.until_counted(2, 0).await;
+    eventually_eq("letters open", Some(2.0), async || system.letters_open(USERS).await).await;
+
+    system.delete_topic(LETTERS).await;
+    let second = write_bad_and_good(&system).await;
+    until_it_waits_at_the_letter(&system, second).await;
+    system.create_topic(LETTERS, 1, &[COMPACTED]).await;
+    system.ready(&[Part::Analytics]).await;
+    system.until_open_letters(USERS, &[second]).await;
+    system.until_counted(3, 0).await;
+    // The first two went with their topic.
+    eventually_eq("letters open", Some(1.0), async || system.letters_open(USERS).await).await;
+
+    system.alter_topic(LETTERS, &[COMPACTED, ("max.message.bytes", "200")]).await;
+    let third = write_bad_and_good(&system).await;
+    until_it_waits_at_the_letter(&system, third).await;
+    system.alter_topic(LETTERS, &[COMPACTED]).await;
+    system.ready(&[Part::Analytics]).await;
+    system.until_open_letters(USERS, &[second, third]).await;
+    system.until_counted(4, 0).await;
+    eventually_eq("caught up", vec![], async || system.lag_of(USERS, TOPIC)).await;
+    eventually_eq("each once", 8.0, async || system.counted_in_all(USERS).await).await;
+    assert_eq!(system.counted(USERS, "dead_lettered").await, 4.0);
+    assert!(!system.has_ended(Part::Analytics));
+}
+
+/// A record that nobody can read, with a registration behind it; where the first is.
+async fn write_bad_and_good(system: &System) -> (i32, i64) {
+    let registered = || Draft::user_event("user.registered", Uuid::now_v7(), 1).on(0);
+    system.write_all(TOPIC, &[registered().valued(b"?"), registered()]).await[0]
+}
+
+/// The committed offset stands at the bad record or before it, readiness names the topic, and the metric of retries moves.
+async fn until_it_waits_at_the_letter(system: &System, (_, offset): (i32, i64)) {
+    let before = system.retries(USERS).await;
+    eventually("it says what it waits for", async || {
+        let (ready, body) = system.readiness(Part::Analytics).await?;
+        let reason = body["waiting_for"][format!("{USERS} 0 dependency")].as_str()?.to_owned();
+        (!ready && reason.contains(&system.prefixed(LETTERS))).then_some(())
+    })
+    .await;
+    eventually("it tries again", async || (system.retries(USERS).await >= before + 4.0).then_some(())).await;
+    let end = offset + 2;
+    eventually_eq("the committed offset", vec![format!("{USERS} 0: {offset} of {end}")], async || {
+        system.lag_of(USERS, TOPIC)
+    })
+    .await;
+    assert!(system.log_of(Part::Analytics).contains("cannot write to the dead letters"));
+}
