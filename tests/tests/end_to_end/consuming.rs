@@ -1,5 +1,6 @@
 //! Consumers are killed wherever it could hurt, started in any order, started late: each effect is there once.
 
+use tests::load::Answered;
 use tests::log::GROUPS;
 use tests::{Part, System, eventually, eventually_eq};
 use uuid::Uuid;
@@ -56,23 +57,29 @@ async fn killed_at(points: [(Part, &str); 3]) {
     let mut system = System::empty().await;
     // A sender may be killed in the middle of a mail: its lease must end within this test.
     system.set("LEASE_MS", "10000");
-    system.restart(Part::User, &[]).await;
-    let mut users = register(&system, 6).await;
+    for part in Part::ALL {
+        system.spawn(part, &[]);
+    }
+    system.ready(&Part::ALL).await;
+    let watch = system.watch().await;
+    for part in CONSUMERS {
+        system.stop(part).await;
+    }
+    let user = register(&system, 6).await[0];
     for (part, point) in points {
         system.spawn(part, &[("FAULT_AT", &format!("{point}:1:kill"))]);
     }
     for (part, point) in points {
         eventually(&format!("{part:?} is killed at {point}"), async || system.has_ended(part).then_some(())).await;
     }
-    users.extend(register(&system, 2).await);
-    assert_eq!(system.rename(users[0], "Countess").await.unwrap().version(), 2);
+    register(&system, 2).await;
+    assert_eq!(system.rename(user, "Countess of Lovelace").await.unwrap().version(), 2);
     for part in CONSUMERS {
         system.spawn(part, &[]);
     }
     system.ready(&CONSUMERS).await;
-    users.extend(register(&system, 2).await);
-    everything_is_there_once(&system, &users).await;
-    assert_eq!(system.until_cached(users[0], 2).await.body["display_name"], "Countess");
+    register(&system, 2).await;
+    system.check(&watch, &Answered::default()).await;
 }
 
 /// All 24 orders of starting the services work, also on a broker and in databases where nothing is yet. This is one half of them.
@@ -110,6 +117,7 @@ async fn starting_from_each(mut order: [Part; 4]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_is_killed_alone_hinders_nobody_and_catches_up() {
     let mut system = System::start().await;
+    let watch = system.watch().await;
     let mut users = register(&system, 1).await;
     for dead in Part::ALL {
         everything_is_there_once(&system, &users).await;
@@ -119,6 +127,7 @@ async fn a_service_that_is_killed_alone_hinders_nobody_and_catches_up() {
     }
     users.extend(register(&system, 1).await);
     everything_is_there_once(&system, &users).await;
+    system.check(&watch, &Answered::default()).await;
 }
 
 /// Registers somebody, if the service that does so lives; whoever else lives has seen it.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use reqwest::StatusCode;
+use tests::load::Answered;
 use tests::log::{Draft, GROUPS};
 use tests::{Part, System, api, eventually, throughout};
 use uuid::Uuid;
@@ -23,6 +24,7 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
         system.spawn(part, &[]);
     }
     system.ready(&Part::ALL).await;
+    let watch = system.watch().await;
     let before = vec![system.register().await, system.register().await];
     all_there(&system, &before).await;
     let groups = groups(&system);
@@ -46,7 +48,7 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
     let after = vec![system.register().await];
     all_there(&system, &[before, meanwhile, after].concat()).await;
     still_as_before(&mut system, &groups).await;
-    assert!(Part::ALL.into_iter().all(|part| !system.has_ended(part)));
+    system.check(&watch, &Answered::default()).await;
 }
 
 /// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What was
