@@ -100,7 +100,8 @@ const ANSWERED: Duration = Duration::from_secs(15);
 const AT_ONCE: i64 = 12;
 
 /// T40, I1 I2 I3: silence between the user service and its database. A request is told so in time; tried again with its key it is
-/// done once. There are as many as the pool has connections, and more: none of those that fell silent may keep its place. The relay's silent session holds the lock until Postgres ends it after 15 s; then all is published.
+/// done once. There are more requests than the pool has connections: none of those that fell silent may keep its place. The
+/// relay's silent session holds the lock until Postgres ends it after 15 s; then all is published.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registration_during_the_databases_silence_is_answered_and_done_once() {
     let mut system = System::empty().await;

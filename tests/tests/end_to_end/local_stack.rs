@@ -87,7 +87,7 @@ async fn demo() -> Child {
     run
 }
 
-/// Issue 3, the local stack: the next run, whichever it is, ends what a killed run has left and removes its data. The stack of a
+/// The next run, whichever it is, ends what a killed run has left and removes its data. The stack of a
 /// run that lives (the one that this test runs on) and a stranger's process stay as they are.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_killed_run_left_behind_is_ended_by_the_next_and_nothing_else() {
