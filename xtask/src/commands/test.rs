@@ -12,6 +12,9 @@ use xtask::stack::Ports;
 use xtask::system::start_stack;
 use xtask::testing;
 
+/// How many tests of a binary run at once, as the test runner reads it.
+const THREADS: &str = "RUST_TEST_THREADS";
+
 pub async fn run(arguments: &[String]) -> Result<ExitCode> {
     run_with(arguments, &[], None).await
 }
@@ -36,6 +39,9 @@ pub async fn run_with(arguments: &[String], settings: &[(&str, String)], kept: O
     command.env(testing::POSTGRES, stack.postgres.url());
     command.env(testing::VALKEY, stack.redis.url());
     command.env(testing::BIN, &programs);
+    if std::env::var_os(THREADS).is_none() {
+        command.env(THREADS, at_once().to_string());
+    }
     command.envs(settings.iter().map(|(name, value)| (name, value)));
     let mut cargo = match kept {
         Some(kept) => Process::spawn("cargo", command, kept)?,
@@ -43,6 +49,11 @@ pub async fn run_with(arguments: &[String], settings: &[(&str, String)], kept: O
     };
     let status = cargo.wait().await;
     Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
+}
+
+/// Tests wait more than they compute: for a session to end, for a frozen process to be given up. So one more than there are cores.
+fn at_once() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from) + 1
 }
 
 fn exit_code(code: Option<i32>) -> ExitCode {
