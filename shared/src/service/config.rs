@@ -49,6 +49,10 @@ pub struct KafkaConfig {
     /// Whether the service creates the topics it owns. `false` where an operator does: then it only checks them.
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     pub manage_topics: bool,
+    /// On how many brokers the topics that the service creates are kept. Not set: as the brokers' `default.replication.factor`
+    /// has it. A record is acknowledged when more than half of them have it. Topics that exist stay as they are.
+    #[arg(long, env, value_parser = clap::value_parser!(i16).range(1..))]
+    pub kafka_replication_factor: Option<i16>,
 }
 
 impl KafkaConfig {
@@ -65,6 +69,9 @@ impl KafkaConfig {
             .set("allow.auto.create.topics", "false")
             // After an outage the next attempt comes within this time (ms), not librdkafka's 10 s.
             .set("reconnect.backoff.max.ms", "1000")
+            // A frozen broker keeps its connections and answers nothing: after this time (ms) another one is asked, not after a minute.
+            // At most the relay's transaction.timeout.ms, as librdkafka demands.
+            .set("socket.timeout.ms", "10000")
             // The loopback name resolves to IPv6 first on many machines; brokers in development listen on IPv4.
             .set("broker.address.family", "v4");
         client
