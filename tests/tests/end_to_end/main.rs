@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
+mod brokers;
 mod clocks;
 mod consuming;
 mod dead_letters;
