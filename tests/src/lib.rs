@@ -9,6 +9,7 @@
 )]
 
 pub mod api;
+pub mod brokers;
 pub mod checker;
 pub mod clock;
 pub mod consume;

@@ -104,7 +104,7 @@ impl Draft {
 }
 
 impl System {
-    fn client(&self) -> ClientConfig {
+    pub(crate) fn client(&self) -> ClientConfig {
         let mut client = ClientConfig::new();
         client.set("bootstrap.servers", &self.kafka).set("broker.address.family", "v4");
         client

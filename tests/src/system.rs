@@ -93,17 +93,26 @@ impl System {
 
     /// No service yet, on a Kafka, a Postgres and a Valkey of this test's own.
     pub async fn empty_on_own_components() -> Self {
+        Self::empty_on(Ports::free()).await
+    }
+
+    /// The same with three brokers.
+    pub async fn empty_on_three_brokers() -> Self {
+        Self::empty_on(Ports::free_three()).await
+    }
+
+    async fn empty_on(ports: Ports) -> Self {
         let scratch = Scratch::create("own-components").unwrap();
         let logs = Logs::fresh(&format!("tests/components-{}", testing::prefix()), false).unwrap();
         let fetched = xtask::fetch::fetch().await.unwrap();
         let durability = xtask::postgres::Durability::Process;
-        let stack = Stack::start(&fetched, scratch.path(), Ports::free(), durability, &logs).await.unwrap();
+        let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
         let databases = [
             ("USER_DATABASE_URL", stack.postgres.service_url("user")),
             ("EMAIL_DATABASE_URL", stack.postgres.service_url("email")),
             ("ANALYTICS_DATABASE_URL", stack.postgres.service_url("analytics")),
         ];
-        let (kafka, valkey) = (stack.kafka.address(), stack.redis.url());
+        let (kafka, valkey) = (stack.kafka_addresses(), stack.redis.url());
         Self::new(kafka, valkey, databases.into(), Some(stack), Some(scratch)).await
     }
 

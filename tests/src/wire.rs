@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 use crate::System;
 
 impl System {
-    /// Appends one record and waits for Kafka's answer: partition and offset.
+    /// Appends one record, on a system with one broker, and waits for Kafka's answer: partition and offset.
     pub async fn write_by_hand(
         &self,
         topic: &str,
@@ -16,17 +16,31 @@ impl System {
         value: &[u8],
         headers: &[(&[u8], &[u8])],
     ) -> (i32, i64) {
-        let request = produce(&self.prefixed(topic), partition, &batch(&record(key, value, headers)));
-        let mut stream = TcpStream::connect(&self.kafka).await.unwrap();
-        stream.write_all(&i32::try_from(request.len()).unwrap().to_be_bytes()).await.unwrap();
-        stream.write_all(&request).await.unwrap();
-        let length = stream.read_i32().await.unwrap();
-        let mut answer = vec![0; usize::try_from(length).unwrap()];
-        stream.read_exact(&mut answer).await.unwrap();
-        // At its end: error code, offset, time, and how long the broker throttled us.
-        let end = &answer[answer.len() - 22..];
-        assert_eq!(end[..2], [0, 0], "Kafka refuses the record: error {end:?}");
-        (partition, i64::from_be_bytes(end[2..10].try_into().unwrap()))
+        let batch = batch(&record(key, value, headers));
+        let offset = append(&self.kafka, &self.prefixed(topic), partition, &batch).await;
+        (partition, offset.unwrap_or_else(|code| panic!("Kafka refuses the record: error {code}")))
+    }
+}
+
+/// Asks this very broker to append a record, whoever leads the partition, and waits for its answer: the offset, or Kafka's code of
+/// the error. `topic` has its prefix.
+pub async fn write_to(address: String, topic: String, partition: i32, key: &[u8]) -> Result<i64, i16> {
+    append(&address, &topic, partition, &batch(&record(key, b"", &[]))).await
+}
+
+async fn append(address: &str, topic: &str, partition: i32, batch: &[u8]) -> Result<i64, i16> {
+    let request = produce(topic, partition, batch);
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(&i32::try_from(request.len()).unwrap().to_be_bytes()).await.unwrap();
+    stream.write_all(&request).await.unwrap();
+    let length = stream.read_i32().await.unwrap();
+    let mut answer = vec![0; usize::try_from(length).unwrap()];
+    stream.read_exact(&mut answer).await.unwrap();
+    // At its end: error code, offset, time, and how long the broker throttled us.
+    let end = &answer[answer.len() - 22..];
+    match i16::from_be_bytes([end[0], end[1]]) {
+        0 => Ok(i64::from_be_bytes(end[2..10].try_into().unwrap())),
+        code => Err(code),
     }
 }
 

@@ -32,6 +32,9 @@ enum Command {
         /// Forget the data of earlier runs.
         #[arg(long)]
         fresh: bool,
+        /// How many Kafka brokers; three go on without any one of them. Each number has data of its own.
+        #[arg(long, default_value = "1", value_parser = ["1", "3"])]
+        brokers: String,
     },
     /// Start the whole system beside everything else, follow some users through it, and stop it.
     Demo,
@@ -90,7 +93,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         say(format_args!("ended {ended} processes that an earlier run had left behind"));
     }
     match command {
-        Command::Up { fresh } => commands::up::run(fresh).await,
+        Command::Up { fresh, brokers } => commands::up::run(fresh, brokers == "3").await,
         Command::Demo => unless_told_to_end(commands::demo::run()).await,
         Command::Test { full: true, .. } => unless_told_to_end(commands::full::run()).await,
         Command::Test { arguments, .. } => unless_told_to_end(commands::test::run(&arguments)).await,

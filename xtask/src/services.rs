@@ -89,7 +89,7 @@ impl Running {
 pub fn environment(stack: &Stack) -> Vec<(String, String)> {
     let smtp = stack.sink.address();
     let pairs = [
-        ("KAFKA_BROKERS", stack.kafka.address()),
+        ("KAFKA_BROKERS", stack.kafka_addresses()),
         ("USER_DATABASE_URL", stack.postgres.service_url("user")),
         ("EMAIL_DATABASE_URL", stack.postgres.service_url("email")),
         ("ANALYTICS_DATABASE_URL", stack.postgres.service_url("analytics")),

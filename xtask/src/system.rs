@@ -39,8 +39,10 @@ impl System {
         let environment = services::environment(&self.stack);
         loop {
             sleep(LOOK_EVERY).await;
-            if has_ended("kafka", &mut self.stack.kafka.process) {
-                self.stack.kafka.restart().await?;
+            for broker in self.stack.brokers() {
+                if has_ended(&broker.name, &mut broker.process) {
+                    broker.spawn_again()?;
+                }
             }
             if has_ended("postgres", &mut self.stack.postgres.process) {
                 self.stack.postgres.restart().await?;

@@ -45,7 +45,7 @@ pub(super) struct DeadLetter {
     pub reason: String,
     /// How often the record was tried.
     pub attempts: u32,
-    /// When it was first set aside, in milliseconds since 1970. `None`: now.
+    /// When it was first set aside, by the broker's clock, in milliseconds since 1970. `None`: now.
     pub since: Option<i64>,
     /// The record itself. Of a compacted source only the key is written: a copy would outlive the erasure of its original.
     pub message: OwnedMessage,
@@ -68,6 +68,9 @@ impl DeadLetter {
         for (key, value) in &own {
             headers = headers.insert(Header { key, value: Some(value) });
         }
+        if let Some(since) = self.since {
+            headers = headers.insert(Header { key: "dlq-since", value: Some(&since.to_string()) });
+        }
         headers
     }
 
@@ -82,7 +85,7 @@ impl DeadLetter {
             },
             reason: text("dlq-reason")?.to_owned(),
             attempts: text("dlq-attempts")?.parse().ok()?,
-            since: letter.timestamp().to_millis(),
+            since: text("dlq-since").and_then(|since| since.parse().ok()).or_else(|| letter.timestamp().to_millis()),
             message: letter.clone(),
         })
     }
@@ -152,9 +155,6 @@ impl DeadLetters {
         let mut record = FutureRecord::to(&self.topic).key(&id).headers(headers);
         if let (Kind::Facts, Some(payload)) = (self.kind, source.payload()) {
             record = record.payload(payload);
-        }
-        if let Some(since) = letter.since {
-            record = record.timestamp(since);
         }
         self.send(record).await
     }

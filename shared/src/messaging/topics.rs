@@ -13,7 +13,7 @@ type Admin = AdminClient<DefaultClientContext>;
 
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// The replication factor is the broker's own default: one in development, three in production.
+/// The replication factor, and with it `min.insync.replicas`, is the broker's own.
 const BROKER_DEFAULT: i32 = -1;
 
 /// Creates what is missing and checks what is there. Waits for Kafka as long as it takes.
@@ -37,7 +37,7 @@ pub(crate) async fn ensure_one(
 ) -> anyhow::Result<()> {
     let admin: Admin = kafka.client().create().context("the Kafka settings are wrong")?;
     loop {
-        match step(&admin, kafka.manage_topics, name, partitions, settings).await {
+        match step(&admin, kafka, name, partitions, settings).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(mismatch)) => return Err(mismatch),
             Err(error) => tracing::warn!(topic = name, error = %format!("{error:#}"), "waiting for Kafka"),
@@ -66,17 +66,26 @@ pub(crate) async fn exists(kafka: &KafkaConfig, name: &str, partitions: i32) -> 
 /// exists.
 async fn step(
     admin: &Admin,
-    create: bool,
+    kafka: &KafkaConfig,
     name: &str,
     partitions: i32,
     settings: &[(&str, &str)],
 ) -> anyhow::Result<anyhow::Result<()>> {
-    if create {
-        let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(BROKER_DEFAULT));
+    if kafka.manage_topics {
+        let replicas = kafka.kafka_replication_factor.map_or(BROKER_DEFAULT, i32::from);
+        let in_sync = (replicas / 2 + 1).to_string();
+        let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replicas));
         topic.config = settings.to_vec();
+        if replicas != BROKER_DEFAULT {
+            // What is acknowledged is on a majority, and losing one broker of three stops nobody.
+            topic.config.push(("min.insync.replicas", &in_sync));
+        }
         for result in admin.create_topics([&topic], &options()).await? {
             match result {
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((_, RDKafkaErrorCode::InvalidReplicationFactor)) => {
+                    bail!("cannot create it: there are fewer brokers than KAFKA_REPLICATION_FACTOR asks for")
+                }
                 Err((_, code)) => bail!("cannot create it: {code}"),
             }
         }
@@ -108,11 +117,15 @@ async fn existing_partitions(admin: &Admin, name: &str) -> anyhow::Result<i32> {
     }
 }
 
+/// Any broker may be asked, and one of several may not have heard of a new topic yet: no value is no answer.
 async fn cleanup_policy(admin: &Admin, name: &str) -> anyhow::Result<String> {
     let mut described = admin.describe_configs([&ResourceSpecifier::Topic(name)], &options()).await?;
     let topic = described.pop().context("no answer about the topic's settings")?;
     let topic = topic.map_err(|code| anyhow!("cannot read its settings: {code}"))?;
-    Ok(topic.get("cleanup.policy").and_then(|entry| entry.value.clone()).unwrap_or_default())
+    topic
+        .get("cleanup.policy")
+        .and_then(|entry| entry.value.clone())
+        .context("this broker does not know its settings yet")
 }
 
 fn options() -> AdminOptions {

@@ -76,6 +76,10 @@ pub struct KafkaConfig {
     /// may take for a statement (5 s). After five times as long Kafka gives the partitions of a consumer that hangs to another.
     #[arg(long, env, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(2_000..=600_000))]
     pub handle_timeout_ms: u64,
+    /// On how many brokers the topics that the service creates are kept. Not set: as the brokers' `default.replication.factor`
+    /// has it. A record is acknowledged when more than half of them have it. Topics that exist stay as they are.
+    #[arg(long, env, value_parser = clap::value_parser!(i16).range(1..))]
+    pub kafka_replication_factor: Option<i16>,
 }
 
 /// Time-outs of a handler until Kafka thinks its consumer dead: a turn has a few waits besides, and must not come near.
@@ -105,7 +109,8 @@ impl KafkaConfig {
             .set("allow.auto.create.topics", "false")
             // After an outage the next attempt comes within this time (ms), not librdkafka's 10 s.
             .set("reconnect.backoff.max.ms", "1000")
-            // A connection on which nothing arrives is given up after this time (ms), not after librdkafka's minute.
+            // A frozen broker keeps its connections and answers nothing: after this time (ms) another one is asked, not after a minute.
+            // At most the relay's transaction.timeout.ms, as librdkafka demands.
             .set("socket.timeout.ms", "10000")
             // The loopback name resolves to IPv6 first on many machines; brokers in development listen on IPv4.
             .set("broker.address.family", "v4");

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
 mod breaker;
+mod brokers;
 mod clocks;
 mod consuming;
 mod counting;

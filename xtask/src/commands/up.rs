@@ -16,10 +16,10 @@ use xtask::system::{System, start_stack};
 
 use crate::told_to_end;
 
-pub async fn run(fresh: bool) -> Result<ExitCode> {
+pub async fn run(fresh: bool, three_brokers: bool) -> Result<ExitCode> {
     let logs = Logs::fresh("up", true)?;
     let (mut system, programs) = tokio::select! {
-        started = start(fresh, &logs) => started?,
+        started = start(fresh, three_brokers, &logs) => started?,
         () = told_to_end() => return Ok(ExitCode::SUCCESS),
     };
     announce(&system, &logs);
@@ -32,17 +32,19 @@ pub async fn run(fresh: bool) -> Result<ExitCode> {
     kept.map(|()| ExitCode::SUCCESS)
 }
 
-async fn start(fresh: bool, logs: &Logs) -> Result<(System, PathBuf)> {
+async fn start(fresh: bool, three_brokers: bool, logs: &Logs) -> Result<(System, PathBuf)> {
+    // The databases remember what has been published, so they belong to one cluster.
+    let (ports, name) = if three_brokers { (Ports::PUBLISHED_THREE, "up-3-brokers") } else { (Ports::PUBLISHED, "up") };
     // Before anything that takes long.
-    Ports::PUBLISHED.require_free()?;
+    ports.require_free()?;
     ALL.into_iter().try_for_each(services::Service::require_free_ports)?;
     let fetched = fetch().await?;
     let programs = services::build(logs).await?;
-    let folder = paths::data()?.join("up");
+    let folder = paths::data()?.join(name);
     if fresh && folder.exists() {
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     }
-    let stack = start_stack(&fetched, &folder, Ports::PUBLISHED, Durability::Disk, logs).await?;
+    let stack = start_stack(&fetched, &folder, ports, Durability::Disk, logs).await?;
     say("starting the services …");
     Ok((System::start(stack, &ALL, &programs, logs).await?, programs))
 }
@@ -54,7 +56,7 @@ fn announce(system: &System, logs: &Logs) {
         say(format_args!("  {:<10} {}   /readyz and /metrics at {}", service.name, service.url(), service.admin_url()));
     }
     say(format_args!("  {:<10} http://127.0.0.1:{}/api/messages", "mails", stack.ports.mails));
-    say(format_args!("  {:<10} {}", "kafka", stack.kafka.address()));
+    say(format_args!("  {:<10} {}", "kafka", stack.kafka_addresses()));
     say(format_args!("  {:<10} {}", "postgres", stack.postgres.url()));
     say(format_args!("  {:<10} {}", "redis", stack.redis.url()));
     say(format_args!("  {:<10} {}\n", "logs", logs.folder().display()));

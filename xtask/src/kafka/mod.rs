@@ -1,0 +1,188 @@
+//! Apache Kafka: one broker that is its own controller, or three of them, see `cluster`.
+
+mod cluster;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::fetch::Fetched;
+use crate::process::{self, Logs, Process};
+use crate::{paths, ports};
+
+const START_LIMIT: Duration = Duration::from_secs(120);
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// A name for life of the one cluster a data folder belongs to; 16 bytes in base64.
+const CLUSTER: &str = "d2F5YmlsbC1sb2NhbC0wMQ";
+
+pub use cluster::start_cluster;
+
+/// One broker.
+pub struct Kafka {
+    pub process: Process,
+    /// For people, and of its log.
+    pub name: String,
+    pub id: i32,
+    port: u16,
+    heap: &'static str,
+    folder: PathBuf,
+    fetched: Fetched,
+    logs: Logs,
+}
+
+impl Kafka {
+    /// Starts a broker on the data in `folder`, or a new one where there is none, and waits until it answers.
+    /// `settings` are further lines of server.properties; the last of two that say the same counts.
+    pub async fn start(fetched: &Fetched, folder: &Path, port: u16, settings: &str, logs: &Logs) -> Result<Self> {
+        let node = Node { id: 1, port, controller: ports::free() };
+        let settings = format!("{}{settings}", properties(folder, node, &[node]));
+        start_node(fetched, folder, "kafka", node, "-Xmx512m", &settings, logs).await
+    }
+
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub async fn stop(&mut self) {
+        self.process.stop(Signal::SIGTERM, STOP_LIMIT).await;
+    }
+
+    /// On the same port and data, after `stop` or `process.kill`.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.spawn_again()?;
+        self.until_ready().await
+    }
+
+    /// The same without waiting: of three brokers one may need another to become ready.
+    pub fn spawn_again(&mut self) -> Result<()> {
+        self.process.kill();
+        self.process = spawn(&self.fetched, &self.folder, &self.name, self.heap, &self.logs)?;
+        Ok(())
+    }
+
+    async fn until_ready(&mut self) -> Result<()> {
+        let (port, id) = (self.port, self.id);
+        self.process.until_ready(START_LIMIT, async || lists_itself(port, id).await.unwrap_or(false)).await
+    }
+}
+
+/// A broker as the others of its cluster know it.
+#[derive(Clone, Copy)]
+struct Node {
+    id: i32,
+    port: u16,
+    controller: u16,
+}
+
+/// Small numbers of internal partitions and no delay before the first rebalance, so that it starts in seconds. Compaction looks for
+/// work each second, so that tests can force it. A broker that was killed is let in again when the session of its predecessor has
+/// passed: 5 s. What services must not rely on (automatic topics) is off, as in production.
+///
+/// Of three brokers each has a copy of everything, and a record is acknowledged when two have it: so one may be lost. A broker
+/// that is alone has the only copy.
+fn properties(folder: &Path, node: Node, cluster: &[Node]) -> String {
+    let Node { id, port, controller } = node;
+    let voters: Vec<_> = cluster.iter().map(|node| format!("{}@127.0.0.1:{}", node.id, node.controller)).collect();
+    let (copies, in_sync) = (cluster.len(), cluster.len() / 2 + 1);
+    format!(
+        "process.roles=broker,controller
+node.id={id}
+controller.quorum.voters={}
+controller.listener.names=CONTROLLER
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+log.dirs={}
+auto.create.topics.enable=false
+default.replication.factor={copies}
+min.insync.replicas={in_sync}
+offsets.topic.replication.factor={copies}
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor={copies}
+transaction.state.log.min.isr={in_sync}
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor={copies}
+share.coordinator.state.topic.min.isr={in_sync}
+group.initial.rebalance.delay.ms=0
+broker.session.timeout.ms=5000
+broker.heartbeat.interval.ms=500
+log.cleaner.backoff.ms=1000
+",
+        voters.join(","),
+        folder.join("data").display()
+    )
+}
+
+async fn start_node(
+    fetched: &Fetched,
+    folder: &Path,
+    name: &str,
+    node: Node,
+    heap: &'static str,
+    properties: &str,
+    logs: &Logs,
+) -> Result<Kafka> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    fs::write(folder.join("server.properties"), properties)?;
+    // Formatting that was interrupted is done again; `formatted` comes last.
+    if !folder.join("formatted").exists() {
+        let _ = fs::remove_dir_all(folder.join("data"));
+        format(fetched, folder, name, logs).await?;
+        fs::write(folder.join("formatted"), "")?;
+    }
+    let mut kafka = Kafka {
+        process: spawn(fetched, folder, name, heap, logs)?,
+        name: name.to_owned(),
+        id: node.id,
+        port: node.port,
+        heap,
+        folder: folder.to_owned(),
+        fetched: fetched.clone(),
+        logs: logs.clone(),
+    };
+    kafka.until_ready().await?;
+    Ok(kafka)
+}
+
+fn java(fetched: &Fetched, heap: &str, main_class: &str) -> Command {
+    let mut command = process::command(&fetched.java);
+    // The quick compiler alone: a broker that lives for minutes starts and warms up faster with it.
+    command.args([heap, "-XX:TieredStopAtLevel=1", "-cp", &fetched.jars]);
+    command
+        .arg(format!("-Dlog4j2.configurationFile={}", paths::root().join("deploy/local/log4j2.properties").display()));
+    command.arg(main_class);
+    command
+}
+
+async fn format(fetched: &Fetched, folder: &Path, name: &str, logs: &Logs) -> Result<()> {
+    let mut command = java(fetched, "-Xmx256m", "kafka.tools.StorageTool");
+    command.args(["format", "--cluster-id", CLUSTER, "--config"]).arg(folder.join("server.properties"));
+    let mut tool = Process::spawn(name, command, &logs.off_terminal())?;
+    let status = tool.wait().await;
+    ensure!(status.success(), "Kafka's storage cannot be formatted{}", tool.last_lines());
+    Ok(())
+}
+
+fn spawn(fetched: &Fetched, folder: &Path, name: &str, heap: &str, logs: &Logs) -> Result<Process> {
+    let mut command = java(fetched, heap, "kafka.Kafka");
+    command.arg(folder.join("server.properties"));
+    Process::spawn(name, command, logs)
+}
+
+/// Asks for the cluster's metadata, as a client would. A broker is listed once it may lead partitions, not as soon as it answers.
+async fn lists_itself(port: u16, id: i32) -> Result<bool> {
+    // Length 14; Metadata (3) in version 1; correlation id 7; no client id (-1); an empty list of topics.
+    const REQUEST: [u8; 18] = [0, 0, 0, 14, 0, 3, 0, 1, 0, 0, 0, 7, 0xff, 0xff, 0, 0, 0, 0];
+    // Length, correlation id, number of brokers: four bytes each.
+    const HEAD: usize = 12;
+    // Of each: id (4), host (2 and 9 for 127.0.0.1), port (4), no rack (2).
+    const BROKER: usize = 21;
+    let head = ports::ask(port, &REQUEST, HEAD).await?;
+    ensure!(head[4..8] == [0, 0, 0, 7], "an answer to another request");
+    let listed = usize::from(head[HEAD - 1]); // one to three
+    let answer = ports::ask(port, &REQUEST, HEAD + listed * BROKER).await?;
+    Ok(answer[HEAD..].chunks_exact(BROKER).any(|broker| broker[..4] == id.to_be_bytes()))
+}
