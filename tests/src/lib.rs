@@ -30,6 +30,12 @@ use std::time::{Duration, Instant};
 
 pub use system::{Part, System};
 
+/// What `cargo xtask test` repeats, or what `cargo xtask test --full` does.
+pub fn repeats(usual: &'static [u32], full: &'static [u32]) -> impl Iterator<Item = u32> {
+    let repeats = if std::env::var_os("WAYBILL_FULL").is_some() { full } else { usual };
+    repeats.iter().copied()
+}
+
 /// Longer than anything takes that works, also on two busy cores.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 pub(crate) const POLL: Duration = Duration::from_millis(50);
