@@ -186,9 +186,12 @@ impl System {
                 databases.push((what, self.database(part).await, question));
             }
         }
+        // Two looks at once find nothing: what the groups did between the two halves of the first, the second finds settled.
+        let mut quiet = 0;
         loop {
             let behind = self.behind(&databases).await;
-            if behind.is_empty() || Instant::now() > deadline {
+            quiet = if behind.is_empty() { quiet + 1 } else { 0 };
+            if quiet == 2 || Instant::now() > deadline {
                 return behind;
             }
             tokio::time::sleep(POLL).await;

@@ -106,13 +106,15 @@ impl OneClient {
     async fn live_a_life(&self, random: &mut Rng) {
         let Some(user) = self.register().await else { return };
         for _ in 0..random.usize(0..4) {
-            let change = if random.bool() {
-                let name = format!("Ada Lovelace {}", random.u32(..));
-                self.request(Method::PATCH, user, "").json(&json!({ "display_name": name }))
+            if random.bool() {
+                let display_name = format!("Ada Lovelace {}", random.u32(..));
+                let renaming = self.request(Method::PATCH, user, "").json(&json!({ "display_name": display_name }));
+                self.write(user, Asked::Rename { display_name }, renaming).await;
             } else {
-                self.request(Method::PUT, user, "/email").json(&json!({ "email": address() }))
-            };
-            self.write(user, Asked::Change, change).await;
+                let email = address();
+                let moving = self.request(Method::PUT, user, "/email").json(&json!({ "email": email }));
+                self.write(user, Asked::Move { email }, moving).await;
+            }
             self.read(user).await;
         }
         if random.u8(0..3) == 0 {

@@ -21,8 +21,8 @@ impl System {
         let cached = cached(&mut self.valkey().await, &self.prefix).await;
         places.extend(holds(&cached, texts).then(|| "cache".to_owned()));
         places.extend(self.topics_with(texts));
-        for part in self.started() {
-            places.extend(holds(&self.log_of(part), texts).then(|| format!("log of {part:?}")));
+        for (name, text) in self.all_logs() {
+            places.extend(holds(&text, texts).then(|| format!("log of {name}")));
         }
         for part in self.running_parts() {
             places.extend(holds(&self.metrics_page(part).await, texts).then(|| format!("metrics of {part:?}")));

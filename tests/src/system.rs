@@ -54,6 +54,7 @@ pub struct System {
     /// Killed or stopped, and not started again.
     stopped: BTreeSet<Part>,
     copies: AtomicBool,
+    copies_logs: Mutex<Vec<Logs>>,
     compacted: AtomicBool,
     by_hand: Mutex<BTreeSet<Uuid>>,
     /// What is random in a test follows from it. Set `WAYBILL_SEED` to repeat a run.
@@ -153,6 +154,7 @@ impl System {
             expected_to_end: BTreeSet::new(),
             stopped: BTreeSet::new(),
             copies: AtomicBool::new(false),
+            copies_logs: Mutex::default(),
             compacted: AtomicBool::new(false),
             by_hand: Mutex::default(),
             seed: seed(),

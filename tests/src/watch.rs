@@ -83,10 +83,11 @@ impl System {
             let alive = self.alive(part).await;
             ended.extend((!alive).then(|| format!("{part:?} is not alive")));
         }
-        let mut letters = BTreeMap::new();
+        let (mut letters, mut open) = (BTreeMap::new(), BTreeMap::new());
         for (group, _) in GROUPS {
             let letter = |letter: &Raw| !letter.headers.is_empty();
             letters.insert(group, self.read(&format!("{group}.dlq")).into_iter().filter(letter).collect());
+            open.insert(group, self.dead_letters(group).into_values().collect());
         }
         let users: Vec<Row> = query(&watch.user, "select id, version, email, display_name from users").await;
         History {
@@ -110,6 +111,7 @@ impl System {
                 false => None,
             },
             letters,
+            open,
             counted: self.all_counted().await,
             behind: vec![],
             ended,

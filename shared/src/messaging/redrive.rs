@@ -168,13 +168,16 @@ impl<'a, H: Handler> Run<'a, H> {
         })
     }
 
-    /// `None`: it worked. Otherwise why one of the records was rejected again; then none of them counts as handled.
+    /// `None`: it worked. Otherwise why one of the records was rejected again, or that they were too many; then none of them counts
+    /// as handled.
     async fn attempt(&self, records: &[Record<H::Event>]) -> anyhow::Result<Option<String>> {
         if records.is_empty() {
             return Ok(None);
         }
         match handler::call(self.handler, records, self.limit).await {
             Ok(_) => Ok(None),
+            // Fewer at once may be quick enough.
+            Err(failure) if records.len() > 1 && failure.took_too_long() => Ok(Some("too slow together".to_owned())),
             Err(failure) => match (failure.rejection(), failure) {
                 (Some(reason), _) => Ok(Some(reason)),
                 (None, Failure::Retry(error)) => Err(error.context("a dependency of the handler is down")),

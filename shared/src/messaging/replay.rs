@@ -207,7 +207,7 @@ impl<P: Projection> Replay<P> {
         if records.is_empty() || self.call(&records).await?.is_none() {
             return Ok(());
         }
-        // One of them is rejected. What the live model set aside as well stays where it is, among the dead letters.
+        // One of them is rejected, or they are too many. What the live model set aside as well stays where it is, among the dead letters.
         for record in &records {
             if let Some(reason) = self.call(slice::from_ref(record)).await?
                 && known.contains(&record.envelope.id)
@@ -221,6 +221,9 @@ impl<P: Projection> Replay<P> {
     /// `None`: applied. Otherwise why it was rejected.
     async fn call(&self, records: &[Record<P::Event>]) -> anyhow::Result<Option<String>> {
         let Err(failure) = handler::call(&self.copy, records, self.limit).await else { return Ok(None) };
+        if records.len() > 1 && failure.took_too_long() {
+            return Ok(Some("too slow together".to_owned())); // fewer at once may be quick enough
+        }
         match (failure.rejection(), failure) {
             (Some(reason), _) => Ok(Some(reason)),
             (None, Failure::Retry(error)) => Err(error.context("the copy's database does not take it")),

@@ -32,6 +32,8 @@ pub struct History {
     pub cache: Option<BTreeMap<Uuid, Known>>,
     /// By consumer group: every letter ever written, tombstones left out.
     pub letters: BTreeMap<&'static str, Vec<Raw>>,
+    /// The letters that are open at the end.
+    pub open: BTreeMap<&'static str, Vec<Raw>>,
     /// By consumer group: how many records its process counted as delivered. Only of processes that ran from the start to the end.
     pub counted: BTreeMap<&'static str, u64>,
     /// What was still under way when the run was over.
@@ -40,6 +42,15 @@ pub struct History {
     pub ended: Vec<String>,
     /// Places with personal data that must not have any.
     pub leaks: Vec<String>,
+}
+
+impl History {
+    /// The facts of a topic, each once, without those that the group has set aside and not taken since.
+    pub fn facts_for(&self, group: &str, records: &[Raw]) -> Vec<Fact> {
+        let aside: BTreeSet<Uuid> =
+            self.open.get(group).into_iter().flatten().filter_map(Fact::of).map(|fact| fact.id).collect();
+        Fact::distinct(records).into_iter().filter(|fact| !aside.contains(&fact.id)).collect()
+    }
 }
 
 /// A request and what came of it.
@@ -56,7 +67,12 @@ pub enum Asked {
     Register {
         email: String,
     },
-    Change,
+    Rename {
+        display_name: String,
+    },
+    Move {
+        email: String,
+    },
     Erase,
     /// `GET /profiles/{id}` of the cache.
     Read,

@@ -8,8 +8,11 @@ use super::{Asked, Fact, Found, History, Inserted, Known, Operation, Outcome};
 use crate::log::Raw;
 
 pub fn check(history: &History, found: &mut Found) {
+    let told: BTreeMap<(Uuid, i64), Known> =
+        history.states.iter().filter_map(Known::of).map(|(user, known)| ((user, known.version), known)).collect();
     for operation in &history.operations {
         answered(history, operation, found);
+        done_as_asked(history, operation, &told, found);
     }
     not_more_than_asked(history, found);
     let user = &history.inserted;
@@ -37,10 +40,30 @@ fn answered(history: &History, operation: &Operation, found: &mut Found) {
         (Asked::Register { email }, Outcome::Refused(_)) => {
             let mut people = history.users.values().filter_map(|row| row.person.as_ref());
             let absent = people.all(|person| person.email != *email);
+            // The same request, sent again while nobody knew what became of it, may be refused because the first holds the key.
+            let only =
+                |other: &Operation| other.asked != operation.asked || matches!(other.outcome, Outcome::Refused(_));
+            let absent = absent || !history.operations.iter().all(only);
             found.expect(absent, "I2", || format!("refused, but there: {operation:?}"));
         }
-        (Asked::Change | Asked::Erase, Outcome::Refused(_)) => {}
+        (_, Outcome::Refused(_)) => {}
     }
+}
+
+/// I1: the version that a client was answered is the one that it has asked for.
+fn done_as_asked(history: &History, operation: &Operation, told: &BTreeMap<(Uuid, i64), Known>, found: &mut Found) {
+    let (Some(user), Outcome::Done(version)) = (operation.user, operation.outcome) else { return };
+    let person = match told.get(&(user, version)) {
+        Some(known) => known.person.as_ref(),
+        None if history.compacted || [Asked::Read, Asked::Erase].contains(&operation.asked) => return,
+        None => return found.add("I1", format!("in no state: {operation:?}")),
+    };
+    let as_asked = match &operation.asked {
+        Asked::Register { email } | Asked::Move { email } => person.is_some_and(|person| person.email == *email),
+        Asked::Rename { display_name } => person.is_some_and(|person| person.display_name == *display_name),
+        Asked::Erase | Asked::Read => true,
+    };
+    found.expect(as_asked, "I1", || format!("done otherwise than asked, as {person:?}: {operation:?}"));
 }
 
 /// I2: a user has no more versions than requests that may have taken effect.

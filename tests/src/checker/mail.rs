@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::{Delivery, Email, Fact, Found, History};
+use super::{Delivery, Email, Found, History, Known};
 
 /// What a delivery may end in.
 const SETTLED: [&str; 3] = ["sent", "failed", "cancelled"];
@@ -14,13 +14,13 @@ pub fn check(history: &History, email: &Email, found: &mut Found) {
     for delivery in &email.deliveries {
         settled(history, delivery, found);
     }
-    mailed(email, found);
+    mailed(history, email, found);
     told(email, found);
 }
 
 /// I5: one intent per registration in the log, and none besides.
 fn one_intent_each(history: &History, email: &Email, found: &mut Found) {
-    let facts = Fact::distinct(&history.facts);
+    let facts = history.facts_for("email.welcome", &history.facts);
     let registered: BTreeSet<Uuid> =
         facts.iter().filter(|fact| fact.kind == "user.registered").map(|fact| fact.user).collect();
     let mut intents: BTreeMap<Uuid, usize> = BTreeMap::new();
@@ -46,7 +46,9 @@ fn settled(history: &History, delivery: &Delivery, found: &mut Found) {
 
 /// I6: the server has every sent mail, and more than one copy only where the answer was lost or a lease ended, under one
 /// Message-ID. It has none that was not meant.
-fn mailed(email: &Email, found: &mut Found) {
+fn mailed(history: &History, email: &Email, found: &mut Found) {
+    let users: BTreeMap<Uuid, Uuid> = email.deliveries.iter().map(|delivery| (delivery.id, delivery.user)).collect();
+    let addresses = addresses(history);
     let mut copies: BTreeMap<Uuid, usize> = BTreeMap::new();
     for mail in &email.mails {
         let id = mail.message_id.as_deref().and_then(|id| id.split('@').next()).and_then(|id| id.parse().ok());
@@ -55,6 +57,11 @@ fn mailed(email: &Email, found: &mut Found) {
             continue;
         };
         *copies.entry(id).or_default() += 1;
+        if let Some(user) = users.get(&id) {
+            let known = addresses.get(user);
+            let theirs = mail.to.len() == 1 && known.is_some_and(|known| known.contains(&mail.to[0]));
+            found.expect(theirs || history.compacted, "I6", || format!("the mail of {user} went to {:?}", mail.to));
+        }
     }
     for delivery in &email.deliveries {
         let count = copies.remove(&delivery.id).unwrap_or(0);
@@ -68,9 +75,19 @@ fn mailed(email: &Email, found: &mut Found) {
     }
 }
 
-/// Whether the answer to the mail was lost once, or a lease ended: claimed twice with nothing in between.
+/// The addresses that each user ever had.
+fn addresses(history: &History) -> BTreeMap<Uuid, BTreeSet<String>> {
+    let mut addresses: BTreeMap<Uuid, BTreeSet<String>> = BTreeMap::new();
+    for (user, known) in history.states.iter().filter_map(Known::of) {
+        addresses.entry(user).or_default().extend(known.person.map(|person| person.email));
+    }
+    addresses
+}
+
+/// Whether the answer to the mail was lost once, or a lease ended: then somebody took the delivery out of a sender's hands.
 fn in_doubt(delivery: &Delivery) -> bool {
-    let ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && pair[1] == "sending");
+    let taken = |next: &str| ["sending", "held", "cancelled"].contains(&next);
+    let ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && taken(&pair[1]));
     ended || delivery.states.iter().any(|status| status == "unknown")
 }
 

@@ -114,7 +114,21 @@ impl System {
         let logs = Logs::fresh(&format!("tests/{}-{}", self.prefix, Uuid::now_v7().simple()), false).unwrap();
         let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
+        self.copies_logs.lock().unwrap().push(logs.clone());
         part.service().on_free_ports().spawn(&testing::stack().programs, &environment, &logs).unwrap()
+    }
+
+    /// What all processes have logged and printed, copies and subcommands too: the file's name and its text.
+    pub fn all_logs(&self) -> Vec<(String, String)> {
+        let copies = self.copies_logs.lock().unwrap();
+        let folders = copies.iter().chain([&self.logs]).map(Logs::folder);
+        let files = folders.flat_map(|folder| std::fs::read_dir(folder).unwrap()).map(|entry| entry.unwrap().path());
+        let logs = files.filter(|file| file.extension().is_some_and(|extension| extension == "log"));
+        let read = |file: PathBuf| {
+            let name = file.file_stem().unwrap().to_string_lossy().into_owned();
+            (name, String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned())
+        };
+        logs.map(read).collect()
     }
 
     /// A file beside the services' logs.

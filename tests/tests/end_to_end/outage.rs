@@ -56,6 +56,7 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else() {
     let mut system = System::empty().await;
+    system.set("LEASE_MS", "15000"); // a claim whose answer died with Postgres has to end within this test
     let mut postgres = system.own_postgres().await;
     for part in Part::ALL {
         system.spawn(part, &[]);

@@ -8,6 +8,7 @@
 //! --- a/shared/src/messaging/inbox.rs
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -81,19 +82,33 @@ fn read(name: String, file: PathBuf) -> Result<Patch> {
     Ok(Patch { bug: field("Bug")?, promise: field("Promise")?, tests, name, file })
 }
 
-/// Makes the copy equal to this tree, but writes only what differs: cargo compiles what is newer.
+/// Makes the copy equal to this tree, but for `target/`, and writes only what differs: cargo compiles what is newer.
 async fn copy(tree: &Path, logs: &Logs) -> Result<()> {
     let mut git = process::command("git");
     git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(paths::root());
     let listing = output("git", git, logs).await?;
     fs::create_dir_all(tree)?;
+    let mut present = BTreeSet::new();
     for name in listing.lines() {
         let (from, to) = (paths::root().join(name), tree.join(name));
         // A file that was deleted is still listed until that is committed.
         let Ok(content) = fs::read(&from) else { continue };
+        present.insert(to.clone());
         if fs::read(&to).ok().as_ref() != Some(&content) {
             fs::create_dir_all(to.parent().context("a file lies in a folder")?)?;
             fs::write(&to, content)?;
+        }
+    }
+    remove_others(tree, &present, &tree.join("target"))
+}
+
+fn remove_others(folder: &Path, present: &BTreeSet<PathBuf>, kept: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() && path != kept {
+            remove_others(&path, present, kept)?;
+        } else if path.is_file() && !present.contains(&path) {
+            fs::remove_file(&path)?;
         }
     }
     Ok(())

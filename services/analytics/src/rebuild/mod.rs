@@ -173,6 +173,8 @@ impl Replays {
                      service running? let it catch up and run this again, or give it more time by --wait-seconds"
                 );
                 tokio::time::sleep(POLL_INTERVAL).await;
+                // A session that is idle for too long is ended, and with it the lock; and a lost one is noticed here.
+                sqlx::query("select 1").execute(&mut *live).await.context("the live database does not answer")?;
             }
             if self.users.remaining()? + self.emails.remaining()? <= REMAINDER {
                 return Ok(());

@@ -1,7 +1,9 @@
 //! What is done with a batch: decode, handle, and where a record cannot be handled set it aside as a dead letter.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
+use anyhow::anyhow;
 use rdkafka::message::{Message, OwnedMessage};
 use tracing::{Instrument, Span, field::Empty};
 
@@ -76,7 +78,12 @@ fn handle_records<H: Handler>(
         Err(Halt::Failure(failure)) if failure.took_too_long() && consumer.pause.is_some() => {}
         result => return result,
     }
+    let began = Instant::now();
     for record in records {
+        // Slow records must not keep us from polling, nor from stopping. What is done stays done.
+        if consumer.setup.stop.is_cancelled() || began.elapsed() > consumer.setup.kafka.handle_timeout() {
+            return Err(anyhow!("the rest of the batch comes later: its records are slow").into());
+        }
         let mut alone = [record];
         match run(consumer, &mut alone, batch_span) {
             Err(Halt::Failure(failure)) if let Some(reason) = failure.rejection() => {
