@@ -1,5 +1,5 @@
-//! A wall clock that is wrong, for one service at a time. A library is compiled and preloaded into its process, since a clock that leaps
-//! on the whole machine would leap for everybody. Linux only.
+//! A wall clock that is wrong, for one service at a time. A library is compiled and preloaded into its process, since a clock
+//! that leaps on the whole machine would leap for everybody. Linux only.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

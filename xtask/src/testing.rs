@@ -8,7 +8,8 @@ use crate::postgres;
 
 pub use crate::ports::free as free_port;
 
-/// Where the shared stack is. Tests keep apart by topic prefix, database and key prefix; one that breaks a component starts its own.
+/// Where the shared stack is. Tests keep apart by topic prefix, database and key prefix; one that breaks a component starts its
+/// own.
 #[derive(Clone, Debug)]
 pub struct TestStack {
     /// `host:port`.

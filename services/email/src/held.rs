@@ -1,5 +1,6 @@
-//! Deliveries that are held back. A cause of long ago comes from a history read again (a lost database, a group that starts anew), not
-//! from a user who waits; most of these mails were sent once. So they wait, visibly, for an operator's word: `email send-held`.
+//! Deliveries that are held back. A cause of long ago comes from a history read again (a lost database, a group that starts
+//! anew), not from a user who waits; most of these mails were sent once. So they wait, visibly, for an operator's word: `email
+//! send-held`.
 //!
 //! The word is given for what is held now. As a setting it would be forgotten, and the next history would be mailed.
 

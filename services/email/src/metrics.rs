@@ -38,8 +38,8 @@ impl Metrics {
         self.settled.get_or_create(&State { state }).inc_by(deliveries);
     }
 
-    /// Counts the open deliveries, by the indexes that hold only those. `held` ones wait for an operator's word. `unaddressed` ones wait for `user.state.v1` to tell
-    /// where their user can be reached: many of them, or old ones, are worth an alert.
+    /// Counts the open deliveries, by the indexes that hold only those. `held` ones wait for an operator's word. `unaddressed`
+    /// ones wait for `user.state.v1` to tell where their user can be reached: many of them, or old ones, are worth an alert.
     pub async fn measure(self, db: PgPool) -> anyhow::Result<()> {
         loop {
             let measured = sqlx::query!(

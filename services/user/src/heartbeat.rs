@@ -1,5 +1,5 @@
-//! The heartbeat of `user.state.v1`. Kafka compacts closed segments only, and a segment is closed by nothing but a record that comes
-//! after its time: on a quiet partition an erased address would stay for ever. So each partition gets a record a day: the
+//! The heartbeat of `user.state.v1`. Kafka compacts closed segments only, and a segment is closed by nothing but a record that
+//! comes after its time: on a quiet partition an erased address would stay for ever. So each partition gets a record a day: the
 //! current state of one of its users, told once more, which no reader takes for news.
 
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
-//! `user republish`: tells the current state of users once more, for a `user.state.v1` that lost records, or a new one that has none.
-//! Whoever has a state already sees its version and leaves it.
+//! `user republish`: tells the current state of users once more, for a `user.state.v1` that lost records, or a new one that has
+//! none. Whoever has a state already sees its version and leaves it.
 
 use std::time::Duration;
 

@@ -37,8 +37,8 @@ impl Topic {
         Self { name, aggregate, partitions: 6, kind: Kind::Facts }
     }
 
-    /// The topic's settings on the broker. Times in milliseconds. Records bear the time of the broker, not of their producer: segments
-    /// close by it, and a producer whose clock is fast would be refused. When an event happened is in its envelope.
+    /// The topic's settings on the broker. Times in milliseconds. Records bear the time of the broker, not of their producer:
+    /// segments close by it, and a producer whose clock is fast would be refused. When an event happened is in its envelope.
     pub const fn settings(&self) -> &'static [(&'static str, &'static str)] {
         match self.kind {
             Kind::Facts => &[BROKER_TIME, ("cleanup.policy", "delete"), ("retention.ms", "-1")],

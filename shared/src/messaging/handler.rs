@@ -86,7 +86,8 @@ impl Failure {
         }
     }
 
-    /// Whether fewer records at once could help: the handler, or one of its statements (SQLSTATE 57014), was ended for the time it took.
+    /// Whether fewer records at once could help: the handler, or one of its statements (SQLSTATE 57014), was ended for the time
+    /// it took.
     pub(crate) fn took_too_long(&self) -> bool {
         let Self::Retry(error) = self else { return false };
         error.chain().any(|cause| {

@@ -51,9 +51,10 @@ pub async fn waiting(db: &PgPool, limit: i64) -> sqlx::Result<i64> {
     bounded(rows.fetch_one(db)).await
 }
 
-/// Keeps the metrics of what waits to be published. While Kafka is away the oldest age is what to alert on. Dead rows are those that
-/// were published and deleted and are not vacuumed yet; the relay's read passes over each of them, so it takes longer the more
-/// there are. They stay while anybody in this database holds a snapshot from before their end: a forgotten transaction, a dump.
+/// Keeps the metrics of what waits to be published. While Kafka is away the oldest age is what to alert on. Dead rows are those
+/// that were published and deleted and are not vacuumed yet; the relay's read passes over each of them, so it takes longer the
+/// more there are. They stay while anybody in this database holds a snapshot from before their end: a forgotten transaction, a
+/// dump.
 pub(crate) async fn measure(db: PgPool, metrics: Metrics) -> anyhow::Result<()> {
     loop {
         let question = sqlx::query_as(

@@ -37,8 +37,9 @@ pub struct Redrive {
     pub dry_run: bool,
 }
 
-/// Tries the group's open letters again and prints what became of them. Crash after the handler's effect and before the tombstone: the letter is still open
-/// and the next redrive's second effect is a duplicate, which handlers are made for. The group may go on consuming meanwhile.
+/// Tries the group's open letters again and prints what became of them. Crash after the handler's effect and before the
+/// tombstone: the letter is still open and the next redrive's second effect is a duplicate, which handlers are made for. The
+/// group may go on consuming meanwhile.
 ///
 /// # Errors
 /// Kafka does not answer, or a dependency of the handler is down: what is not settled yet stays open.

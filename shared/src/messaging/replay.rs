@@ -207,7 +207,8 @@ impl<P: Projection> Replay<P> {
         if records.is_empty() || self.call(&records).await?.is_none() {
             return Ok(());
         }
-        // One of them is rejected, or they are too many. What the live model set aside as well stays where it is, among the dead letters.
+        // One of them is rejected, or they are too many. What the live model set aside as well stays where it is, among the dead
+        // letters.
         for record in &records {
             if let Some(reason) = self.call(slice::from_ref(record)).await?
                 && known.contains(&record.envelope.id)

@@ -109,8 +109,8 @@ impl KafkaConfig {
             .set("allow.auto.create.topics", "false")
             // After an outage the next attempt comes within this time (ms), not librdkafka's 10 s.
             .set("reconnect.backoff.max.ms", "1000")
-            // A frozen broker keeps its connections and answers nothing: after this time (ms) another one is asked, not after a minute.
-            // At most the relay's transaction.timeout.ms, as librdkafka demands.
+            // A frozen broker keeps its connections and answers nothing: after this time (ms) another one is asked, not after a
+            // minute. At most the relay's transaction.timeout.ms, as librdkafka demands.
             .set("socket.timeout.ms", "10000")
             // The loopback name resolves to IPv6 first on many machines; brokers in development listen on IPv4.
             .set("broker.address.family", "v4");

@@ -56,9 +56,9 @@ pub(crate) fn init(name: &'static str, config: &ServiceConfig) -> anyhow::Result
         LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
     };
     let traces = tracing_opentelemetry::layer().with_tracer(provider.tracer(name));
-    // One filter for both layers, not one each: a library that only asks whether a line would be written (sqlx does) leaves the answer
-    // of a layer's own filter behind on its thread, where it is taken for the answer about the next span. So that no filter takes
-    // spans away, and a trace has no holes, our spans have the level of errors.
+    // One filter for both layers, not one each: a library that only asks whether a line would be written (sqlx does) leaves the
+    // answer of a layer's own filter behind on its thread, where it is taken for the answer about the next span. So that no
+    // filter takes spans away, and a trace has no holes, our spans have the level of errors.
     let subscriber = tracing_subscriber::registry().with(filter).with(lines).with(traces);
     tracing::subscriber::set_global_default(subscriber).context("telemetry was installed twice")?;
     hide_panic_messages();

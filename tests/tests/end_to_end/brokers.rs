@@ -50,8 +50,8 @@ async fn kill_the_leader(system: &mut System, load: &Load) {
     system.until_in_sync().await;
 }
 
-/// SIGSTOP for longer than its session of 5 s. It wakes up as a leader, with a request in its socket, and must take nothing any more:
-/// the record is not acknowledged, nor is it in the log.
+/// SIGSTOP for longer than its session of 5 s. It wakes up as a leader, with a request in its socket, and must take nothing any
+/// more: the record is not acknowledged, nor is it in the log.
 async fn freeze_the_leader(system: &mut System, load: &Load) {
     let leader = system.leader_of(TOPIC, 0).await;
     system.broker(leader).process.freeze();

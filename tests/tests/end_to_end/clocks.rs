@@ -18,8 +18,8 @@ fn borrowed(settings: &[(String, String)]) -> Vec<(&str, &str)> {
     settings.iter().map(|(name, value)| (&**name, &**value)).collect()
 }
 
-/// T39, I3 to I6, I8: the clocks of all services are wrong, each in its own direction, and leap to the other side under load. More than
-/// an hour, because that is what Kafka by default lets a producer's clock be fast by.
+/// T39, I3 to I6, I8: the clocks of all services are wrong, each in its own direction, and leap to the other side under load.
+/// More than an hour, because that is what Kafka by default lets a producer's clock be fast by.
 #[tokio::test(flavor = "multi_thread")]
 async fn clocks_that_are_wrong_and_leap_change_nothing() {
     let mut system = System::empty().await;
@@ -50,8 +50,9 @@ fn hours_off(system: &System) -> (bool, bool) {
     (off.iter().any(|hours| *hours >= 1), off.iter().any(|hours| *hours <= -1))
 }
 
-/// T39: what lasts a time lasts it by the database's clock. A mail that is in hand keeps its lease, though the clocks of its service's two
-/// senders say that two days have passed; and an answer is kept for a retry, though its day is over by the service's clock.
+/// T39: what lasts a time lasts it by the database's clock. A mail that is in hand keeps its lease, though the clocks of its
+/// service's two senders say that two days have passed; and an answer is kept for a retry, though its day is over by the
+/// service's clock.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_leaps_ends_no_lease_and_forgets_no_answer() {
     let clocks = [Clock::off_by(0), Clock::off_by(0)];

@@ -25,8 +25,8 @@ async fn the_first_records_of_a_partition_are_missed_as_loudly() {
     stops_loudly_when_deleted(&mut system, 0, 3).await;
 }
 
-/// T38: a topic that was deleted and created again. The group's offsets are of the old one, so the consumer stops and says so, until
-/// an operator sets them back; then every record of the new topic is counted.
+/// T38: a topic that was deleted and created again. The group's offsets are of the old one, so the consumer stops and says so,
+/// until an operator sets them back; then every record of the new topic is counted.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_topic_that_was_created_anew_is_read_from_its_beginning_when_an_operator_says_so() {
     let mut system = analytics_after(&[0, 0, 0, 1]).await;

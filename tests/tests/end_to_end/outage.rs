@@ -51,8 +51,8 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
     system.check(&watch, &Answered::default()).await;
 }
 
-/// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What was
-/// accepted is there with its events, and nothing of what was not.
+/// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What
+/// was accepted is there with its events, and nothing of what was not.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else() {
     let mut system = System::empty().await;

@@ -88,7 +88,8 @@ async fn partitions_that_move_during_a_pause_are_not_lost_and_not_left_paused() 
 }
 
 /// T18, I7 I12: a consumer's thread hangs with a batch in hand, for 25 s. Kafka gives its partitions to the other copy after
-/// 10 s instead of the five minutes that are usual; when the thread comes back, its batch is not its own any more, and it joins again.
+/// 10 s instead of the five minutes that are usual; when the thread comes back, its batch is not its own any more, and it joins
+/// again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_hangs_is_replaced_and_comes_back() {
     let mut system = System::empty().await;

@@ -15,8 +15,8 @@ const MANY: usize = 2_000;
 const CHUNK: usize = 100;
 const SECRET: &str = "ada.lovelace@secret.example";
 
-/// T34, I7 I11: a bad deploy with the breaker switched off makes thousands of letters. The redrive is looked at first, killed in the
-/// middle, and run again: every registration counts once.
+/// T34, I7 I11: a bad deploy with the breaker switched off makes thousands of letters. The redrive is looked at first, killed in
+/// the middle, and run again: every registration counts once.
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_letters_are_redriven_with_exact_counts() {
     let (mut system, db) = analytics_with(&[("BREAKER_SHARE", "1")]).await;

@@ -163,8 +163,8 @@ async fn published(watch: &Watch, key: Uuid) -> bool {
     left == 0
 }
 
-/// T15, I3: a snapshot held open keeps every published row as a dead one, which the relay's read has to pass over. The metric to alert
-/// on says how many; publishing goes on; and when the snapshot is let go they can be cleared away.
+/// T15, I3: a snapshot held open keeps every published row as a dead one, which the relay's read has to pass over. The metric to
+/// alert on says how many; publishing goes on; and when the snapshot is let go they can be cleared away.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_held_open_is_told_by_a_metric_and_stops_no_event() {
     const ROWS: i64 = 5_000;

@@ -38,8 +38,8 @@ async fn states(system: &System) -> BTreeMap<Uuid, Vec<i64>> {
     states
 }
 
-/// I4: one user or all, each at the version they have, under new event ids; who was erased is a tombstone again. Readers who know it
-/// all take it for what it is.
+/// I4: one user or all, each at the version they have, under new event ids; who was erased is a tombstone again. Readers who know
+/// it all take it for what it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn states_are_republished_as_they_are_and_nothing_else() {
     let mut system = System::empty().await;
@@ -216,7 +216,8 @@ async fn an_erased_address_disappears_from_a_quiet_topic() {
     assert_eq!(others.next_back().map(|record| record.value.is_some()), Some(true), "the other user's state is kept");
 }
 
-/// Every partition gets one record an interval, however many replicas there are. Where keys lie is worked out as the producer does it.
+/// Every partition gets one record an interval, however many replicas there are. Where keys lie is worked out as the producer
+/// does it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_heartbeat_is_one_record_in_each_partition_for_all_replicas_together() {
     const INTERVAL: f64 = 1.0;

@@ -34,7 +34,8 @@ impl Done {
 }
 
 /// Handles what the consumer has in hand, in its order. On success every record of it has had its effect, durably; a dead letter
-/// counts as an effect. On failure some may have had it: what is [`Done`] is left alone at the next try, and effects are idempotent.
+/// counts as an effect. On failure some may have had it: what is [`Done`] is left alone at the next try, and effects are
+/// idempotent.
 pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Halt> {
     let messages = std::mem::take(&mut consumer.batch);
     let result = handle_all(consumer, &messages);
@@ -66,7 +67,8 @@ fn handle_all<H: Handler>(consumer: &mut Running<H>, messages: &[OwnedMessage]) 
 }
 
 /// All at once; and if one of them can never work, one by one: a SQL error has undone the whole transaction. The same where it took
-/// too long for the second time: then it is not the moment but the number of records, perhaps, and together they would never be done.
+/// too long for the second time: then it is not the moment but the number of records, perhaps, and together they would never be
+/// done.
 fn handle_records<H: Handler>(
     consumer: &mut Running<H>,
     mut records: Vec<Record<H::Event>>,
