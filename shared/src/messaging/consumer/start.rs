@@ -93,6 +93,9 @@ impl<H: Handler> Consumer<H> {
             .set("session.timeout.ms", "10000")
             .set("max.poll.interval.ms", self.kafka.max_poll_interval().as_millis().to_string())
             .set("statistics.interval.ms", "500")
+            // A group that was formed while a broker did not know the new topic yet has nothing to read. It looks again after this
+            // time (ms), not after librdkafka's five minutes.
+            .set("topic.metadata.refresh.interval.ms", "5000")
             // The bound on memory: bytes of the whole queue, and records per partition, since the bytes leave out what a record
             // costs beside its content. By default 100,000 are fetched ahead: a backlog of small ones filled a container.
             .set("queued.max.messages.kbytes", "16384")
