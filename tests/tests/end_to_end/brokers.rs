@@ -12,7 +12,8 @@ const MEANWHILE: usize = 5;
 const LATE: &[u8] = b"late";
 
 /// T14, I1 to I14: under load the leader of a partition is killed; its successor is frozen until it is given up, and thawed; then
-/// all brokers are restarted in turn. With one of them away everything goes on, and registrations never even notice.
+/// a broker is restarted as a roll-out does, and in a full run all of them in turn. With one of them away everything goes on, and
+/// registrations never even notice.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_three_brokers_one_may_be_killed_frozen_or_restarted() {
     let mut system = System::empty_on_three_brokers().await;
@@ -27,7 +28,7 @@ async fn of_three_brokers_one_may_be_killed_frozen_or_restarted() {
 
     kill_the_leader(&mut system, &load).await;
     freeze_the_leader(&mut system, &load).await;
-    for id in 1..=3 {
+    for id in tests::repeats(&[1], &[1, 2, 3]).map(u32::cast_signed) {
         system.broker(id).stop().await;
         load.until_accepted(MEANWHILE).await;
         system.broker(id).restart().await.unwrap();
