@@ -69,6 +69,7 @@ fn old_is_read_and_written<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) 
     }
 }
 
+/// T42.
 #[test]
 fn what_the_first_release_wrote_is_read_and_written_still() {
     old_is_read_and_written(user_events());
@@ -89,6 +90,7 @@ fn additions_are_ignored<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) {
     }
 }
 
+/// T42.
 #[test]
 fn what_a_later_release_adds_is_ignored() {
     additions_are_ignored(user_events());
@@ -96,7 +98,7 @@ fn what_a_later_release_adds_is_ignored() {
     additions_are_ignored(email_events());
 }
 
-/// A type of a later release is skipped, not guessed from its data; nor is one topic's type read on another.
+/// T42: a type of a later release is skipped, not guessed from its data; nor is one topic's type read on another.
 #[test]
 fn an_unknown_type_is_skipped_whatever_it_carries() {
     for kind in ["user.promoted", "user.registered.v2", "User.Registered", "user.registered ", "email.opened", ""] {
@@ -135,6 +137,7 @@ fn needs_are_missed<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) {
     }
 }
 
+/// T42.
 #[test]
 fn what_is_needed_is_missed_and_never_made_up() {
     needs_are_missed(user_events());
@@ -151,7 +154,7 @@ fn headers() -> Vec<(String, Option<Vec<u8>>)> {
     HEADERS.map(|(name, value)| (name.to_owned(), Some(value.as_bytes().to_vec()))).into()
 }
 
-/// The envelope of the first release, with what a later one, or somebody else's library, adds to it.
+/// T42: the envelope of the first release, with what a later one, or somebody else's library, adds to it.
 #[test]
 fn the_first_envelope_is_read_still_and_additions_to_it_are_ignored() {
     let first = parse(&headers()).unwrap();
@@ -224,6 +227,7 @@ fn survives<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>, damages: &[Dama
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2_000) })]
 
+    /// T42.
     #[test]
     fn spoilt_data_is_refused_or_read_whole(damages in damage()) {
         survives(user_events(), &damages)?;
@@ -231,6 +235,7 @@ proptest! {
         survives(email_events(), &damages)?;
     }
 
+    /// T42.
     #[test]
     fn spoilt_headers_are_refused_or_read_whole(which in any::<Index>(), in_name in any::<bool>(), damages in damage()) {
         let mut headers = headers();
