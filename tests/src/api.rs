@@ -186,7 +186,7 @@ impl System {
                 databases.push((what, self.database(part).await, question));
             }
         }
-        // Two looks at once find nothing: what the groups did between the two halves of the first, the second finds settled.
+        // Two looks in a row: what the groups did between the two halves of the first, the second finds settled.
         let mut quiet = 0;
         loop {
             let behind = self.behind(&databases).await;

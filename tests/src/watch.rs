@@ -208,7 +208,8 @@ async fn inserted(db: &PgPool) -> Vec<Inserted> {
     rows.into_iter().map(|(event_id, name)| Inserted { event_id, topic: topic(&name) }).collect()
 }
 
-async fn analytics(db: &PgPool) -> Analytics {
+/// The read models as the tables have them.
+pub async fn analytics(db: &PgPool) -> Analytics {
     let hours = "select extract(epoch from hour)::bigint, registrations from registrations";
     let funnel = "select user_id, (extract(epoch from registered_at) * 1000000)::bigint,
                       (extract(epoch from mailed_at) * 1000000)::bigint from funnel";

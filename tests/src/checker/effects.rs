@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::{Analytics, Asked, Fact, Found, Funnel, History, Known, Outcome};
+use super::{Analytics, Asked, Fact, Found, History, Known, Outcome};
 
 pub fn check(history: &History, found: &mut Found) {
     if let Some(analytics) = &history.analytics {
@@ -41,15 +41,7 @@ fn in_inbox(analytics: &Analytics, topic: &str, facts: &[Fact], found: &mut Foun
 
 /// I7: the read models are the fold of the log, each fact once, whatever its copies.
 fn folded(analytics: &Analytics, users: &[Fact], emails: &[Fact], found: &mut Found) {
-    let (mut hours, mut funnel): (BTreeMap<i64, i64>, Funnel) = Default::default();
-    let earliest = |slot: &mut Option<i64>, time: i64| *slot = Some(slot.map_or(time, |known| known.min(time)));
-    for fact in users.iter().filter(|fact| fact.kind == "user.registered") {
-        *hours.entry(fact.hour()).or_default() += 1;
-        earliest(&mut funnel.entry(fact.user).or_default().0, fact.time);
-    }
-    for fact in emails.iter().filter(|fact| fact.kind == "email.sent") {
-        earliest(&mut funnel.entry(fact.user).or_default().1, fact.time);
-    }
+    let (hours, funnel) = Analytics::fold(users, emails);
     let model = &analytics.registrations;
     found.expect(*model == hours, "I7", || format!("registrations by hour are {model:?}, and in the log {hours:?}"));
     let users: BTreeSet<&Uuid> = funnel.keys().chain(analytics.funnel.keys()).collect();

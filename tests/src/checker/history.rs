@@ -139,6 +139,22 @@ pub struct Analytics {
     pub inbox: BTreeMap<&'static str, BTreeSet<Uuid>>,
 }
 
+impl Analytics {
+    /// The read models as they are meant: each fact once, in any order.
+    pub fn fold(users: &[Fact], emails: &[Fact]) -> (BTreeMap<i64, i64>, Funnel) {
+        let (mut hours, mut funnel): (BTreeMap<i64, i64>, Funnel) = Default::default();
+        let earliest = |slot: &mut Option<i64>, time: i64| *slot = Some(slot.map_or(time, |known| known.min(time)));
+        for fact in users.iter().filter(|fact| fact.kind == "user.registered") {
+            *hours.entry(fact.hour()).or_default() += 1;
+            earliest(&mut funnel.entry(fact.user).or_default().0, fact.time);
+        }
+        for fact in emails.iter().filter(|fact| fact.kind == "email.sent") {
+            earliest(&mut funnel.entry(fact.user).or_default().1, fact.time);
+        }
+        (hours, funnel)
+    }
+}
+
 /// By user: when registered, when mailed, in microseconds since 1970.
 pub type Funnel = BTreeMap<Uuid, (Option<i64>, Option<i64>)>;
 

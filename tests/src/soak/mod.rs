@@ -53,10 +53,7 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
     // A sender may die with a mail in hand: its lease must end before the run is judged.
     system.set("LEASE_MS", "15000");
     system.seed = seed;
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     let watch = system.watch().await;
     let (load, redelivered) = (system.load(CLIENTS), Redelivered::watch(&system));
     let (begin, mut random) = (Instant::now(), Rng::with_seed(seed));

@@ -74,10 +74,7 @@ impl System {
     /// All four services, ready, on the shared components.
     pub async fn start() -> Self {
         let mut system = Self::empty().await;
-        for part in Part::ALL {
-            system.spawn(part, &[]);
-        }
-        system.ready(&Part::ALL).await;
+        system.start_all().await;
         system
     }
 
@@ -120,10 +117,7 @@ impl System {
     /// All four services, ready, on components of this test's own.
     pub async fn start_on_own_components() -> Self {
         let mut system = Self::empty_on_own_components().await;
-        for part in Part::ALL {
-            system.spawn(part, &[]);
-        }
-        system.ready(&Part::ALL).await;
+        system.start_all().await;
         system
     }
 

@@ -26,6 +26,14 @@ impl System {
         }
     }
 
+    /// Starts all four services and waits until they are ready.
+    pub async fn start_all(&mut self) {
+        for part in Part::ALL {
+            self.spawn(part, &[]);
+        }
+        self.ready(&Part::ALL).await;
+    }
+
     /// Starts a service and waits until it is ready.
     pub async fn restart(&mut self, part: Part, settings: &[(&str, &str)]) {
         self.spawn(part, settings);

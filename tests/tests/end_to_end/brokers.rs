@@ -2,7 +2,7 @@
 
 use tests::checker::{Asked, Outcome};
 use tests::load::{Answered, Load};
-use tests::{DEADLINE, Part, System};
+use tests::{DEADLINE, System};
 use tokio::time::timeout;
 
 const TOPIC: &str = "user.events.v1";
@@ -17,10 +17,7 @@ const LATE: &[u8] = b"late";
 #[tokio::test(flavor = "multi_thread")]
 async fn of_three_brokers_one_may_be_killed_frozen_or_restarted() {
     let mut system = System::empty_on_three_brokers().await;
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     let watch = system.watch().await;
     let load = system.load(1);
     load.until_accepted(MEANWHILE).await;

@@ -57,10 +57,7 @@ async fn killed_at(points: [(Part, &str); 3]) {
     let mut system = System::empty().await;
     // A sender may be killed in the middle of a mail: its lease must end within this test.
     system.set("LEASE_MS", "10000");
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     let watch = system.watch().await;
     for part in CONSUMERS {
         system.stop(part).await;

@@ -32,10 +32,7 @@ async fn a_registration_reaches_everybody_and_its_erasure_too() {
     let mut system = System::empty().await;
     let user_relay = Held::relay(&system, Part::User).await;
     let email_relay = Held::relay(&system, Part::Email).await;
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     let mut person = Person::new();
 
     register(&system, &mut person).await;

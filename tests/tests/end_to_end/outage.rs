@@ -20,10 +20,7 @@ const CONSUMERS: [Part; 3] = [Part::Email, Part::Analytics, Part::Cache];
 async fn consumers_wait_for_their_dependencies_and_go_on() {
     let mut system = System::empty().await;
     let (mut postgres, mut valkey) = (system.own_postgres().await, system.own_valkey().await);
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     let watch = system.watch().await;
     let before = vec![system.register().await, system.register().await];
     all_there(&system, &before).await;
@@ -58,10 +55,7 @@ async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else()
     let mut system = System::empty().await;
     system.set("LEASE_MS", "15000"); // a claim whose answer died with Postgres has to end within this test
     let mut postgres = system.own_postgres().await;
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     let watch = system.watch().await;
     let load = system.load(2);
     for _ in 0..2 {

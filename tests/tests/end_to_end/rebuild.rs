@@ -1,7 +1,6 @@
 //! `analytics rebuild`: the read model is folded anew beside the live one and takes its place, while everything goes on, and
 //! while the rebuild or the service is killed or frozen.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reqwest::{Client, StatusCode};
 use sqlx::PgPool;
 use tests::api::send;
-use tests::log::{Draft, Raw};
+use tests::checker::{Analytics, Fact};
+use tests::log::Draft;
 use tests::system::is_frozen;
+use tests::watch::analytics as analytics_tables;
 use tests::{Part, System, eventually, eventually_eq};
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 use xtask::process::Process;
@@ -297,41 +296,9 @@ async fn ask([funnel, registrations]: [String; 2], over: Arc<AtomicBool>) -> usi
     answers
 }
 
-/// Registrations per hour; and when each user was registered and mailed first.
-type Model = (BTreeMap<OffsetDateTime, i64>, BTreeMap<Uuid, [Option<OffsetDateTime>; 2]>);
-
 async fn assert_model_is_the_fold(system: &System, db: &PgPool) {
-    let folded = fold(&system.read("user.events.v1"), &system.read("email.events.v1"));
-    assert_eq!(model(db).await, folded, "I7: the tables, and the fold of the log");
-}
-
-/// The read model as it is meant, in memory: each event once, in any order.
-fn fold(user_events: &[Raw], email_events: &[Raw]) -> Model {
-    let (mut hours, mut funnel) = Model::default();
-    let mut known = BTreeSet::new();
-    for event in user_events.iter().chain(email_events).filter(|event| known.insert(event.header("ce_id"))) {
-        let time = OffsetDateTime::parse(event.header("ce_time").unwrap(), &Rfc3339).unwrap();
-        let step = match event.header("ce_type") {
-            Some("user.registered") => 0,
-            Some("email.sent") => 1,
-            _ => continue,
-        };
-        if step == 0 {
-            *hours.entry(time.truncate_to_hour()).or_default() += 1;
-        }
-        let data: serde_json::Value = serde_json::from_slice(event.value.as_ref().unwrap()).unwrap();
-        let user = data["user_id"].as_str().unwrap().parse().unwrap();
-        let earliest: &mut Option<OffsetDateTime> = &mut funnel.entry(user).or_default()[step];
-        *earliest = Some(earliest.map_or(time, |known| time.min(known)));
-    }
-    (hours, funnel)
-}
-
-async fn model(db: &PgPool) -> Model {
-    let hours: Vec<(OffsetDateTime, i64)> =
-        sqlx::query_as("select hour, registrations from registrations").fetch_all(db).await.unwrap();
-    let funnel: Vec<(Uuid, Option<OffsetDateTime>, Option<OffsetDateTime>)> =
-        sqlx::query_as("select user_id, registered_at, mailed_at from funnel").fetch_all(db).await.unwrap();
-    let funnel = funnel.into_iter().map(|(user, registered, mailed)| (user, [registered, mailed]));
-    (hours.into_iter().collect(), funnel.collect())
+    let (users, emails) = (system.read("user.events.v1"), system.read("email.events.v1"));
+    let model = analytics_tables(db).await;
+    let folded = Analytics::fold(&Fact::distinct(&users), &Fact::distinct(&emails));
+    assert_eq!((model.registrations, model.funnel), folded, "I7: the tables, and the fold of the log");
 }

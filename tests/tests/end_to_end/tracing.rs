@@ -18,10 +18,7 @@ async fn traced(otlp: &Otlp) -> System {
     system.set("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp.url());
     system.set("OTEL_BSP_SCHEDULE_DELAY", "100");
     system.set("RUST_LOG", "warn,user=info,email=info,analytics=info,cache=info,shared=debug");
-    for part in Part::ALL {
-        system.spawn(part, &[]);
-    }
-    system.ready(&Part::ALL).await;
+    system.start_all().await;
     system
 }
 
