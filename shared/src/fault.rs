@@ -1,7 +1,8 @@
 //! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an empty function.
 
 /// A named place between two effects. With `FAULT_AT=point:nth:kill|stop|stall|panic` in the environment, when the process comes
-/// here for the nth time (counted from 1), it gets SIGKILL or SIGSTOP, its thread hangs for a while, or its thread panics.
+/// here for the nth time (counted from 1), it gets SIGKILL or SIGSTOP, its thread hangs until the file `FAULT_UNTIL` exists, or its
+/// thread panics.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn point(_name: &str) {}
@@ -11,15 +12,15 @@ pub use armed::point;
 
 #[cfg(feature = "fault-points")]
 mod armed {
+    use std::path::Path;
     use std::sync::LazyLock;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::Duration;
 
     use nix::sys::signal::{Signal, raise};
 
-    /// Longer than the shortest interval (10 s) after which Kafka gives up a consumer that does not poll, by enough for two busy
-    /// cores.
-    const STALL: Duration = Duration::from_secs(25);
+    /// How often a thread that hangs looks whether it still should.
+    const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
     #[derive(Clone, Copy)]
     enum Action {
@@ -35,11 +36,13 @@ mod armed {
         seen: AtomicU64,
     }
 
-    static FAULT: LazyLock<Option<Fault>> = LazyLock::new(|| {
-        #[expect(clippy::disallowed_methods, reason = "a test switch, not a setting of the service")]
-        let text = std::env::var("FAULT_AT").ok()?;
-        Some(parse(&text).expect("FAULT_AT is point:nth:kill|stop|stall|panic"))
-    });
+    static FAULT: LazyLock<Option<Fault>> =
+        LazyLock::new(|| Some(parse(&switch("FAULT_AT")?).expect("FAULT_AT is point:nth:kill|stop|stall|panic")));
+
+    #[expect(clippy::disallowed_methods, reason = "a test switch, not a setting of the service")]
+    fn switch(name: &str) -> Option<String> {
+        std::env::var(name).ok()
+    }
 
     fn parse(text: &str) -> Option<Fault> {
         let (rest, action) = text.rsplit_once(':')?;
@@ -67,8 +70,11 @@ mod armed {
         match action {
             Action::Signal(signal) => raise(signal).expect("a process may signal itself"),
             Action::Stall => {
-                tracing::warn!(point = name, "this thread stalls");
-                std::thread::sleep(STALL);
+                let until = switch("FAULT_UNTIL").expect("FAULT_UNTIL names the file that ends the stall");
+                tracing::warn!(point = name, until, "this thread stalls");
+                while !Path::new(&until).exists() {
+                    std::thread::sleep(LOOK_INTERVAL);
+                }
             }
             Action::Panic => panic!("the fault at {name}"),
         }

@@ -24,8 +24,30 @@ struct Network {
     link: Link,
     /// Before each piece, in each direction.
     latency: Duration,
+    /// If set, only pieces that hold such a request are late.
+    late: Option<Request>,
     /// Every increase ends the connections that are there.
     resets: u64,
+}
+
+/// A kind of Kafka request, by its API key.
+#[derive(Clone, Copy)]
+pub enum Request {
+    ListOffsets = 2,
+}
+
+impl Request {
+    /// Whether it is in a piece that begins where a request does: four bytes of length, then the API key.
+    fn is_in(self, mut piece: &[u8]) -> bool {
+        while let Some((head, _)) = piece.split_first_chunk::<6>() {
+            let [l0, l1, l2, l3, key @ ..] = *head;
+            if u16::from_be_bytes(key) == self as u16 {
+                return true;
+            }
+            piece = piece.get(4 + u32::from_be_bytes([l0, l1, l2, l3]) as usize..).unwrap_or_default();
+        }
+        false
+    }
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -69,6 +91,11 @@ impl Proxy {
         self.network.send_modify(|network| network.latency = latency);
     }
 
+    /// Requests of this kind take this much longer, and with them what follows on the same connection.
+    pub fn slow_requests(&self, late: Request, latency: Duration) {
+        self.network.send_modify(|network| (network.latency, network.late) = (latency, Some(late)));
+    }
+
     /// Breaks every connection that is there (RST). New ones are welcome.
     pub fn reset(&self) {
         self.network.send_modify(|network| network.resets += 1);
@@ -89,7 +116,7 @@ impl Proxy {
     pub fn heal(&self) {
         self.network.send_modify(|network| {
             network.link = Link::Up;
-            network.latency = Duration::ZERO;
+            (network.latency, network.late) = (Duration::ZERO, None);
         });
     }
 }
@@ -150,8 +177,8 @@ async fn carry(
         if length == 0 {
             return to.shutdown().await;
         }
-        let latency = network.borrow().latency;
-        if !latency.is_zero() {
+        let Network { latency, late, .. } = *network.borrow();
+        if !latency.is_zero() && late.is_none_or(|request| request.is_in(&piece[..length])) {
             tokio::time::sleep(latency).await;
         }
         to.write_all(&piece[..length]).await?;

@@ -97,6 +97,12 @@ impl System {
         self.running(part).stop().await;
     }
 
+    /// Waits until the process has ended by itself or by a fault point; what it printed is complete then.
+    pub async fn until_ended(&mut self, part: Part) {
+        let ended = tokio::time::timeout(crate::DEADLINE, self.running(part).process.wait()).await;
+        ended.unwrap_or_else(|_| panic!("{part:?} did not end within {:?}", crate::DEADLINE));
+    }
+
     /// Whether the process has ended, by itself or by a fault point.
     pub fn has_ended(&mut self, part: Part) -> bool {
         self.running(part).process.ended().is_some()

@@ -1,18 +1,22 @@
 //! Which partitions are ours. The callbacks run inside `poll`, on the consumer's own thread.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
-use rdkafka::statistics::Statistics;
+use rdkafka::statistics::{Statistics, Topic};
 use rdkafka::types::RDKafkaRespErr;
-use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use rdkafka::{ClientContext, TopicPartitionList};
 
 use crate::service::Health;
 use crate::service::metrics::{Metrics, Partition};
+
+/// After this time a partition that the client has and does not read counts as given up. A start takes milliseconds.
+const IDLE: Duration = Duration::from_secs(2);
 
 pub(super) struct Assignment {
     topic: String,
@@ -28,10 +32,16 @@ pub(super) struct Assignment {
 
 #[derive(Default)]
 struct Changes {
-    /// Assigned and paused, without a start.
+    /// Ours, and waiting for a start. The client does not have them.
     unplaced: BTreeSet<i32>,
+    /// Ours, and given to the client with their start.
+    read: BTreeSet<i32>,
     /// Taken away since the consumer last asked.
     revoked: BTreeSet<i32>,
+    /// Those of `read` that the client does not read, by its statistics.
+    idle_since: BTreeMap<i32, Instant>,
+    /// The client has been given some since the consumer last asked.
+    just_read: bool,
 }
 
 impl Assignment {
@@ -52,16 +62,37 @@ impl Assignment {
         self.changes().unplaced.iter().copied().collect()
     }
 
-    pub fn placed(&self, partitions: &[i32]) {
-        self.changes().unplaced.retain(|partition| !partitions.contains(partition));
+    /// The client begins to read these, each from the offset beside it.
+    pub fn read(&self, consumer: &BaseConsumer<Self>, starts: &TopicPartitionList) -> Result<(), KafkaError> {
+        consumer.incremental_assign(starts)?;
+        consumer.resume(starts)?; // one that was paused when it was taken from the client is paused still
+        let mut changes = self.changes();
+        for partition in numbers(starts) {
+            changes.unplaced.remove(&partition);
+            changes.read.insert(partition);
+        }
+        changes.just_read = true;
+        Ok(())
     }
 
-    pub fn unplace(&self, partitions: &[i32]) {
+    /// The client stops reading these, and they wait for a start again.
+    pub fn unplace(&self, consumer: &BaseConsumer<Self>, partitions: &[i32]) -> Result<(), KafkaError> {
+        consumer.incremental_unassign(&self.take_read(partitions))?;
         self.changes().unplaced.extend(partitions);
+        Ok(())
+    }
+
+    /// Those that the client has stopped reading without a word. It does so where it finds no record at the wanted offset while
+    /// the partition is paused: the error that it has for this is thrown away with what it had fetched.
+    pub fn idle(&self) -> Vec<i32> {
+        let changes = self.changes();
+        changes.idle_since.iter().filter(|(_, since)| since.elapsed() > IDLE).map(|(partition, _)| *partition).collect()
     }
 
     pub fn take_revoked(&self) -> BTreeSet<i32> {
-        std::mem::take(&mut self.changes().revoked)
+        let mut changes = self.changes();
+        changes.just_read = false;
+        std::mem::take(&mut changes.revoked)
     }
 
     pub fn measured_lag(&self, partition: i32, records: i64) {
@@ -72,13 +103,35 @@ impl Assignment {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// New partitions come in paused; [`super::Running::place`] gives them their start. One path for a first start, a
-    /// rebalance, a start during an outage, and a handler whose own position moved.
-    fn assign(&self, consumer: &BaseConsumer<Self>, partitions: &mut TopicPartitionList) -> Result<(), KafkaError> {
-        partitions.set_all_offsets(Offset::Beginning)?; // a placeholder: paused before anything is fetched
-        consumer.incremental_assign(partitions)?;
-        consumer.pause(partitions)?;
-        self.changes().unplaced.extend(numbers(partitions));
+    fn take_read(&self, partitions: &[i32]) -> TopicPartitionList {
+        let mut changes = self.changes();
+        let mut taken = TopicPartitionList::new();
+        for partition in partitions {
+            changes.idle_since.remove(partition);
+            if changes.read.remove(partition) {
+                taken.add_partition(&self.topic, *partition);
+            }
+        }
+        taken
+    }
+
+    /// The group gets its answer, but the client gets no partition before [`super::Running::place`] knows the start: one path
+    /// for a first start, a rebalance, a start during an outage, and a handler whose own position moved. Not a placeholder and
+    /// a seek later: the placeholder's offset is asked for in the background, and an answer that comes after the seek sets the
+    /// partition back to it (librdkafka 2.12 asks again, and does not ask whether it still should).
+    ///
+    /// What was given to the client just before may have answered the group in our place, and then the client leaves paused what
+    /// it paused for this call (again librdkafka 2.12). So everything starts anew.
+    fn assign(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
+        consumer.incremental_assign(&TopicPartitionList::new())?;
+        let mut changes = self.changes();
+        changes.unplaced.extend(numbers(partitions));
+        if changes.just_read {
+            let again: Vec<i32> = changes.read.iter().copied().collect();
+            changes.revoked.extend(&again);
+            drop(changes);
+            self.unplace(consumer, &again)?;
+        }
         Ok(())
     }
 
@@ -89,14 +142,28 @@ impl Assignment {
             // Fails with "no offset" where the automatic commit was faster; any other failure means that records come again.
             let _ = consumer.commit_consumer_state(CommitMode::Sync);
         }
+        let partitions = numbers(partitions);
         let mut changes = self.changes();
-        for partition in numbers(partitions) {
-            changes.unplaced.remove(&partition);
-            changes.revoked.insert(partition);
-            self.metrics.consumer_lag.remove(&self.label(partition));
+        for partition in &partitions {
+            changes.unplaced.remove(partition);
+            changes.revoked.insert(*partition);
+            self.metrics.consumer_lag.remove(&self.label(*partition));
         }
         drop(changes);
-        consumer.incremental_unassign(partitions)
+        consumer.incremental_unassign(&self.take_read(&partitions))
+    }
+
+    /// See [`Assignment::idle`].
+    fn look_for_idle(&self, topic: &Topic) {
+        let mut changes = self.changes();
+        for partition in topic.partitions.values() {
+            let idle = changes.read.contains(&partition.partition) && partition.fetch_state == "none";
+            if idle {
+                changes.idle_since.entry(partition.partition).or_insert_with(Instant::now);
+            } else {
+                changes.idle_since.remove(&partition.partition);
+            }
+        }
     }
 
     fn label(&self, partition: i32) -> Partition {
@@ -132,7 +199,11 @@ impl ClientContext for Assignment {
             (true, false) => self.health.waiting(&self.part, "Kafka to assign partitions"),
             (false, _) => self.health.waiting(&self.part, "Kafka to answer"),
         }
-        let Some(topic) = statistics.topics.get(&self.topic).filter(|_| !self.paused.load(Relaxed)) else { return };
+        let Some(topic) = statistics.topics.get(&self.topic) else { return };
+        self.look_for_idle(topic);
+        if self.paused.load(Relaxed) {
+            return;
+        }
         for partition in topic.partitions.values() {
             // Below 0 the lag is unknown, which is not the same as none.
             if partition.fetch_state == "active" && partition.consumer_lag_stored >= 0 {

@@ -111,6 +111,11 @@ impl<H: Handler> Running<H> {
                 }
             }
         }
+        let idle = self.client.context().idle();
+        if !idle.is_empty() && self.pause.is_none() {
+            tracing::warn!(group = self.setup.group, partitions = ?idle, "the client does not read them: starting them anew");
+            self.unplace(&idle)?;
+        }
         if !self.batch.is_empty() {
             fault::point("consumer.after_poll");
         }

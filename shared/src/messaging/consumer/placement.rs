@@ -15,8 +15,8 @@ use tokio::time::timeout;
 const PLACE_INTERVAL: Duration = Duration::from_millis(500);
 
 impl<H: Handler> Running<H> {
-    /// Gives each newly assigned partition its start and lets it run. It came in paused; whatever fails here is asked again on
-    /// the next turn, and nothing is read meanwhile: a start is never guessed.
+    /// Gives each partition that waits for one its start, and lets the client read it from there. Whatever fails here is asked
+    /// again on the next turn, and nothing is read meanwhile: a start is never guessed.
     pub(super) fn place(&mut self) {
         let unplaced = self.client.context().unplaced();
         let part = self.setup.part("position");
@@ -38,32 +38,29 @@ impl<H: Handler> Running<H> {
 
     fn try_place(&mut self, unplaced: &[i32]) -> anyhow::Result<()> {
         let topic = self.setup.topic();
-        let mut starts = TopicPartitionList::new();
-        for partition in unplaced {
-            starts.add_partition(&topic, *partition);
-        }
-        let committed =
-            self.client.committed_offsets(starts, KAFKA_TIMEOUT).context("cannot ask for committed offsets")?;
+        let committed = self
+            .client
+            .committed_offsets(self.list(unplaced), KAFKA_TIMEOUT)
+            .context("cannot ask for committed offsets")?;
         let mut placed = Vec::new();
         let mut starts = TopicPartitionList::new();
         for element in committed.elements() {
             element.error()?;
+            let partition = element.partition();
             let limit = self.setup.kafka.handle_timeout();
-            let asked = self.setup.handler.resume_at(element.partition());
+            let asked = self.setup.handler.resume_at(partition);
             let own = self.runtime.block_on(async { timeout(limit, asked).await })?;
-            let (start, offset) = match (own.context("cannot ask the handler for its position")?, element.offset()) {
-                (Some(own), _) if own > 0 => (own, Offset::Offset(own)),
+            let (reached, offset) = match (own.context("cannot ask the handler for its position")?, element.offset()) {
+                (Some(own), _) if own > 0 => (own, own),
                 // Also when it is 0, of a partition that was empty: if its first records are gone by now, that must be heard.
-                (None, Offset::Offset(committed)) => (committed, Offset::Offset(committed)),
+                (None, Offset::Offset(committed)) => (committed, committed),
                 // Never been here: what the log still has.
-                _ => (0, Offset::Beginning),
+                _ => (0, self.client.fetch_watermarks(&topic, partition, KAFKA_TIMEOUT)?.0),
             };
-            starts.add_partition_offset(&topic, element.partition(), offset)?;
-            placed.push((element.partition(), start));
+            starts.add_partition_offset(&topic, partition, Offset::Offset(offset))?;
+            placed.push((partition, reached));
         }
-        for sought in self.client.seek_partitions(starts, KAFKA_TIMEOUT)?.elements() {
-            sought.error().context("cannot seek")?;
-        }
+        self.client.context().read(&self.client, &starts)?;
         for (partition, start) in placed {
             self.reached.insert(partition, start);
             self.at_end.remove(&partition);
@@ -72,19 +69,16 @@ impl<H: Handler> Running<H> {
             self.done.found_handled(behind as u64);
             self.dropped.retain(|(of, _)| *of != partition);
         }
-        self.client.resume(&self.list(unplaced))?;
-        self.client.context().placed(unplaced);
         Ok(())
     }
 
-    /// The partitions wait, paused, for [`Running::place`].
+    /// The partitions wait for [`Running::place`].
     pub(super) fn unplace(&mut self, partitions: &[i32]) -> anyhow::Result<()> {
-        self.client.pause(&self.list(partitions))?;
+        self.client.context().unplace(&self.client, partitions)?;
         for partition in partitions {
             self.reached.remove(partition);
             self.at_end.remove(partition);
         }
-        self.client.context().unplace(partitions);
         Ok(())
     }
 
