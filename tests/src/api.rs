@@ -50,6 +50,15 @@ pub async fn send(request: RequestBuilder) -> reqwest::Result<Answer> {
     Ok(Answer { status, etag, content_type, body })
 }
 
+/// The first answer that is not "try again" (503): a service that has only just started may say so where the cores are busy.
+/// For requests that change nothing then, or may be sent twice.
+pub async fn answered(request: impl Fn() -> RequestBuilder) -> Answer {
+    eventually("an answer other than \"try again\"", async || {
+        Some(send(request()).await.unwrap()).filter(|answer| answer.status != StatusCode::SERVICE_UNAVAILABLE)
+    })
+    .await
+}
+
 /// An address that no other test uses.
 pub fn address() -> String {
     format!("user-{}@example.com", Uuid::now_v7().simple())
@@ -58,12 +67,17 @@ pub fn address() -> String {
 impl System {
     /// `POST /users`, with an `Idempotency-Key` if one is given.
     pub async fn post_user(&self, email: &str, key: Option<&str>) -> reqwest::Result<Answer> {
+        send(self.registration(email, key)).await
+    }
+
+    /// The same, not yet sent.
+    pub fn registration(&self, email: &str, key: Option<&str>) -> RequestBuilder {
         let body = json!({ "email": email, "display_name": "Ada Lovelace" });
         let mut request = Client::new().post(self.url(Part::User, "/users")).json(&body);
         if let Some(key) = key {
             request = request.header("idempotency-key", key);
         }
-        send(request).await
+        request
     }
 
     /// Registers somebody new, successfully.
@@ -72,13 +86,8 @@ impl System {
     }
 
     pub async fn register_as(&self, email: &str) -> Uuid {
-        // A service that has only just started may say "try again" where the cores are busy; the key makes that safe.
         let key = Uuid::now_v7().to_string();
-        let answer = eventually("a registration is answered", async || {
-            let answer = self.post_user(email, Some(&key)).await.unwrap();
-            (answer.status != StatusCode::SERVICE_UNAVAILABLE).then_some(answer)
-        })
-        .await;
+        let answer = answered(|| self.registration(email, Some(&key))).await;
         assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
         answer.id()
     }

@@ -76,6 +76,19 @@ pub async fn eventually_eq<T: PartialEq + Debug>(what: &str, expected: T, mut pr
     }
 }
 
+/// Waits until `probe` has counted up to `goal`, for what takes its time on a slow machine: only standing still fails.
+///
+/// # Panics
+/// It did not grow for [`DEADLINE`], or it went beyond.
+pub async fn counted_up_to(what: &str, goal: i64, mut probe: impl AsyncFnMut() -> i64) {
+    let mut counted = 0;
+    while counted < goal {
+        let more = async || Some(probe().await).filter(|found| *found > counted);
+        counted = eventually(&format!("{what}: more than {counted} of {goal}"), more).await;
+    }
+    assert_eq!(counted, goal, "{what}");
+}
+
 /// Watches for `duration` that `probe` stays true: for what must not happen.
 ///
 /// # Panics

@@ -212,8 +212,7 @@ impl System {
         admin.alter_configs([&change], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
     }
 
-    /// Forces the compaction of `user.state.v1`: segments roll at once, and each partition gets one more record, since only an
-    /// append rolls a segment. The records are tombstones of users that never were.
+    /// Lets `user.state.v1` be compacted as soon as it can be; [`System::roll_states`] makes it so.
     pub async fn force_compaction(&self) {
         self.note_compaction();
         let settings = [
@@ -224,10 +223,20 @@ impl System {
             ("delete.retention.ms", "100"),
         ];
         self.alter_topic("user.state.v1", &settings).await;
-        for partition in 0..6 {
-            let marker = Draft { partition: Some(partition), ..Draft::envelope("user.state", Uuid::now_v7(), 1) };
-            self.write("user.state.v1", &marker).await;
-        }
+    }
+
+    /// Gives each partition one more record, since only an append rolls a segment, and only what is rolled is compacted. To be
+    /// repeated: the broker may not know the settings yet. The records are tombstones of users that never were.
+    pub async fn roll_states(&self) {
+        let marker = |partition| Draft::envelope("user.state", Uuid::now_v7(), 1).on(partition);
+        self.write_all("user.state.v1", &(0..6).map(marker).collect::<Vec<_>>()).await;
+    }
+
+    /// Whether Kafka refuses a record of this size. One that it takes has no headers, so nobody reads a letter in it.
+    pub async fn is_refused(&self, topic: &str, bytes: usize) -> bool {
+        let producer: FutureProducer = self.client().create().unwrap();
+        let (topic, value) = (self.prefixed(topic), vec![0; bytes]);
+        producer.send(FutureRecord::to(&topic).key("size").payload(&value), TIMEOUT).await.is_err()
     }
 }
 

@@ -26,7 +26,11 @@ async fn a_bad_deploy_stops_a_consumer_until_it_is_told_to_go_on() {
     let group = (system.members(USERS), system.rebalances(Part::Analytics));
     let at = system.write_all(TOPIC, &registrations(30, Some(0))).await;
     until_open(&system).await;
-    assert!(system.log_of(Part::Analytics).contains("the breaker is open: paused, since 5 of the last 5 records"));
+    eventually("it is logged", async || {
+        let log = system.log_of(Part::Analytics);
+        log.contains("the breaker is open: paused, since 5 of the last 5 records").then_some(())
+    })
+    .await;
     let (ready, body) = system.readiness(Part::Analytics).await.unwrap();
     let reason = body["waiting_for"][format!("{USERS} 0 breaker")].as_str().unwrap_or_default();
     assert!(!ready && reason.contains("5 of the last 5") && reason.contains("SIGUSR1"), "{body}");

@@ -19,6 +19,7 @@ async fn of_three_brokers_one_may_be_killed_frozen_or_restarted() {
     let mut system = System::empty_on_three_brokers().await;
     system.start_all().await;
     let watch = system.watch().await;
+    system.register().await; // with the patience that a service needs which has only just started
     let load = system.load(1);
     load.until_accepted(MEANWHILE).await;
     system.until_in_sync().await;

@@ -60,9 +60,9 @@ async fn a_clock_that_leaps_ends_no_lease_and_forgets_no_answer() {
     let mut system = System::start_mailing(&borrowed(&settings)).await;
     start(&mut system, Part::User, &clocks[1]);
     system.ready(&[Part::User]).await;
-    system.sink.set(Fault::Slow { ms: 2_000, stage: Stage::Rcpt });
+    system.sink.set(Fault::Slow { ms: 5_000, stage: Stage::Rcpt });
     let email = api::address();
-    let first = system.post_user(&email, Some("a key")).await.unwrap();
+    let first = api::answered(|| system.registration(&email, Some("a key"))).await;
     assert_eq!(first.status, StatusCode::CREATED);
     system.until_diary(first.id(), "pending sending").await;
     for clock in &clocks {

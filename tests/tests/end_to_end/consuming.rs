@@ -66,8 +66,8 @@ async fn killed_at(points: [(Part, &str); 3]) {
     for (part, point) in points {
         system.spawn(part, &[("FAULT_AT", &format!("{point}:1:kill"))]);
     }
-    for (part, point) in points {
-        eventually(&format!("{part:?} is killed at {point}"), async || system.has_ended(part).then_some(())).await;
+    for (part, _) in points {
+        system.until_ended(part).await;
     }
     register(&system, 2).await;
     assert_eq!(system.rename(user, "Countess of Lovelace").await.unwrap().version(), 2);

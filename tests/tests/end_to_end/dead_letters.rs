@@ -138,6 +138,7 @@ async fn a_pointer_whose_source_was_compacted_away_is_superseded() {
     eventually("the newer one has come", async || system.recipient(id).await).await;
     system.force_compaction().await;
     eventually("the source is gone", async || {
+        system.roll_states().await;
         let is_source = |record: &Raw| (record.partition, record.offset) == pointer;
         (!system.read("user.state.v1").iter().any(is_source)).then_some(())
     })

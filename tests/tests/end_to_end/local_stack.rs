@@ -4,9 +4,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use sqlx::{Connection, PgConnection};
-use tests::{eventually, eventually_eq};
+use tests::{eventually_eq, within};
 use xtask::{paths, testing};
 
 /// A run of xtask. For what it builds it calls the cargo that `cargo` stands in for: the programs are there already.
@@ -74,11 +75,14 @@ impl Drop for Stranger {
     }
 }
 
+/// Longer than the stack's own limits, so that it is the one to say what did not start.
+const STACK_DEADLINE: Duration = Duration::from_secs(240);
+
 /// A demo whose brokers and services are all up.
 async fn demo() -> Child {
     let run = xtask("demo", "true").spawn().unwrap();
     let parents = BTreeSet::from([run.id()]);
-    eventually("the demo has its children", async || {
+    within(STACK_DEADLINE, "the demo has its children", async || {
         let names: BTreeSet<String> = children(&parents).into_iter().map(|(_, name)| name).collect();
         let wanted = ["java", "postgres", "user", "email", "analytics", "cache"];
         wanted.iter().all(|name| names.contains(*name)).then_some(())

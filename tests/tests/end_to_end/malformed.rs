@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tests::consume::{OUTCOMES, part_of, topic_of};
 use tests::log::{Draft, Raw};
-use tests::{Part, System, api, eventually, eventually_eq};
+use tests::{Part, System, api, eventually_eq};
 use uuid::Uuid;
 
 /// All of these records stand in one partition, so that each blocks the others if it blocks anything.
@@ -89,7 +89,7 @@ async fn a_cache_killed_before_it_writes_a_letter_meets_the_record_again() {
     let good = |id| Draft::user_state(id, 1, Some("somebody@example.com"));
     let at = among_good(&system, "user.state.v1", &bad, &users, good).await;
     system.spawn(Part::Cache, &[("FAULT_AT", "dead_letters.before_write:1:kill")]);
-    eventually("the cache is killed", async || system.has_ended(Part::Cache).then_some(())).await;
+    system.until_ended(Part::Cache).await;
     system.restart(Part::Cache, &[]).await;
     for id in users {
         system.until_cached(id, 1).await;

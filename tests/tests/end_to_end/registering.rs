@@ -93,7 +93,7 @@ async fn killed_while_registering(system: &mut System, point: &str) -> (String, 
     });
     let lost = lost.await;
     assert!(lost.is_err(), "the client has no answer: {lost:?}");
-    eventually("the service is dead", async || system.has_ended(Part::User).then_some(())).await;
+    system.until_ended(Part::User).await;
     (email, key)
 }
 
@@ -107,7 +107,7 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_retry_registers() {
     assert_eq!(watch.count("select count(*) from ledger").await, 0, "no event");
     assert_eq!(watch.count("select count(*) from idempotency_keys").await, 0, "no claimed key");
 
-    let retry = system.post_user(&email, Some(&key)).await.unwrap();
+    let retry = settled(&system, &email, &key).await;
     assert_eq!(retry.status, StatusCode::CREATED, "{retry:?}");
     assert_one_registration(&mut system, &watch).await;
 }
@@ -120,7 +120,7 @@ async fn a_crash_before_the_answer_leaves_everything_and_the_retry_gets_that_ans
     system.restart(Part::User, &[]).await;
     let committed: Uuid = sqlx::query_scalar("select id from users").fetch_one(&watch.user).await.unwrap();
 
-    let retry = system.post_user(&email, Some(&key)).await.unwrap();
+    let retry = settled(&system, &email, &key).await;
     assert_eq!(retry.status, StatusCode::CREATED, "{retry:?}");
     assert_eq!((retry.id(), retry.version()), (committed, 1), "the first answer");
     assert_eq!(system.post_user(&email, Some(&key)).await.unwrap(), retry, "and again");

@@ -37,7 +37,7 @@ async fn a_relay_killed_at_any_point_loses_nothing_reorders_nothing_and_doubles_
     for point in ["after_read", "after_enqueue", "after_ack", "after_commit", "after_delete"] {
         for nth in tests::repeats(&[1, 4], &[1, 2, 3, 4, 5, 6, 7, 8]) {
             system.spawn(Part::User, &[("FAULT_AT", &format!("relay.{point}:{nth}:kill"))]);
-            eventually(&format!("killed at {point}"), async || system.has_ended(Part::User).then_some(())).await;
+            system.until_ended(Part::User).await;
         }
     }
     system.restart(Part::User, &[]).await;
@@ -105,7 +105,7 @@ async fn change(process: &Running, id: Uuid, display_name: Option<&str>) -> Answ
         Some(name) => Client::new().patch(url).json(&json!({ "display_name": name })),
         None => Client::new().delete(url),
     };
-    send(request).await.unwrap()
+    api::answered(|| request.try_clone().unwrap()).await
 }
 
 fn of_key(records: Vec<Raw>, key: Uuid) -> Vec<Raw> {
@@ -142,6 +142,7 @@ async fn a_leader_frozen_at(point: &str) {
 
     system.force_compaction().await;
     let left = eventually("the topic is compacted", async || {
+        system.roll_states().await;
         let records = of_key(system.read("user.state.v1"), id);
         (records.len() <= 1).then_some(records)
     });
@@ -219,8 +220,9 @@ const OUTAGE: Duration = Duration::from_secs(20);
 async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everything_drains_in_order() {
     let mut system = System::start_on_own_components().await;
     let watch = system.watch().await;
+    system.register().await; // with the patience that a service needs which has only just started
     let load = system.load(2);
-    eventually("the load has begun", async || (load.accepted() > 5).then_some(())).await;
+    load.until_accepted(5).await;
     system.stack.as_mut().unwrap().kafka.process.kill();
     let before = load.accepted();
 

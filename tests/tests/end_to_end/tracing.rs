@@ -24,8 +24,8 @@ async fn traced(otlp: &Otlp) -> System {
 
 async fn register(system: &System, email: &str, traceparent: &str) -> Uuid {
     let body = json!({ "email": email, "display_name": "Ada Lovelace" });
-    let request = Client::new().post(system.url(Part::User, "/users")).json(&body);
-    let answer = api::send(request.header("traceparent", traceparent)).await.unwrap();
+    let request = || Client::new().post(system.url(Part::User, "/users")).json(&body);
+    let answer = api::answered(|| request().header("traceparent", traceparent)).await;
     assert_eq!(answer.status, StatusCode::CREATED, "{traceparent}: {answer:?}");
     system.until_mailed(answer.id()).await;
     answer.id()

@@ -32,6 +32,7 @@ async fn a_letter_that_cannot_be_written_holds_the_consumer_until_it_can() {
     eventually_eq("letters open", Some(1.0), async || system.letters_open(USERS).await).await;
 
     system.alter_topic(LETTERS, &[COMPACTED, ("max.message.bytes", "200")]).await;
+    eventually("the limit holds", async || system.is_refused(LETTERS, 300).await.then_some(())).await;
     let third = write_bad_and_good(&system).await;
     until_it_waits_at_the_letter(&system, third).await;
     system.alter_topic(LETTERS, &[COMPACTED]).await;
