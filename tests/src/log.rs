@@ -10,6 +10,8 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use crate::System;
@@ -75,7 +77,7 @@ impl Draft {
         Self { value: Some(value), ..Self::envelope(kind, user, version) }
     }
 
-    /// The envelope alone: key and headers, no value.
+    /// The envelope alone: key and headers, no value. It happened now: an old event is another thing.
     pub fn envelope(kind: &str, key: Uuid, version: i64) -> Self {
         let headers = [
             ("ce_specversion", "1.0".to_owned()),
@@ -83,7 +85,7 @@ impl Draft {
             ("ce_type", kind.to_owned()),
             ("ce_source", "/test".to_owned()),
             ("ce_subject", key.to_string()),
-            ("ce_time", "2026-11-22T12:00:00Z".to_owned()),
+            ("ce_time", OffsetDateTime::now_utc().format(&Rfc3339).unwrap()),
             ("ce_dataschema", format!("urn:waybill:{kind}:1")),
             ("ce_sequence", version.to_string()),
             ("content-type", "application/json".to_owned()),

