@@ -183,11 +183,25 @@ impl Relay {
         });
         transactions.publish(records.collect())?;
         fault::point("relay.after_commit");
-        runtime.block_on(bounded(delete(db, &ids))).context("cannot delete published rows")?;
+        self.settle(runtime, db, &ids)?;
         fault::point("relay.after_delete");
         span.set_attribute("messaging.batch.message_count", ids.len() as i64);
         self.metrics.relay_rounds.get_or_create(&Round { outcome: "published" }).inc();
         Ok(ids.len())
+    }
+
+    /// Deletes what Kafka has. Where Postgres answers that it will not (the table is locked, the database read-only), it is asked
+    /// again, by the session that holds the lock: to start over would publish the same rows again each time.
+    fn settle(&self, runtime: &Handle, db: &mut PgConnection, ids: &[i64]) -> anyhow::Result<()> {
+        while let Err(error) = runtime.block_on(bounded(delete(db, ids))) {
+            if error.as_database_error().is_none() || self.stop.is_cancelled() {
+                return Err(error).context("cannot delete published rows");
+            }
+            self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
+            tracing::warn!(%error, "cannot delete published rows yet");
+            self.pause(RETRY_INTERVAL);
+        }
+        Ok(())
     }
 
     /// Waits for the lock. `None`: told to stop.

@@ -49,6 +49,27 @@ async fn of_several_relays_one_leads_and_another_takes_over_when_it_dies() {
     assert!(watch.count("select count(*) from ledger").await > 20, "there was something to publish");
 }
 
+/// Postgres keeps what it should delete, as where maintenance has locked the table or a failover has made it read-only.
+const KEEP_ROWS: &str = "
+    create function keep_rows() returns trigger language plpgsql as $$ begin raise 'not now'; end $$;
+    create trigger keep_rows before delete on outbox for each row execute function keep_rows();";
+
+/// I3 I4: rows that cannot be deleted stay where they are. What Kafka has of them is not published again and again meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_postgres_will_not_delete_are_published_once() {
+    let mut system = System::empty().await;
+    system.restart(Part::User, &[]).await;
+    let watch = system.watch().await;
+    sqlx::raw_sql(KEEP_ROWS).execute(&watch.user).await.unwrap();
+    system.register().await;
+    let failed = async || system.metric(Part::User, "relay_rounds_total", &["outcome=\"failed\""]).await;
+    eventually("the relay has tried several times", async || failed().await.filter(|rounds| *rounds >= 4.0)).await;
+    sqlx::raw_sql("drop trigger keep_rows on outbox").execute(&watch.user).await.unwrap();
+    system.register().await;
+    system.check(&watch, &Answered::default()).await;
+    assert_eq!(system.read("user.events.v1").len(), 2, "facts of two registrations");
+}
+
 /// Waits until somebody publishes, and watches for a while that nobody else does.
 async fn the_one_that_publishes(copies: &[Running]) -> Option<usize> {
     let published = async || {
