@@ -48,6 +48,41 @@ async fn a_consumer_that_hears_nothing_from_kafka_is_replaced_and_comes_back() {
     system.check(&watch, &answered).await;
 }
 
+/// Between a service and everything that it needs; a router two rooms away has 1 ms.
+const LATENCY: Duration = Duration::from_millis(5);
+const BREAKS: usize = 5;
+
+/// T40, I1 I3 I4 I5 I7 I8: a network that is slow, and that breaks every connection time and again: to Kafka, to each database, to Valkey and
+/// to the mail server. Everything takes longer, and that is all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_is_slow_and_breaks_changes_nothing_but_the_pace() {
+    let mut system = System::empty().await;
+    let (_kafka, kafka) = system.own_kafka().await;
+    let (valkey, valkey_url) = Proxy::before_url(system.setting("VALKEY_URL")).await;
+    let smtp = Proxy::before(&system.sink.address().to_string()).await;
+    system.set("KAFKA_BROKERS", &kafka.address());
+    system.set("VALKEY_URL", &valkey_url);
+    system.set("SMTP_PORT", &smtp.port().to_string());
+    system.set("LEASE_MS", "15000"); // a claim whose answer was lost has to end within this test
+    let mut proxies = vec![kafka, valkey, smtp];
+    for part in [Part::User, Part::Email, Part::Analytics] {
+        let (proxy, (name, url)) = system.proxied_database(part).await;
+        system.set(&name, &url);
+        proxies.push(proxy);
+    }
+    proxies.iter().for_each(|proxy| proxy.slow(LATENCY));
+    system.start_all().await;
+    let watch = system.watch().await;
+    let load = system.load(2);
+    for _ in 0..BREAKS {
+        load.until_accepted(5).await;
+        proxies.iter().for_each(Proxy::reset);
+    }
+    load.until_accepted(5).await;
+    let answered = load.end().await;
+    system.check(&watch, &answered).await;
+}
+
 /// T40, I5 I7 I8 I12: silence between each consumer and what its effects go to. It is noticed, nothing is given up, and soon
 /// after the network is well everything is there once, by the processes that were there before.
 #[tokio::test(flavor = "multi_thread")]

@@ -70,6 +70,33 @@ async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else()
     system.check(&watch, &answered).await;
 }
 
+/// I1 I3 I5 I7 I8 I9 I12: the machine dies, everything on it at the same moment, and comes back. SIGKILL leaves what the system has of the disk in
+/// its memory, so this is about processes; disks are not promised.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
+    let mut system = System::empty_on_own_components().await;
+    system.set("LEASE_MS", "15000"); // a claim that died with its sender has to end within this test
+    system.start_all().await;
+    let watch = system.watch().await;
+    let load = system.load(2);
+    load.until_accepted(10).await;
+
+    for part in Part::ALL {
+        system.kill(part);
+    }
+    let stack = system.stack.as_mut().unwrap();
+    stack.kafka.process.kill();
+    stack.postgres.process.kill();
+    stack.redis.process.kill();
+    stack.postgres.restart().await.unwrap();
+    stack.redis.restart().await.unwrap();
+    stack.kafka.restart().await.unwrap();
+    system.start_all().await;
+    load.until_accepted(10).await;
+    let answered = load.end().await;
+    system.check(&watch, &answered).await;
+}
+
 /// Users whose records arrive during the outage. Their own service is down as well, so they are written by hand.
 async fn records_meanwhile(system: &System) -> Vec<Uuid> {
     let users: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
