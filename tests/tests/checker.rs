@@ -18,8 +18,9 @@ const NOON: i64 = 1_795_348_800;
 const ADA: Uuid = Uuid::from_u128(1);
 const BOB: Uuid = Uuid::from_u128(2);
 
-/// Appends a record to a log; its event's id.
+/// Appends a record to a log, with its time; its event's id.
 fn append(log: &mut Vec<Raw>, draft: Draft) -> Uuid {
+    let draft = draft.instead("ce_time", b"2026-11-22T12:00:00Z");
     let offset = i64::try_from(log.len()).unwrap();
     let record = Raw { partition: 0, offset, key: draft.key, value: draft.value, headers: draft.headers };
     let id = record.header("ce_id").unwrap().parse().unwrap();
