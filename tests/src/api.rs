@@ -50,11 +50,12 @@ pub async fn send(request: RequestBuilder) -> reqwest::Result<Answer> {
     Ok(Answer { status, etag, content_type, body })
 }
 
-/// The first answer that is not "try again" (503): a service that has only just started may say so where the cores are busy.
-/// For requests that change nothing then, or may be sent twice.
+/// The first answer that is not "try again", as a service may say that has only just started, or has too many requests at once for
+/// a busy machine.
 pub async fn answered(request: impl Fn() -> RequestBuilder) -> Answer {
     eventually("an answer other than \"try again\"", async || {
-        Some(send(request()).await.unwrap()).filter(|answer| answer.status != StatusCode::SERVICE_UNAVAILABLE)
+        let answer = send(request()).await.unwrap();
+        (!answer.body["detail"].to_string().contains("try again")).then_some(answer)
     })
     .await
 }

@@ -8,7 +8,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -173,6 +173,24 @@ impl System {
         });
         let deliveries = join_all(sent).await;
         deliveries.into_iter().map(|delivery| (delivery.partition, delivery.offset)).collect()
+    }
+
+    /// Writes a record in a transaction that is given up, as a relay that dies in its round leaves it.
+    pub async fn write_and_abort(&self, topic: &str, draft: &Draft) {
+        self.note_by_hand(draft);
+        let id = self.prefixed("aborting");
+        let producer: FutureProducer = self.client().set("transactional.id", id).create().unwrap();
+        producer.init_transactions(TIMEOUT).unwrap();
+        producer.begin_transaction().unwrap();
+        let headers = draft
+            .headers
+            .iter()
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: value.as_ref() }));
+        let topic = self.prefixed(topic);
+        let mut record = FutureRecord::to(&topic).headers(headers).partition(draft.partition.unwrap());
+        (record.key, record.payload) = (draft.key.as_deref(), draft.value.as_deref());
+        producer.send(record, TIMEOUT).await.unwrap();
+        producer.abort_transaction(TIMEOUT).unwrap();
     }
 
     /// The records that a group has not committed yet, per partition that has such; the transaction markers count too.

@@ -1,6 +1,8 @@
 //! Topics and groups as an operator, or an operator's mistake, would leave them.
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use std::collections::BTreeMap;
+
+use rdkafka::admin::{AdminClient, AdminOptions, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
@@ -29,6 +31,17 @@ impl System {
         new.config = settings.to_vec();
         let created = self.admin().create_topics([&new], &AdminOptions::new()).await.unwrap().remove(0);
         created.map(drop).map_err(|(_, code)| code)
+    }
+
+    /// The settings that a topic has of its own, and how many copies.
+    pub async fn topic_settings(&self, topic: &str) -> (BTreeMap<String, String>, usize) {
+        let (name, admin) = (self.prefixed(topic), self.admin());
+        let described = admin.describe_configs([&ResourceSpecifier::Topic(&name)], &AdminOptions::new()).await;
+        let entries = described.unwrap().remove(0).unwrap().entries.into_iter();
+        let own = entries.filter(|entry| entry.source == ConfigSource::DynamicTopic);
+        let settings = own.map(|entry| (entry.name, entry.value.unwrap_or_default())).collect();
+        let metadata = admin.inner().fetch_metadata(Some(&name), crate::DEADLINE).unwrap();
+        (settings, metadata.topics()[0].partitions()[0].replicas().len())
     }
 
     /// Deletes a topic with all that is in it, and waits until Kafka does not know it any more.

@@ -1,7 +1,7 @@
 //! Consumers are killed wherever it could hurt, started in any order, started late: each effect is there once.
 
 use tests::load::Answered;
-use tests::log::GROUPS;
+use tests::log::{Draft, GROUPS};
 use tests::{Part, System, eventually, eventually_eq};
 use uuid::Uuid;
 
@@ -214,5 +214,33 @@ async fn one_mail(system: &System, id: Uuid) {
             "{:?} of {delivery}",
             mail.message_id
         );
+    }
+}
+
+/// I7 I8: a process may have several consumers of each group. They share the partitions, as processes would.
+#[tokio::test(flavor = "multi_thread")]
+async fn consumers_of_one_process_share_its_partitions() {
+    let mut system = System::empty().await;
+    system.set("CONSUMERS", "3");
+    system.start_all().await;
+    let watch = system.watch().await;
+    for (group, _) in GROUPS {
+        eventually_eq(&format!("members of {group}"), 3, async || system.members(group).len()).await;
+    }
+    register(&system, 12).await;
+    system.check(&watch, &Answered::default()).await;
+}
+
+/// I2: what a relay has sent in a round that it did not commit was never published: nobody reads it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_and_not_committed_is_not_read() {
+    let system = System::start().await;
+    let fact = || Draft::user_event("user.registered", Uuid::now_v7(), 1).on(0);
+    system.write_and_abort("user.events.v1", &fact()).await;
+    system.write("user.events.v1", &fact()).await;
+    system.until_counted(1, 0).await;
+    for group in ["analytics.users", "email.welcome"] {
+        system.until_read(group, "user.events.v1").await;
+        eventually_eq("records that were read", 1.0, async || system.counted_in_all(group).await).await;
     }
 }

@@ -132,7 +132,19 @@ async fn erase(system: &System, person: &Person) {
     let status = async || system.profile(person.id, Some(4)).await.unwrap().status.as_u16();
     eventually_eq("the cache has forgotten", 404, status).await;
     assert_eq!(system.get(Part::User, &format!("/users/{}", person.id)).await.unwrap().status, StatusCode::NOT_FOUND);
+    let again = [
+        system.erase(person.id).await,
+        system.rename(person.id, &person.names[0]).await,
+        system.change_email(person.id, &person.addresses[0]).await,
+    ];
+    for answer in again {
+        assert_eq!(answer.unwrap().status, StatusCode::NOT_FOUND, "of somebody who is not there any more");
+    }
     system.until_drained().await;
+    let facts = system.read("user.events.v1").into_iter();
+    let facts: Vec<_> = facts.map(|fact| (fact.version(), fact.header("ce_type").unwrap().to_owned())).collect();
+    let expected = ["user.registered", "user.profile_changed", "user.email_changed", "user.deleted"];
+    assert_eq!(facts, (1..).zip(expected.map(str::to_owned)).collect::<Vec<_>>());
 }
 
 /// The letters point to a record that the compaction took.

@@ -70,7 +70,7 @@ async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else()
     system.check(&watch, &answered).await;
 }
 
-/// I1 I3 I5 I7 I8 I9 I12: the machine dies, everything on it at the same moment, and comes back. SIGKILL leaves what the system has of the disk in
+/// T13, I1 I3 I5 I7 I8 I9 I12: the machine dies, everything on it at the same moment, and comes back. SIGKILL leaves what the system has of the disk in
 /// its memory, so this is about processes; disks are not promised.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
@@ -88,10 +88,19 @@ async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
     stack.kafka.process.kill();
     stack.postgres.process.kill();
     stack.redis.process.kill();
+    // The services are up first, and wait for what they need.
+    for part in Part::ALL {
+        system.spawn(part, &[]);
+    }
+    for part in Part::ALL {
+        let waits = async || system.readiness(part).await.filter(|(ready, _)| !ready);
+        eventually(&format!("{part:?} is up and waits"), waits).await;
+    }
+    let stack = system.stack.as_mut().unwrap();
     stack.postgres.restart().await.unwrap();
     stack.redis.restart().await.unwrap();
     stack.kafka.restart().await.unwrap();
-    system.start_all().await;
+    system.ready(&Part::ALL).await;
     load.until_accepted(10).await;
     let answered = load.end().await;
     system.check(&watch, &answered).await;

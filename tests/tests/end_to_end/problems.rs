@@ -15,6 +15,8 @@ struct Requests {
     id: Uuid,
     /// Their address.
     taken: String,
+    /// Another user's address.
+    others: String,
 }
 
 impl Requests {
@@ -33,6 +35,11 @@ impl Requests {
     fn patch(&self, path: &str) -> RequestBuilder {
         let body = r#"{"display_name":"Countess"}"#;
         self.to(Method::PATCH, path).header("content-type", "application/json").body(body)
+    }
+
+    fn put_email(&self, email: &str) -> RequestBuilder {
+        let body = format!(r#"{{"email":"{email}"}}"#);
+        self.to(Method::PUT, &format!("/users/{}/email", self.id)).header("content-type", "application/json").body(body)
     }
 
     fn bodies(&self) -> Vec<(&'static str, RequestBuilder)> {
@@ -72,6 +79,9 @@ impl Requests {
             ("erasure of an unknown id", self.to(Method::DELETE, &unknown)),
             ("id that is not a UUID", self.to(Method::GET, "/users/ada")),
             ("stale version", self.patch(&known).header("if-match", "\"7\"")),
+            ("move from a stale version", self.put_email("eve@example.com").header("if-match", "\"7\"")),
+            ("erasure of a stale version", self.to(Method::DELETE, &known).header("if-match", "\"7\"")),
+            ("move to a taken address", self.put_email(&self.others)),
             ("bad If-Match", self.patch(&known).header("if-match", "1")),
             ("method not allowed", self.to(Method::PUT, &known)),
             ("unknown path", self.to(Method::GET, "/accounts")),
@@ -103,12 +113,15 @@ async fn every_bad_request_is_answered_with_a_problem_that_names_field_and_remed
         system.post_user(&taken, Some("used")).await.ok().filter(|answer| answer.status == 201)
     });
     let id = registered.await.id();
-    let requests = Requests { client: Client::new(), base: system.url(Part::User, ""), id, taken };
+    let others = api::address();
+    system.register_as(&others).await;
+    let requests = Requests { client: Client::new(), base: system.url(Part::User, ""), id, taken, others };
     let mut answers = vec![];
     for (what, request) in requests.bodies().into_iter().chain(requests.values()).chain(requests.places()) {
         answers.push(shown(what, request).await);
     }
     let answers = answers.join("\n").replace(&id.to_string(), "<id>");
-    assert!(!answers.contains(&requests.taken), "an address is nobody else's business");
+    let addresses = [&requests.taken, &requests.others];
+    assert!(!addresses.iter().any(|address| answers.contains(*address)), "an address is nobody else's business");
     insta::assert_snapshot!("problems", answers);
 }

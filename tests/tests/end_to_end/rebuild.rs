@@ -57,15 +57,31 @@ async fn a_rebuild_may_die_at_any_step_and_ends_with_the_fold_of_the_log() {
     assert_eq!((system.pid(Part::Analytics), system.has_ended(Part::Analytics)), (service, false));
 }
 
+/// A release swaps only tables that it would have made itself: the running one goes on with what it finds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_by_another_release_is_refused() {
+    let (system, db) = analytics().await;
+    register(&system, 0).await;
+    system.until_counted(1, 0).await;
+    let before = identity(&db).await;
+    let other =
+        "update _sqlx_migrations set checksum = '\\x00' where version = (select max(version) from _sqlx_migrations)";
+    sqlx::query(other).execute(&db).await.unwrap();
+    let refused = system.run(Part::Analytics, &["rebuild"]).await.unwrap_err().to_string();
+    assert!(refused.contains("other migrations than this release"), "{refused}");
+    assert_eq!(identity(&db).await, before, "not swapped");
+}
+
 /// I7: a live model that is not the fold of its events is found out, and goes only on request.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_differs_is_swapped_on_request_only() {
     let (system, db) = analytics().await;
     let registered = register(&system, 0).await;
     system.until_counted(1, 0).await;
-    sqlx::query("update registrations set registrations = 7").execute(&db).await.unwrap();
+    sqlx::raw_sql("update registrations set registrations = 7; delete from funnel").execute(&db).await.unwrap();
     let refused = system.run(Part::Analytics, &["rebuild"]).await.unwrap_err().to_string();
     assert!(refused.contains("registrations: 1 rows only in the live model: (\"20"), "{refused}");
+    assert!(refused.contains("funnel: 1 rows only in the rebuilt model"), "{refused}");
     assert!(refused.contains("--accept-differences"), "{refused}");
     assert_eq!(system.registrations().await, Some(7), "the live model is as it was");
     system.run(Part::Analytics, &["rebuild", "--accept-differences"]).await.unwrap();

@@ -6,6 +6,7 @@ use tests::{Part, System, api, counted_up_to, eventually_eq};
 use uuid::Uuid;
 
 use crate::dead_letters::{analytics, analytics_with, break_for, mend, redriven};
+use crate::rebalancing::{SLOW, SLOW_BATCH};
 
 const USERS: &str = "analytics.users";
 const WELCOME: &str = "email.welcome";
@@ -67,6 +68,21 @@ async fn a_letter_that_fails_again_hinders_no_other() {
     system.until_counted(9, 0).await;
     let [letter] = &listed(&system, Part::Analytics).await[..] else { panic!("not one letter") };
     assert_eq!((&letter["key"], &letter["attempts"]), (&users[4].to_string().into(), &2.into()));
+}
+
+/// T34 T18: letters that take too long together are tried one by one.
+#[tokio::test(flavor = "multi_thread")]
+async fn letters_that_are_slow_together_are_redriven_one_by_one() {
+    let (system, db) = analytics_with(&[("BREAKER_SHARE", "1")]).await;
+    break_for(&db, "registrations", "true").await;
+    let facts: Vec<Draft> = (0..SLOW_BATCH).map(|_| Draft::user_event("user.registered", Uuid::now_v7(), 1)).collect();
+    system.write_all(TOPIC, &facts).await;
+    eventually_eq("letters open", Some(SLOW_BATCH as f64), async || system.letters_open(USERS).await).await;
+    mend(&db).await;
+    sqlx::raw_sql(SLOW).execute(&db).await.unwrap();
+    let settled = format!("{SLOW_BATCH} settled, 0 superseded, 0 failed again, 0 parked");
+    assert_eq!(redriven(&system, Part::Analytics, USERS, &[]).await, settled);
+    system.until_counted(SLOW_BATCH, 0).await;
 }
 
 /// T34, I5 I6: the fact of a registration was refused and is redriven. Its mail is sent once, however often; and not at all to

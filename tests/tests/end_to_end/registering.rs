@@ -12,6 +12,8 @@ use tests::watch::Watch;
 use tests::{Part, System, eventually, eventually_eq, within};
 use uuid::Uuid;
 
+const AT_ONCE: usize = 10;
+
 /// The user service alone, ready, and every event it will ever commit.
 async fn user_alone() -> (System, Watch) {
     let mut system = System::empty().await;
@@ -32,13 +34,8 @@ async fn assert_one_registration(system: &mut System, watch: &Watch) {
     assert_eq!(system.read("user.state.v1").len(), 1, "one state");
 }
 
-/// Sends a registration until the answer is not "try again", which it may be where so many come at once to a busy machine.
 async fn settled(system: &System, email: &str, key: &str) -> Answer {
-    eventually("an answer", async || {
-        let answer = system.post_user(email, Some(key)).await.unwrap();
-        (!answer.body["detail"].to_string().contains("try again")).then_some(answer)
-    })
-    .await
+    api::answered(|| system.registration(email, Some(key))).await
 }
 
 /// T02, I1, I2: clients that lost the answer, or never waited for it, all send the same request again.
@@ -59,10 +56,15 @@ async fn fifty_requests_with_one_key_are_one_registration_and_get_one_answer() {
 async fn a_key_that_is_used_for_another_request_is_refused() {
     let (mut system, watch) = user_alone().await;
     let key = Uuid::now_v7().to_string();
-    let first = settled(&system, &api::address(), &key).await;
+    let email = api::address();
+    let first = settled(&system, &email, &key).await;
     assert_eq!(first.status, StatusCode::CREATED);
     let other = settled(&system, &api::address(), &key).await;
     assert_eq!(other.status, StatusCode::UNPROCESSABLE_ENTITY, "{other:?}");
+    let body = json!({ "email": email, "display_name": "Countess" });
+    let url = system.url(Part::User, "/users");
+    let renamed = api::answered(|| Client::new().post(&url).header("idempotency-key", &key).json(&body)).await;
+    assert_eq!(renamed.status, StatusCode::UNPROCESSABLE_ENTITY, "{renamed:?}");
     assert_one_registration(&mut system, &watch).await;
 }
 
@@ -167,6 +169,55 @@ async fn a_service_frozen_inside_a_registration_holds_its_successor_up_only_for_
 async fn rename_if(system: &System, id: Uuid, etag: &str, display_name: &str) -> Answer {
     let request = Client::new().patch(system.url(Part::User, &format!("/users/{id}"))).header("if-match", etag);
     send(request.json(&json!({ "display_name": display_name }))).await.unwrap()
+}
+
+/// I4: commands that come at once, and have read nothing, are ordered by the lock on the user's row: each has a version of its own,
+/// and its event has the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_one_user_at_once_have_one_version_each() {
+    let (mut system, watch) = user_alone().await;
+    let id = system.register().await;
+    let url = system.url(Part::User, &format!("/users/{id}"));
+    let rename = |name: usize| {
+        let body = json!({ "display_name": format!("Ada {name}") });
+        let url = url.clone();
+        async move { api::answered(|| Client::new().patch(&url).json(&body)).await.version() }
+    };
+    let mut versions = join_all((0..AT_ONCE).map(rename)).await;
+    versions.sort_unstable();
+    assert_eq!(versions, (2..).take(AT_ONCE).collect::<Vec<_>>());
+    system.check(&watch, &Answered::default()).await;
+}
+
+/// T39: an answer is kept for a day, by the clock of the database. After that its key is free, and what it stood for is removed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_stands_for_its_request_for_a_day() {
+    let (mut system, watch) = user_alone().await;
+    let [young, old, late] = ["young", "old", "late"];
+    let age = async |hours: i32| {
+        let age = "update idempotency_keys set created_at = created_at - make_interval(hours => $1)";
+        sqlx::query(age).bind(hours).execute(&watch.user).await.unwrap();
+    };
+    let (email, other) = (api::address(), api::address());
+    let first = settled(&system, &email, old).await;
+    age(2).await;
+    let second = settled(&system, &other, young).await;
+    age(23).await;
+    assert_eq!(settled(&system, &other, young).await, second, "after 23 hours");
+    let anew = settled(&system, &api::address(), old).await;
+    assert_eq!(anew.status, StatusCode::CREATED, "after 25 hours the key is free: {anew:?}");
+    assert_ne!(anew.id(), first.id());
+    assert_eq!(
+        settled(&system, &email, old).await.status,
+        StatusCode::UNPROCESSABLE_ENTITY,
+        "it stands for the new one"
+    );
+
+    settled(&system, &api::address(), late).await;
+    age(1).await; // young is 24 hours old now
+    system.restart(Part::User, &[]).await;
+    eventually_eq("kept", 2, async || watch.count("select count(*) from idempotency_keys").await).await;
+    assert_eq!(users(&watch).await, 4);
 }
 
 /// Two people who have read the same version cannot both write: the second would undo what it has never seen.

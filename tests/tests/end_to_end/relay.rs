@@ -185,6 +185,55 @@ async fn a_row_that_kafka_refuses_blocks_its_key_and_no_other() {
     assert!(of_key(system.read("user.events.v1"), poisoned).is_empty(), "version 2 must not overtake version 1");
     let waiting = "select count(*) from outbox";
     eventually_eq("its rows stay", 2, async || watch.count(waiting).await).await;
+
+    let second = Uuid::now_v7();
+    let mut tx = watch.user.begin().await.unwrap();
+    put(&mut tx, "none.either", second, 1).await;
+    tx.commit().await.unwrap();
+    let blocked = async || system.metric(Part::User, "outbox_blocked_keys", &[]).await;
+    eventually_eq("a second key is blocked beside the first", Some(2.0), blocked).await;
+    let failed = system.metric(Part::User, "relay_rounds_total", &["outcome=\"failed\""]).await.unwrap();
+    assert!(
+        failed <= 4.0,
+        "{failed} failed rounds: each is refused once, and not both in turn, which would stop everybody"
+    );
+    let registered = system.register().await;
+    eventually_eq("new ones flow", 1, async || of_key(system.read("user.events.v1"), registered).len()).await;
+
+    // Both are asked again, half a minute after they were refused.
+    for topic in ["no.such.topic", "none.either"] {
+        system.create_topic(topic, 1, &[]).await;
+    }
+    eventually_eq("rows in the outbox", 0, async || watch.count(waiting).await).await;
+    eventually_eq("nobody is blocked any more", Some(0.0), blocked).await;
+    assert_eq!(of_key(system.read("user.events.v1"), poisoned).len(), 1, "version 2, after version 1");
+}
+
+/// What an operator relies on: facts are kept for ever; of states the newest, and a tombstone for long enough; letters are a table.
+#[tokio::test(flavor = "multi_thread")]
+async fn topics_are_made_with_the_settings_that_the_promises_rest_on() {
+    let mut system = System::empty().await;
+    system.set("KAFKA_REPLICATION_FACTOR", "1");
+    system.start_all().await;
+    let common = [("message.timestamp.type", "LogAppendTime"), ("min.insync.replicas", "1")];
+    let facts: &[_] = &[("cleanup.policy", "delete"), ("retention.ms", "-1")];
+    let states = [
+        ("cleanup.policy", "compact"),
+        ("delete.retention.ms", "2592000000"),
+        ("max.compaction.lag.ms", "604800000"),
+        ("segment.ms", "86400000"),
+    ];
+    let letters = [("cleanup.policy", "compact"), ("max.message.bytes", "2097152")];
+    let topics = [
+        ("user.events.v1", facts),
+        ("email.events.v1", facts),
+        ("user.state.v1", &states),
+        ("cache.profiles.dlq", &letters),
+    ];
+    for (topic, settings) in topics {
+        let settings = settings.iter().chain(&common).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        assert_eq!(system.topic_settings(topic).await, (settings.collect(), 1), "{topic}");
+    }
 }
 
 /// T46: a topic that is not what its owner declares is not written to; the service ends and says what to do.
@@ -209,6 +258,24 @@ async fn a_topic_with_another_number_of_partitions_stops_its_owner_loudly() {
 async fn a_topic_with_another_cleanup_policy_stops_its_owner_loudly() {
     let settings = [("cleanup.policy", "delete")];
     refuses_to_run_on("user.state.v1", 6, &settings, "has cleanup.policy=delete, declared is compact").await;
+}
+
+/// Where an operator makes the topics, a service waits until they are there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_may_not_create_topics_waits_for_them() {
+    let mut system = System::empty().await;
+    system.set("MANAGE_TOPICS", "false");
+    system.spawn(Part::User, &[]);
+    eventually("it says what it waits for", async || {
+        let (_, body) = system.readiness(Part::User).await?;
+        body["waiting_for"].to_string().contains("user.events.v1").then_some(())
+    })
+    .await;
+    system.create_topic("user.events.v1", 6, &[]).await;
+    system.create_topic("user.state.v1", 6, &[("cleanup.policy", "compact")]).await;
+    system.ready(&[Part::User]).await;
+    system.register().await;
+    eventually_eq("published", 1, async || system.read("user.state.v1").len()).await;
 }
 
 /// How long Kafka is away in the test below.

@@ -24,7 +24,7 @@ async fn traced(otlp: &Otlp) -> System {
 
 async fn register(system: &System, email: &str, traceparent: &str) -> Uuid {
     let body = json!({ "email": email, "display_name": "Ada Lovelace" });
-    let request = || Client::new().post(system.url(Part::User, "/users")).json(&body);
+    let request = || Client::new().post(system.url(Part::User, "/users")).header("tracestate", "vendor=1").json(&body);
     let answer = api::answered(|| request().header("traceparent", traceparent)).await;
     assert_eq!(answer.status, StatusCode::CREATED, "{traceparent}: {answer:?}");
     system.until_mailed(answer.id()).await;
@@ -99,6 +99,12 @@ async fn one_registration_is_one_trace_across_the_four_services() {
 
     let facts = system.read("user.events.v1");
     let fact = facts.iter().find(|fact| fact.key_text() == id.to_string()).unwrap();
+    let mailed = system.read("email.events.v1").remove(0);
+    assert_eq!(
+        [fact.header("tracestate"), mailed.header("tracestate")],
+        [Some("vendor=1"); 2],
+        "as the caller sent it"
+    );
     let event = fact.header("ce_id").unwrap();
     assert!(logs_a_line_with(&system, Part::User, &[TRACE]), "{}", system.log_of(Part::User));
     for part in [Part::Email, Part::Analytics] {

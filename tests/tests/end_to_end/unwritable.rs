@@ -42,7 +42,14 @@ async fn a_letter_that_cannot_be_written_holds_the_consumer_until_it_can() {
     eventually_eq("caught up", vec![], async || system.lag_of(USERS, TOPIC)).await;
     eventually_eq("each once", 8.0, async || system.counted_in_all(USERS).await).await;
     assert_eq!(system.counted(USERS, "dead_lettered").await, 4.0);
+    assert!(is_healthy(&system).await);
     assert!(!system.has_ended(Part::Analytics));
+}
+
+/// What a container platform asks.
+async fn is_healthy(system: &System) -> bool {
+    let address = system.admin_url(Part::Analytics, "").replace("http://", "");
+    system.spawn_subcommand(Part::Analytics, "healthcheck", &[], &[("ADMIN_ADDR", &address)]).wait().await.success()
 }
 
 /// A record that nobody can read, with a registration behind it; where the first is.
@@ -67,4 +74,5 @@ async fn until_it_waits_at_the_letter(system: &System, (_, offset): (i32, i64)) 
     })
     .await;
     assert!(system.log_of(Part::Analytics).contains("cannot write to the dead letters"));
+    assert!(!is_healthy(system).await);
 }

@@ -95,7 +95,7 @@ impl Session {
         }
         let raw = self.content().await?;
         if let Some(Fault::Reject { code, .. }) = self.kept.take(&to, rejects_at(Stage::Dot)) {
-            return self.reply(&format!("{code} told to")).await;
+            return self.reply(&refusal(code, &to)).await;
         }
         if self.kept.take(&to, |fault| *fault == Fault::DropAfterDot).is_some() {
             self.kept.keep(&from, &to, &raw, Outcome::Dropped);
@@ -115,7 +115,7 @@ impl Session {
         let Some(Fault::Reject { code, .. }) = self.kept.take(recipients, rejects_at(stage)) else {
             return Ok(false);
         };
-        self.reply(&format!("{code} told to")).await?;
+        self.reply(&refusal(code, recipients)).await?;
         Ok(true)
     }
 
@@ -162,6 +162,11 @@ impl Session {
         self.stream.get_ref().set_zero_linger()?;
         Err(io::ErrorKind::ConnectionReset.into())
     }
+}
+
+/// It quotes the recipients, as real servers do.
+fn refusal(code: u16, recipients: &[String]) -> String {
+    format!("{code} <{}> as told to", recipients.join(","))
 }
 
 fn rejects_at(stage: Stage) -> impl Fn(&Fault) -> bool {

@@ -93,10 +93,10 @@ impl<H: Handler> Running<H> {
     }
 
     fn put_off(&mut self, error: &anyhow::Error, what: &str) -> anyhow::Result<()> {
-        let backoff = match self.pause {
-            Some(Pause::Retry { backoff, .. }) => (backoff * 2).min(MAX_BACKOFF),
-            _ => MIN_BACKOFF,
-        };
+        let backoff = longer(match self.pause {
+            Some(Pause::Retry { backoff, .. }) => Some(backoff),
+            _ => None,
+        });
         self.stop_fetching()?;
         self.setup.health.waiting(&self.setup.part("dependency"), what);
         tracing::warn!(group = self.setup.group, error = %format!("{error:#}"), "paused: will try again");
@@ -156,5 +156,23 @@ impl<H: Handler> Running<H> {
 
     fn label(&self) -> Group {
         Group { group: self.setup.group.clone() }
+    }
+}
+
+/// The wait after the one before it, if there was one.
+fn longer(before: Option<Duration>) -> Duration {
+    before.map_or(MIN_BACKOFF, |before| (before * 2).min(MAX_BACKOFF))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A dependency that is down is asked less and less often, but never less than every five seconds.
+    #[test]
+    fn each_wait_is_twice_the_last_up_to_a_bound() {
+        let waits = std::iter::successors(Some(longer(None)), |before| Some(longer(Some(*before))));
+        let waits: Vec<u128> = waits.take(8).map(|wait| wait.as_millis()).collect();
+        assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
     }
 }
