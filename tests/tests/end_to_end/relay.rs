@@ -260,21 +260,20 @@ async fn a_topic_with_another_cleanup_policy_stops_its_owner_loudly() {
     refuses_to_run_on("user.state.v1", 6, &settings, "has cleanup.policy=delete, declared is compact").await;
 }
 
-/// Where an operator makes the topics, a service waits until they are there.
+/// Where an operator makes the topics, a service waits until they are there; what is registered meanwhile waits in the outbox.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_may_not_create_topics_waits_for_them() {
     let mut system = System::empty().await;
     system.set("MANAGE_TOPICS", "false");
-    system.spawn(Part::User, &[]);
+    system.restart(Part::User, &[]).await;
+    system.register().await;
     eventually("it says what it waits for", async || {
-        let (_, body) = system.readiness(Part::User).await?;
-        body["waiting_for"].to_string().contains("user.events.v1").then_some(())
+        let log = system.log_of(Part::User);
+        (log.contains("waiting for Kafka") && log.contains("user.events.v1")).then_some(())
     })
     .await;
     system.create_topic("user.events.v1", 6, &[]).await;
     system.create_topic("user.state.v1", 6, &[("cleanup.policy", "compact")]).await;
-    system.ready(&[Part::User]).await;
-    system.register().await;
     eventually_eq("published", 1, async || system.read("user.state.v1").len()).await;
 }
 
