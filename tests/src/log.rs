@@ -94,6 +94,15 @@ impl Draft {
         Self { partition: None, key: Some(key.to_string().into_bytes()), value: None, headers: headers.into() }
     }
 
+    fn record<'a>(&'a self, topic: &'a str) -> FutureRecord<'a, [u8], [u8]> {
+        let headers = self.headers.iter();
+        let headers = headers
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: value.as_ref() }));
+        let mut record = FutureRecord::to(topic).headers(headers);
+        (record.partition, record.key, record.payload) = (self.partition, self.key.as_deref(), self.value.as_deref());
+        record
+    }
+
     pub fn without(mut self, header: &str) -> Self {
         self.headers.retain(|(name, _)| name != header);
         self
@@ -155,20 +164,7 @@ impl System {
         let name = self.prefixed(topic);
         let sent = drafts.iter().map(|draft| {
             self.note_by_hand(draft);
-            let headers = draft.headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
-                headers.insert(Header { key, value: value.as_ref() })
-            });
-            let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&name).headers(headers);
-            if let Some(key) = &draft.key {
-                record = record.key(key);
-            }
-            if let Some(value) = &draft.value {
-                record = record.payload(value);
-            }
-            if let Some(partition) = draft.partition {
-                record = record.partition(partition);
-            }
-            let delivery = producer.send_result(record).unwrap();
+            let delivery = producer.send_result(draft.record(&name)).unwrap();
             async { delivery.await.unwrap().unwrap() }
         });
         let deliveries = join_all(sent).await;
@@ -182,14 +178,7 @@ impl System {
         let producer: FutureProducer = self.client().set("transactional.id", id).create().unwrap();
         producer.init_transactions(TIMEOUT).unwrap();
         producer.begin_transaction().unwrap();
-        let headers = draft
-            .headers
-            .iter()
-            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: value.as_ref() }));
-        let topic = self.prefixed(topic);
-        let mut record = FutureRecord::to(&topic).headers(headers).partition(draft.partition.unwrap());
-        (record.key, record.payload) = (draft.key.as_deref(), draft.value.as_deref());
-        producer.send(record, TIMEOUT).await.unwrap();
+        producer.send(draft.record(&self.prefixed(topic)), TIMEOUT).await.unwrap();
         producer.abort_transaction(TIMEOUT).unwrap();
     }
 

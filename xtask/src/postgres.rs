@@ -179,12 +179,13 @@ async fn initialise(fetched: &Fetched, folder: &Path, logs: &Logs) -> Result<()>
 }
 
 async fn launch(fetched: &Fetched, folder: &Path, port: u16, durability: Durability, logs: &Logs) -> Result<Process> {
-    let deadline = Instant::now() + PREDECESSOR_LIMIT;
+    let (deadline, log) = (Instant::now() + PREDECESSOR_LIMIT, logs.file("postgres"));
     loop {
+        let logged = fs::read(&log).map_or(0, |text| text.len());
         let mut process = Process::spawn("postgres", server(fetched, folder, port, durability)?, logs)?;
         match process.until_ready(START_LIMIT, async || answers(port).await).await {
             Ok(()) => return Ok(process),
-            Err(error) if has_predecessor(&error) && Instant::now() < deadline => {
+            Err(_) if has_predecessor(&log, logged) && Instant::now() < deadline => {
                 sleep(Duration::from_millis(200)).await;
             }
             Err(error) => return Err(error),
@@ -192,8 +193,10 @@ async fn launch(fetched: &Fetched, folder: &Path, port: u16, durability: Durabil
     }
 }
 
-fn has_predecessor(error: &anyhow::Error) -> bool {
-    let text = error.to_string();
+/// Told by what was logged since: every session of the predecessor may have written its last words behind it.
+fn has_predecessor(log: &Path, logged: usize) -> bool {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(text.get(logged..).unwrap_or_default());
     text.contains("shared memory block") || text.contains("\"postmaster.pid\" already exists")
 }
 
