@@ -191,7 +191,8 @@ impl Relay {
     }
 
     /// Deletes what Kafka has. Where Postgres answers that it will not (the table is locked, the database read-only), it is asked
-    /// again, by the session that holds the lock: to start over would publish the same rows again each time.
+    /// again, by the session that holds the lock: to start over would publish the same rows again each time. Crash meanwhile: they are
+    /// published once more, by whoever leads next.
     fn settle(&self, runtime: &Handle, db: &mut PgConnection, ids: &[i64]) -> anyhow::Result<()> {
         while let Err(error) = runtime.block_on(bounded(delete(db, ids))) {
             if error.as_database_error().is_none() || self.stop.is_cancelled() {
