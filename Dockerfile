@@ -15,7 +15,7 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target,sharing=locked \
     find . -name '*.rs' -not -path './target/*' -exec touch {} + \
- && cargo build --release --locked --workspace --exclude tests --exclude xtask \
+ && cargo build --release --locked --workspace --exclude tests --exclude testbed --exclude topology --exclude xtask \
  && mkdir /programs \
  && for service in services/*/; do cp "target/release/$(basename "$service")" /programs/ || exit 1; done
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::metadata::Metadata;
-use xtask::kafka::Kafka;
+use testbed::kafka::Kafka;
 
 use crate::{System, eventually, eventually_eq};
 

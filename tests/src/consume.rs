@@ -7,12 +7,12 @@ use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use reqwest::StatusCode;
 use serde_json::json;
+use testbed::kafka::Kafka;
+use testbed::postgres::{Durability, Postgres};
+use testbed::process::{Logs, Scratch};
+use testbed::redis::Redis;
+use testbed::testing::{free_port, prefix};
 use uuid::Uuid;
-use xtask::kafka::Kafka;
-use xtask::postgres::{Durability, Postgres};
-use xtask::process::{Logs, Scratch};
-use xtask::redis::Redis;
-use xtask::testing::{free_port, prefix};
 
 use crate::log::{Draft, GROUPS, Raw};
 use crate::proxy::Proxy;
@@ -81,7 +81,7 @@ impl System {
     pub async fn own_valkey(&mut self) -> Own<Redis> {
         let scratch = Scratch::create("own-valkey").unwrap();
         let logs = Logs::fresh(&format!("tests/valkey-{}", prefix()), false).unwrap();
-        let fetched = xtask::fetch::fetch().await.unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
         let component = Redis::start(&fetched, scratch.path(), free_port(), &logs).await.unwrap();
         self.valkey = component.url();
         self.set("VALKEY_URL", &component.url());
@@ -92,7 +92,7 @@ impl System {
     pub async fn own_postgres(&mut self) -> Own<Postgres> {
         let scratch = Scratch::create("own-postgres").unwrap();
         let logs = Logs::fresh(&format!("tests/postgres-{}", prefix()), false).unwrap();
-        let fetched = xtask::fetch::fetch().await.unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
         let component =
             Postgres::start(&fetched, scratch.path(), free_port(), Durability::Process, &logs).await.unwrap();
         for service in ["user", "email", "analytics"] {
@@ -106,7 +106,7 @@ impl System {
     pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
         let scratch = Scratch::create("own-kafka").unwrap();
         let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
-        let fetched = xtask::fetch::fetch().await.unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
         let (direct, proxied, controller) = (free_port(), free_port(), free_port());
         let proxy = Proxy::before(&format!("127.0.0.1:{proxied}")).await;
         let settings = format!(

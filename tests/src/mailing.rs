@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use sqlx::PgPool;
+use testbed::smtp_sink::Mail;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
-use xtask::smtp_sink::Mail;
 
 use crate::log::Draft;
 use crate::{Part, System, eventually_eq};

@@ -3,11 +3,11 @@
 use std::io;
 use std::time::Duration;
 
+use testbed::testing::free_port;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use xtask::testing::free_port;
 
 const PIECE: usize = 16 * 1024;
 

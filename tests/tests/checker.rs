@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 
 use serde_json::json;
+use testbed::smtp_sink::{Mail, Outcome as Answer};
 use tests::checker::{
     Analytics, Asked, Delivery, Email, History, Inserted, Known, Operation, Outcome, Person, violations,
 };
 use tests::log::{Draft, Raw};
 use uuid::Uuid;
-use xtask::smtp_sink::{Mail, Outcome as Answer};
 
 /// 2026-11-22 12:00 UTC, the time of every event here.
 const NOON: i64 = 1_795_348_800;

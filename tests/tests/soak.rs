@@ -16,7 +16,7 @@ async fn random_faults_under_load_break_no_promise() {
     let summary = tests::soak::run(Duration::from_secs(60 * minutes), seed).await;
     match std::env::var("WAYBILL_SOAK_SUMMARY") {
         Ok(file) => std::fs::write(file, summary.to_string()).unwrap(),
-        Err(_) => xtask::say::say(&summary),
+        Err(_) => testbed::say::say(&summary),
     }
     assert!(summary.violations.is_empty(), "{summary}");
 }

@@ -122,10 +122,12 @@ fn copied_tables_are_equal() {
 #[test]
 fn members_take_versions_and_lints_from_the_workspace() {
     let members = files("services", "Cargo.toml").into_iter();
-    for (path, manifest) in members.chain(["shared", "tests", "xtask"].map(|member| {
-        let path = format!("{member}/Cargo.toml");
-        (path.clone(), read(&path))
-    })) {
+    for (path, manifest) in
+        members.chain(["shared", "tests", "tools/testbed", "tools/topology", "tools/xtask"].map(|member| {
+            let path = format!("{member}/Cargo.toml");
+            (path.clone(), read(&path))
+        }))
+    {
         assert!(manifest.contains("[lints]\nworkspace = true"), "{path}: the workspace's lints do not hold there");
         for line in manifest.lines() {
             let own = line.contains("version = ")
@@ -138,7 +140,7 @@ fn members_take_versions_and_lints_from_the_workspace() {
 /// A file that is longer does more than one thing. Tests are not counted, and have a bound of their own.
 #[test]
 fn files_are_short() {
-    let xtask = files("xtask", ".rs").into_iter();
+    let xtask = files("tools", ".rs").into_iter();
     for (path, text) in sources().chain(xtask).chain(files("tests", ".rs")) {
         let bound = if path.starts_with("tests/") || path.contains("/tests/") { 500 } else { 300 };
         let lines = without_tests(&text).lines().count();

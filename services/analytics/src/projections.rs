@@ -112,7 +112,7 @@ mod tests {
     const BEGINNING: OffsetDateTime = datetime!(2026-11-22 12:00 UTC);
 
     async fn database() -> PgPool {
-        let db = PgPool::connect(&xtask::testing::database("analytics").await).await.unwrap();
+        let db = PgPool::connect(&testbed::testing::database("analytics").await).await.unwrap();
         crate::MIGRATIONS.run(&db).await.unwrap();
         db
     }

@@ -149,7 +149,7 @@ mod tests {
 
     /// An empty view of its own on the shared server.
     fn view() -> View {
-        View::new(&xtask::testing::stack().valkey, &xtask::testing::prefix()).unwrap()
+        View::new(&testbed::testing::stack().valkey, &testbed::testing::prefix()).unwrap()
     }
 
     /// `after` and `next` are the positions around it.
@@ -289,7 +289,7 @@ mod tests {
     /// I11: a store that is away is no fault of the record.
     #[tokio::test]
     async fn a_store_that_is_away_is_a_retry() {
-        let view = View::new(&format!("redis://127.0.0.1:{}", xtask::testing::free_port()), "").unwrap();
+        let view = View::new(&format!("redis://127.0.0.1:{}", testbed::testing::free_port()), "").unwrap();
         let asked = std::time::Instant::now();
         let failure = view.handle(&[record(mint_id(), 1, false, (0, Some(0), 1))]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");

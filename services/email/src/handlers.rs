@@ -137,7 +137,7 @@ mod tests {
     const CASES: u32 = 32;
 
     async fn database() -> PgPool {
-        let db = PgPool::connect(&xtask::testing::database("email").await).await.unwrap();
+        let db = PgPool::connect(&testbed::testing::database("email").await).await.unwrap();
         crate::MIGRATIONS.run(&db).await.unwrap();
         db
     }

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
+use testbed::smtp_sink::Mail;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
-use xtask::smtp_sink::Mail;
 
 use crate::log::Raw;
 

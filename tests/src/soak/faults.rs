@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fastrand::Rng;
-use xtask::smtp_sink::{Fault as MailFault, Stage};
+use testbed::smtp_sink::{Fault as MailFault, Stage};
 
 use crate::{Part, System};
 

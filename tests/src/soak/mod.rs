@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use futures::FutureExt;
 use sqlx::PgPool;
-use xtask::say::say;
+use testbed::say::say;
 
 use crate::checker::{History, Outcome, Violation};
 use crate::watch::copies;

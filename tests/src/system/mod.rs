@@ -10,12 +10,12 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
 use sqlx::PgPool;
+use testbed::process::{Logs, Scratch};
+use testbed::services::{ANALYTICS, CACHE, EMAIL, Running, Service, USER};
+use testbed::smtp_sink::SmtpSink;
+use testbed::stack::{Ports, Stack};
+use testbed::testing;
 use uuid::Uuid;
-use xtask::process::{Logs, Scratch};
-use xtask::services::{ANALYTICS, CACHE, EMAIL, Running, Service, USER};
-use xtask::smtp_sink::SmtpSink;
-use xtask::stack::{Ports, Stack};
-use xtask::testing;
 
 pub use processes::is_frozen;
 
@@ -102,8 +102,8 @@ impl System {
     async fn empty_on(ports: Ports) -> Self {
         let scratch = Scratch::create("own-components").unwrap();
         let logs = Logs::fresh(&format!("tests/components-{}", testing::prefix()), false).unwrap();
-        let fetched = xtask::fetch::fetch().await.unwrap();
-        let durability = xtask::postgres::Durability::Process;
+        let fetched = testbed::fetch::fetch().await.unwrap();
+        let durability = testbed::postgres::Durability::Process;
         let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
         let databases = [
             ("USER_DATABASE_URL", stack.postgres.service_url("user")),

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
+use testbed::process::{Logs, Process};
+use testbed::services::Running;
+use testbed::testing;
 use uuid::Uuid;
-use xtask::process::{Logs, Process};
-use xtask::services::Running;
-use xtask::testing;
 
 use super::{Part, System};
 
@@ -60,7 +60,7 @@ impl System {
     /// Starts a subcommand of the service, with further settings; to be killed, frozen or waited for. It prints to
     /// [`System::printed`].
     pub fn spawn_subcommand(&self, part: Part, name: &str, arguments: &[&str], settings: &[(&str, &str)]) -> Process {
-        let mut command = xtask::process::command(testing::stack().programs.join(part.service().name));
+        let mut command = testbed::process::command(testing::stack().programs.join(part.service().name));
         command.arg(name).args(arguments).envs(self.environment.iter().cloned()).envs(settings.iter().copied());
         Process::spawn(name, command, &self.logs).unwrap()
     }

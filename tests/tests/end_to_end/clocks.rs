@@ -1,11 +1,11 @@
 //! Clocks that are wrong. Nothing is ordered, deduplicated or leased by the clock of a service.
 
 use reqwest::StatusCode;
+use testbed::smtp_sink::{Fault, Stage};
 use tests::clock::Clock;
 use tests::{Part, System, api};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use xtask::smtp_sink::{Fault, Stage};
 
 const HOUR: i64 = 3600;
 

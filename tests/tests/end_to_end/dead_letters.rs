@@ -153,7 +153,7 @@ async fn a_pointer_whose_source_was_compacted_away_is_superseded() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_without_kafka_ends_with_an_error() {
     let mut system = System::empty().await;
-    system.set("KAFKA_BROKERS", &format!("127.0.0.1:{}", xtask::testing::free_port()));
+    system.set("KAFKA_BROKERS", &format!("127.0.0.1:{}", testbed::testing::free_port()));
     let error = system.run(Part::Cache, &["redrive"]).await.unwrap_err().to_string();
     assert!(error.contains("cannot read the dead letters"), "{error}");
 }

@@ -91,7 +91,7 @@ async fn an_operator_has_to_say_which_mails() {
 /// A released mail stays released when the server says "not now"; one that was not would be held again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_released_mail_that_is_put_off_is_not_held_again() {
-    use xtask::smtp_sink::{Fault, Stage};
+    use testbed::smtp_sink::{Fault, Stage};
     let system = System::start_mailing(&[]).await;
     let (old, email) = (Uuid::now_v7(), api::address());
     system.write_state(old, 1, &email).await;

@@ -7,8 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use sqlx::{Connection, PgConnection};
+use testbed::{paths, testing};
 use tests::{eventually_eq, within};
-use xtask::{paths, testing};
 
 /// A run of xtask. For what it builds it calls the cargo that `cargo` stands in for: the programs are there already.
 fn xtask(command: &str, cargo: &str) -> Command {

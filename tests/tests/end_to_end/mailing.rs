@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
+use testbed::smtp_sink::{Fault, Stage};
 use tests::{Part, System, api, counted_up_to, eventually, eventually_eq, throughout};
 use uuid::Uuid;
-use xtask::smtp_sink::{Fault, Stage};
 
 const HOUR: Duration = Duration::from_secs(3600);
 

@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
+use testbed::services::Running;
 use tests::log::Draft;
 use tests::proxy::Request;
 use tests::{Part, System, eventually, eventually_eq, throughout};
 use uuid::Uuid;
-use xtask::services::Running;
 
 const CONSUMERS: [Part; 3] = [Part::Email, Part::Analytics, Part::Cache];
 /// Much longer than a consumer needs to learn its committed offsets.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use reqwest::{Client, StatusCode};
 use sqlx::PgPool;
+use testbed::process::Process;
 use tests::api::send;
 use tests::checker::{Analytics, Fact};
 use tests::log::Draft;
@@ -15,7 +16,6 @@ use tests::watch::analytics as analytics_tables;
 use tests::{Part, System, eventually, eventually_eq};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
-use xtask::process::Process;
 
 const USERS: &str = "analytics.users";
 

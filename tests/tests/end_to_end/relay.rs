@@ -6,6 +6,7 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 use sqlx::PgConnection;
+use testbed::services::Running;
 use tests::api::{self, Answer, send};
 use tests::checker::{Asked, Outcome};
 use tests::load::Answered;
@@ -13,7 +14,6 @@ use tests::log::Raw;
 use tests::watch::{Watch, copies};
 use tests::{Part, System, eventually, eventually_eq, throughout};
 use uuid::Uuid;
-use xtask::services::Running;
 
 /// The user service alone, ready, and every event it will ever commit.
 async fn user_alone() -> (System, Watch) {
@@ -238,7 +238,7 @@ async fn refuses_to_run_on(topic: &str, partitions: i32, settings: &[(&str, &str
     let mut system = System::empty().await;
     system.create_topic(topic, partitions, settings).await;
     for addr in ["HTTP_ADDR", "ADMIN_ADDR"] {
-        system.set(addr, &format!("127.0.0.1:{}", xtask::testing::free_port()));
+        system.set(addr, &format!("127.0.0.1:{}", testbed::testing::free_port()));
     }
     let ended = system.run(Part::User, &["serve"]).await.expect_err("it ends with a status that is not 0");
     assert!(ended.to_string().contains(message), "{message:?} is not in the log:\n{ended}");

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use reqwest::Client;
 use serde_json::json;
+use testbed::services::Running;
 use tests::api::send;
 use tests::load::Answered;
 use tests::watch::Watch;
 use tests::{Part, System, eventually};
 use tokio::task::JoinSet;
 use uuid::Uuid;
-use xtask::services::Running;
 
 /// The pace of the writers: it leaves the two cores of a small machine to those who are tested.
 const PAUSE: Duration = Duration::from_millis(10);

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reqwest::StatusCode;
+use testbed::redis::Redis;
 use tests::consume::Own;
 use tests::log::Draft;
 use tests::{Part, System, api, eventually, eventually_eq};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
-use xtask::redis::Redis;
 
 const USERS: usize = 24;
 

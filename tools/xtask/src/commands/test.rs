@@ -4,13 +4,13 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use xtask::fetch::fetch;
-use xtask::postgres::Durability;
-use xtask::process::{Logs, Process, Scratch};
-use xtask::services::{self, cargo};
-use xtask::stack::Ports;
-use xtask::system::start_stack;
-use xtask::testing;
+use testbed::fetch::fetch;
+use testbed::postgres::Durability;
+use testbed::process::{Logs, Process, Scratch};
+use testbed::services::{self, cargo};
+use testbed::stack::Ports;
+use testbed::system::start_stack;
+use testbed::testing;
 
 /// How many tests of a binary run at once, as the test runner reads it.
 const THREADS: &str = "RUST_TEST_THREADS";

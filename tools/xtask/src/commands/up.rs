@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use xtask::fetch::fetch;
-use xtask::paths;
-use xtask::postgres::Durability;
-use xtask::process::Logs;
-use xtask::say::say;
-use xtask::services::{self, ALL};
-use xtask::stack::Ports;
-use xtask::system::{System, start_stack};
+use testbed::fetch::fetch;
+use testbed::paths;
+use testbed::postgres::Durability;
+use testbed::process::Logs;
+use testbed::say::say;
+use testbed::services::{self, ALL};
+use testbed::stack::Ports;
+use testbed::system::{System, start_stack};
 
 use crate::told_to_end;
 

@@ -13,9 +13,9 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use nix::sys::stat::{Mode, umask};
+use testbed::process;
+use testbed::say::say;
 use tokio::signal::unix::{SignalKind, signal};
-use xtask::process;
-use xtask::say::say;
 
 /// Starts, shows, tests and checks Waybill on this machine, without Docker.
 #[derive(Parser)]

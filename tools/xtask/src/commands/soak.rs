@@ -4,8 +4,8 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use xtask::process::Logs;
-use xtask::say::say;
+use testbed::process::Logs;
+use testbed::say::say;
 
 use super::test;
 

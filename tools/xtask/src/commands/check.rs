@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use xtask::process::{Logs, Process};
-use xtask::say::say;
-use xtask::services::{self, cargo};
+use testbed::process::{Logs, Process};
+use testbed::say::say;
+use testbed::services::{self, cargo};
 
 use super::prepare;
 

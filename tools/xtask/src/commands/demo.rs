@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use reqwest::{Client, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
+use testbed::fetch::fetch;
+use testbed::postgres::Durability;
+use testbed::process::{Logs, Scratch};
+use testbed::say::say;
+use testbed::services::{self, Service};
+use testbed::smtp_sink::SmtpSink;
+use testbed::stack::Ports;
+use testbed::system::{System, start_stack};
 use tokio::time::sleep;
 use uuid::Uuid;
-use xtask::fetch::fetch;
-use xtask::postgres::Durability;
-use xtask::process::{Logs, Scratch};
-use xtask::say::say;
-use xtask::services::{self, Service};
-use xtask::smtp_sink::SmtpSink;
-use xtask::stack::Ports;
-use xtask::system::{System, start_stack};
 
 const USERS: [(&str, &str); 3] =
     [("Ada Lovelace", "ada@example.com"), ("Grace Hopper", "grace@example.com"), ("Alan Turing", "alan@example.com")];

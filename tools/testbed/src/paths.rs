@@ -11,7 +11,7 @@ use nix::unistd::geteuid;
 
 /// The root of the checkout that this program was built from.
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace's folder")
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("the crate is in tools/ of the workspace")
 }
 
 pub fn local() -> PathBuf {

@@ -15,10 +15,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use xtask::paths;
-use xtask::process::{self, Logs, Process};
-use xtask::say::say;
-use xtask::services::cargo_in;
+use testbed::paths;
+use testbed::process::{self, Logs, Process};
+use testbed::say::say;
+use testbed::services::cargo_in;
 
 struct Patch {
     name: String,

@@ -10,12 +10,12 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, ensure};
 use sqlx::migrate::Migrator;
 use sqlx::{Connection, PgConnection};
-use xtask::fetch::fetch;
-use xtask::postgres::{Durability, Postgres, SERVICES};
-use xtask::process::{Logs, Process, Scratch};
-use xtask::say::say;
-use xtask::services::cargo;
-use xtask::{paths, ports};
+use testbed::fetch::fetch;
+use testbed::postgres::{Durability, Postgres, SERVICES};
+use testbed::process::{Logs, Process, Scratch};
+use testbed::say::say;
+use testbed::services::cargo;
+use testbed::{paths, ports};
 
 pub async fn run(check: bool) -> Result<ExitCode> {
     let logs = Logs::fresh("prepare", false)?;

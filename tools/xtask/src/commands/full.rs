@@ -4,7 +4,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use xtask::process::Logs;
+use testbed::process::Logs;
 
 use super::{report, test};
 

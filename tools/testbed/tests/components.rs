@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use sqlx::{Connection, PgConnection};
-use xtask::fetch::fetch;
-use xtask::kafka::Kafka;
-use xtask::ports;
-use xtask::postgres::{self, Durability, Postgres};
-use xtask::process::{Logs, Scratch};
-use xtask::redis::Redis;
+use testbed::fetch::fetch;
+use testbed::kafka::Kafka;
+use testbed::ports;
+use testbed::postgres::{self, Durability, Postgres};
+use testbed::process::{Logs, Scratch};
+use testbed::redis::Redis;
 
 #[tokio::test]
 async fn kafka_comes_back_on_its_port_and_data() {
-    let (scratch, logs) = (Scratch::create("kafka").unwrap(), Logs::fresh("xtask-tests/kafka", false).unwrap());
+    let (scratch, logs) = (Scratch::create("kafka").unwrap(), Logs::fresh("testbed-tests/kafka", false).unwrap());
     let fetched = fetch().await.unwrap();
     let mut kafka = Kafka::start(&fetched, scratch.path(), ports::free(), "", &logs).await.unwrap();
     let address = kafka.address();
@@ -33,7 +33,7 @@ const SESSIONS: usize = 60;
 
 #[tokio::test]
 async fn postgres_keeps_what_was_committed_over_kill_9() {
-    let (scratch, logs) = (Scratch::create("postgres").unwrap(), Logs::fresh("xtask-tests/postgres", false).unwrap());
+    let (scratch, logs) = (Scratch::create("postgres").unwrap(), Logs::fresh("testbed-tests/postgres", false).unwrap());
     let fetched = fetch().await.unwrap();
     let mut server =
         Postgres::start(&fetched, scratch.path(), ports::free(), Durability::Process, &logs).await.unwrap();
@@ -56,7 +56,7 @@ async fn postgres_keeps_what_was_committed_over_kill_9() {
 
 #[tokio::test]
 async fn redis_comes_back_empty() {
-    let (scratch, logs) = (Scratch::create("redis").unwrap(), Logs::fresh("xtask-tests/redis", false).unwrap());
+    let (scratch, logs) = (Scratch::create("redis").unwrap(), Logs::fresh("testbed-tests/redis", false).unwrap());
     let fetched = fetch().await.unwrap();
     let port = ports::free();
     let mut redis = Redis::start(&fetched, scratch.path(), port, &logs).await.unwrap();

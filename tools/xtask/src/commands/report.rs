@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use xtask::paths;
+use testbed::paths;
 
 /// By id, such as `T04`: the names of the tests, without their modules.
 type Claims = BTreeMap<String, BTreeSet<String>>;

@@ -1,0 +1,91 @@
+//! Every service, declared once, as plain data without I/O. The test bed, `cargo xtask` and the tests derive their lists
+//! from it. The services do not use it: a service declares its own topics and consumer groups.
+
+/// One service of the workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// The name of its folder below `services/`, of its program and, in upper case, of its settings.
+    pub name: &'static str,
+    /// The port of its public API.
+    pub http: u16,
+    /// The port of `/livez`, `/readyz` and `/metrics`.
+    pub admin: u16,
+    /// Whether it owns a Postgres database and a folder below `migrations/`.
+    pub has_database: bool,
+    /// The topics that it writes to. It creates them.
+    pub writes: &'static [&'static str],
+    /// Its consumer groups, each with the topic that the group reads.
+    pub groups: &'static [Group],
+}
+
+/// A consumer group. Its dead letters are in the topic `<name>.dlq`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    pub name: &'static str,
+    pub topic: &'static str,
+}
+
+const USER_EVENTS: &str = "user.events.v1";
+const USER_STATE: &str = "user.state.v1";
+const EMAIL_EVENTS: &str = "email.events.v1";
+
+pub const USER: Service = Service {
+    name: "user",
+    http: 8080,
+    admin: 9080,
+    has_database: true,
+    writes: &[USER_EVENTS, USER_STATE],
+    groups: &[],
+};
+
+pub const ANALYTICS: Service = Service {
+    name: "analytics",
+    http: 8081,
+    admin: 9081,
+    has_database: true,
+    writes: &[],
+    groups: &[
+        Group { name: "analytics.users", topic: USER_EVENTS },
+        Group { name: "analytics.emails", topic: EMAIL_EVENTS },
+    ],
+};
+
+pub const CACHE: Service = Service {
+    name: "cache",
+    http: 8082,
+    admin: 9082,
+    has_database: false,
+    writes: &[],
+    groups: &[Group { name: "cache.profiles", topic: USER_STATE }],
+};
+
+pub const EMAIL: Service = Service {
+    name: "email",
+    http: 8083,
+    admin: 9083,
+    has_database: true,
+    writes: &[EMAIL_EVENTS],
+    groups: &[
+        Group { name: "email.welcome", topic: USER_EVENTS },
+        Group { name: "email.recipients", topic: USER_STATE },
+    ],
+};
+
+pub const SERVICES: [Service; 4] = [USER, ANALYTICS, CACHE, EMAIL];
+
+impl Service {
+    /// The name of its database and of the role that owns it.
+    pub fn database(&self) -> String {
+        format!("waybill_{}", self.name)
+    }
+
+    /// The setting that holds the URL of its database.
+    pub fn database_url_setting(&self) -> String {
+        format!("{}_DATABASE_URL", self.name.to_uppercase())
+    }
+}
+
+/// The services that own a database.
+pub fn with_database() -> impl Iterator<Item = Service> {
+    SERVICES.into_iter().filter(|service| service.has_database)
+}
