@@ -1,4 +1,4 @@
-//! Cargo does not see that `sqlx::migrate!` reads files.
+//! `sqlx::migrate!` reads files that Cargo does not track.
 fn main() {
     println!("cargo::rerun-if-changed=../../migrations/user");
 }

@@ -1,8 +1,12 @@
 //! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an empty function.
 
-/// A named place between two effects. With `FAULT_AT=point:nth:kill|stop|stall|panic` in the environment, when the process comes
-/// here for the nth time (counted from 1), it gets SIGKILL or SIGSTOP, its thread hangs until the file `FAULT_UNTIL` exists, or its
-/// thread panics.
+/// A named place between two effects. The tests set `FAULT_AT=point:nth:action` in the environment. When the process
+/// reaches the point for the nth time (counted from 1), the action happens:
+///
+/// - `kill`: the process gets SIGKILL.
+/// - `stop`: the process gets SIGSTOP.
+/// - `stall`: the thread blocks until the file named by `FAULT_UNTIL` exists.
+/// - `panic`: the thread panics.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn point(_name: &str) {}
@@ -19,8 +23,8 @@ mod armed {
 
     use nix::sys::signal::{Signal, raise};
 
-    /// How often a thread that hangs looks whether it still should.
-    const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+    /// How often a stalled thread checks whether the file exists.
+    const STALL_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
     #[derive(Clone, Copy)]
     enum Action {
@@ -33,14 +37,14 @@ mod armed {
         point: String,
         nth: u64,
         action: Action,
-        seen: AtomicU64,
+        reached: AtomicU64,
     }
 
     static FAULT: LazyLock<Option<Fault>> =
-        LazyLock::new(|| Some(parse(&switch("FAULT_AT")?).expect("FAULT_AT is point:nth:kill|stop|stall|panic")));
+        LazyLock::new(|| Some(parse(&variable("FAULT_AT")?).expect("FAULT_AT is point:nth:kill|stop|stall|panic")));
 
-    #[expect(clippy::disallowed_methods, reason = "a test switch, not a setting of the service")]
-    fn switch(name: &str) -> Option<String> {
+    #[expect(clippy::disallowed_methods, reason = "a switch of the tests, not a setting of the service")]
+    fn variable(name: &str) -> Option<String> {
         std::env::var(name).ok()
     }
 
@@ -54,29 +58,29 @@ mod armed {
             "panic" => Action::Panic,
             _ => return None,
         };
-        Some(Fault { point: point.to_owned(), nth: nth.parse().ok()?, action, seen: AtomicU64::new(0) })
+        Some(Fault { point: point.to_owned(), nth: nth.parse().ok()?, action, reached: AtomicU64::new(0) })
     }
 
     pub fn point(name: &str) {
         if let Some(fault) = FAULT.as_ref()
             && fault.point == name
-            && fault.seen.fetch_add(1, Ordering::SeqCst) + 1 == fault.nth
+            && fault.reached.fetch_add(1, Ordering::SeqCst) + 1 == fault.nth
         {
-            strike(name, fault.action);
+            act(name, fault.action);
         }
     }
 
-    fn strike(name: &str, action: Action) {
+    fn act(name: &str, action: Action) {
         match action {
             Action::Signal(signal) => raise(signal).expect("a process may signal itself"),
             Action::Stall => {
-                let until = switch("FAULT_UNTIL").expect("FAULT_UNTIL names the file that ends the stall");
-                tracing::warn!(point = name, until, "this thread stalls");
+                let until = variable("FAULT_UNTIL").expect("FAULT_UNTIL names the file that ends the stall");
+                tracing::warn!(point = name, until, "fault point reached: this thread stalls until the file exists");
                 while !Path::new(&until).exists() {
-                    std::thread::sleep(LOOK_INTERVAL);
+                    std::thread::sleep(STALL_CHECK_INTERVAL);
                 }
             }
-            Action::Panic => panic!("the fault at {name}"),
+            Action::Panic => panic!("fault point {name} reached"),
         }
     }
 }

@@ -1,14 +1,19 @@
-//! What every Waybill service shares, in the order in which an event travels:
+//! The code that all Waybill services share. The modules are layers, in the order in which they build on each other:
 //!
-//! - [`events`]: the contract. Plain data, no I/O.
-//! - [`messaging`]: the journey. outbox → relay → (topic) → consumer → handler or inbox → dead letter → redrive.
-//! - [`service`]: the process. Configuration, database, telemetry, health, shutdown: what every `main.rs` calls.
+//! - [`events`]: the contract. What travels over Kafka, as plain data without I/O.
+//! - [`platform`]: what any process needs. Database pool, health, HTTP, metrics, telemetry.
+//! - [`messaging`]: the journey of an event. Outbox → relay → (topic) → consumer → handler or inbox →
+//!   dead letter → redrive.
+//! - [`service`]: what every `main.rs` calls. It composes the layers below.
 //!
-//! The line between this crate and a service: `shared` knows that events travel and how; a service knows what an event
-//! means to it. So there is no service's name, business table, route or template in here. It owns two tables, `outbox` and
-//! `inbox`, whose DDL stands in the migrations of each service that has one.
+//! A module imports only modules that come before it in this list; [`fault`] may be imported by all.
+//!
+//! `shared` knows that events travel, and how. A service knows what an event means to it. So this crate names no
+//! service, business table, route or template. It owns two tables, `outbox` and `inbox`; each service that has one
+//! creates it in its own migrations.
 
 pub mod events;
 pub mod fault;
 pub mod messaging;
+pub mod platform;
 pub mod service;

@@ -2,15 +2,14 @@
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use serde::{Deserialize, Serialize};
-use shared::service::http::{IntoProblem, problem};
+use shared::platform::http::{IntoProblem, Unavailable};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 
-/// Buckets in one answer; a year of days, or two weeks of hours.
+/// Buckets per answer: a year of days, or two weeks of hours.
 const BUCKETS_MAX: i64 = 400;
 
 pub fn routes(db: PgPool) -> Router {
@@ -24,10 +23,10 @@ pub fn routes(db: PgPool) -> Router {
 #[serde(deny_unknown_fields)]
 struct Range {
     bucket: Bucket,
-    /// RFC 3339, inclusive. Absent: from the first registration.
+    /// RFC 3339, inclusive. Default: the first registration.
     #[serde(default, with = "time::serde::rfc3339::option")]
     from: Option<OffsetDateTime>,
-    /// RFC 3339, exclusive. Absent: until the last.
+    /// RFC 3339, exclusive. Default: after the last registration.
     #[serde(default, with = "time::serde::rfc3339::option")]
     to: Option<OffsetDateTime>,
 }
@@ -41,7 +40,7 @@ enum Bucket {
 
 #[derive(Serialize)]
 struct Registrations {
-    /// The bucket's beginning, UTC.
+    /// The start of the bucket, in UTC.
     #[serde(with = "time::serde::rfc3339")]
     start: OffsetDateTime,
     registrations: i64,
@@ -50,11 +49,11 @@ struct Registrations {
 #[derive(Serialize)]
 struct Funnel {
     registered: i64,
-    /// Of those, how many had a mail taken over by an SMTP server.
+    /// How many of them were sent a mail that an SMTP server accepted.
     mailed: i64,
 }
 
-/// The newest buckets of the range, oldest first. Empty buckets are left out.
+/// The newest buckets of the range, oldest first. Empty buckets are omitted.
 async fn registrations(
     State(db): State<PgPool>,
     range: Result<Query<Range>, QueryRejection>,
@@ -76,7 +75,8 @@ async fn registrations(
         BUCKETS_MAX,
     )
     .fetch_all(&db)
-    .await?;
+    .await
+    .map_err(Unavailable::from)?;
     buckets.reverse();
     Ok(Json(buckets))
 }
@@ -87,7 +87,7 @@ async fn funnel(State(db): State<PgPool>) -> Result<Json<Funnel>, Error> {
         r#"select count(registered_at) as "registered!", count(mailed_at) filter (where registered_at is not null) as "mailed!"
            from funnel"#
     );
-    Ok(Json(funnel.fetch_one(&db).await?))
+    Ok(Json(funnel.fetch_one(&db).await.map_err(Unavailable::from)?))
 }
 
 #[derive(thiserror::Error, Debug)]
@@ -95,17 +95,14 @@ enum Error {
     #[error(transparent)]
     Malformed(QueryRejection),
     #[error(transparent)]
-    Database(#[from] sqlx::Error),
+    Unavailable(#[from] Unavailable),
 }
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         match self {
             Self::Malformed(rejection) => rejection.into_problem().into_response(),
-            Self::Database(error) => {
-                tracing::error!(%error, "the database does not answer");
-                problem(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer; try again").into_response()
-            }
+            Self::Unavailable(error) => error.into_response(),
         }
     }
 }

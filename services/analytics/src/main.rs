@@ -1,5 +1,5 @@
-//! The analytics service: read models folded from `user.events.v1` and `email.events.v1`, each event once by its id
-//! ([`Inbox`]), and queries on them over HTTP. It changes nothing that another service owns, and tells nobody.
+//! The analytics service: read models folded from `user.events.v1` and `email.events.v1`, and queries on them over HTTP. An
+//! [`Inbox`] applies each event once, by its id. The service changes no data of another service and publishes no events.
 
 mod http;
 mod projections;
@@ -11,17 +11,15 @@ use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
 use rebuild::Rebuild;
 use secrecy::{ExposeSecret, SecretString};
-use shared::messaging::{Inbox, ListDeadLetters, Redrive, list_dead_letters, redrive};
-use shared::service::{self, Service, ServiceConfig};
+use shared::messaging::{Inbox, Projection, Redrive, list_dead_letters, redrive};
+use shared::platform::database;
+use shared::platform::health::healthcheck;
+use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/analytics");
 
-/// The consumer groups, each with an inbox of the same name.
-const USERS: &str = "analytics.users";
-const EMAILS: &str = "analytics.emails";
-
-/// Counts registrations, and how many of them were mailed.
+/// Counts registrations, and how many of the registered users were mailed.
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -32,21 +30,17 @@ struct Cli {
 
 #[derive(Subcommand, Clone)]
 enum Command {
-    /// Run the service (the default).
-    Serve,
-    /// Ask the running service whether it is ready; exit 0 if so.
-    Healthcheck,
-    /// List the open dead letters.
-    DeadLetters(ListDeadLetters),
-    /// Try the open dead letters again.
-    Redrive(Redrive),
-    /// Fold the whole log anew beside the running service, compare, and swap.
+    #[command(flatten)]
+    Service(service::Command),
+    #[command(flatten)]
+    Consumer(ConsumerCommand),
+    /// Rebuild the read models from the log while the service runs, compare them with the live ones, and swap.
     Rebuild(Rebuild),
 }
 
 #[derive(clap::Args)]
 struct Config {
-    /// Where the public API is answered.
+    /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8081")]
     http_addr: SocketAddr,
     /// The service's own database: postgres://waybill_analytics:password@host:port/waybill_analytics
@@ -58,28 +52,30 @@ struct Config {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
-    match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => serve(cli.config).await,
-        Command::Healthcheck => service::healthcheck(&cli.config.service).await,
-        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[USERS, EMAILS], options),
-        Command::Redrive(options) => settle(cli.config, options).await,
-        Command::Rebuild(options) => rebuild::run(cli.config, options).await,
+    let Cli { config, command } = Cli::parse();
+    match command.unwrap_or(Command::Service(service::Command::Serve)) {
+        Command::Service(service::Command::Serve) => serve(config).await,
+        Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
+            list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP], options)
+        }
+        Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
+        Command::Rebuild(options) => rebuild::run(config, options).await,
     }
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("analytics", &config.service).await?;
     let db = service.database(config.analytics_database_url.expose_secret(), &MIGRATIONS).await?;
-    service.consume(USERS, Inbox::new(USERS, db.clone(), Registered));
-    service.consume(EMAILS, Inbox::new(EMAILS, db.clone(), Mailed));
+    service.consume(Inbox::new(db.clone(), Registered));
+    service.consume(Inbox::new(db.clone(), Mailed));
     service.http(config.http_addr, http::routes(db)).await?;
     service.run().await
 }
 
-async fn settle(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = service::pool(config.analytics_database_url.expose_secret().parse()?);
+async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
+    let db = database::pool(config.analytics_database_url.expose_secret().parse()?);
     let kafka = &config.service.kafka;
-    redrive(kafka, USERS, &Inbox::new(USERS, db.clone(), Registered), &options).await?;
-    redrive(kafka, EMAILS, &Inbox::new(EMAILS, db, Mailed), &options).await
+    redrive(kafka, &Inbox::new(db.clone(), Registered), &options).await?;
+    redrive(kafka, &Inbox::new(db, Mailed), &options).await
 }

@@ -1,5 +1,5 @@
-//! Facts folded into tables. The folds commute: each fact adds to a sum or sets a minimum, so their order does not matter,
-//! and the inbox sees to it that each comes once.
+//! Facts folded into tables. Each fact adds to a sum or lowers a minimum, so the order of facts does not matter. The inbox
+//! passes each fact once.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +14,8 @@ pub struct Registered;
 
 impl Projection for Registered {
     type Event = UserEvent;
+
+    const GROUP: &'static str = "analytics.users";
 
     async fn apply(&self, tx: &mut PgConnection, fresh: &[&Record<UserEvent>]) -> Result<(), Failure> {
         let mut hours: BTreeMap<OffsetDateTime, i64> = BTreeMap::new();
@@ -48,6 +50,8 @@ pub struct Mailed;
 impl Projection for Mailed {
     type Event = EmailEvent;
 
+    const GROUP: &'static str = "analytics.emails";
+
     async fn apply(&self, tx: &mut PgConnection, fresh: &[&Record<EmailEvent>]) -> Result<(), Failure> {
         let mut users = BTreeMap::new();
         for record in fresh {
@@ -70,7 +74,7 @@ impl Projection for Mailed {
     }
 }
 
-/// Rows are written in the order of their keys: two transactions that lock the same rows in opposite orders would deadlock.
+/// Writes rows in the order of their keys: two transactions that lock the same rows in opposite orders would deadlock.
 async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> sqlx::Result<()> {
     let (hours, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
     sqlx::query!(
@@ -85,7 +89,7 @@ async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> s
     Ok(())
 }
 
-/// A statement may touch a row once, so what a batch says about a user is folded first.
+/// Folds the facts of a batch about a user, because one statement may update a row only once.
 fn earliest(users: &mut BTreeMap<Uuid, OffsetDateTime>, user: Uuid, time: OffsetDateTime) {
     users.entry(user).and_modify(|known| *known = time.min(*known)).or_insert(time);
 }
@@ -100,8 +104,8 @@ mod tests {
 
     use proptest::prelude::*;
     use proptest::sample::Index;
-    use shared::events::{Delivery, EmailEvent, Envelope, Event, Undelivered, UserRef, mint_id};
-    use shared::messaging::{Handler, Inbox, Outcome, Source};
+    use shared::events::{EmailEvent, Event, UserEvent, UserRef, mint_id};
+    use shared::messaging::{Handler, Inbox, Outcome};
     use sqlx::PgPool;
     use time::macros::datetime;
     use tokio::runtime::Runtime;
@@ -109,7 +113,7 @@ mod tests {
     use super::*;
 
     const CASES: u32 = 32;
-    const BEGINNING: OffsetDateTime = datetime!(2026-11-22 12:00 UTC);
+    const FIRST_HOUR: OffsetDateTime = datetime!(2026-11-22 12:00 UTC);
 
     async fn database() -> PgPool {
         let db = PgPool::connect(&testbed::testing::database("analytics").await).await.unwrap();
@@ -118,65 +122,70 @@ mod tests {
     }
 
     fn record<E: Event>(key: Uuid, id: Uuid, minutes: u8, event: E) -> Record<E> {
-        let time = BEGINNING + time::Duration::minutes(minutes.into());
-        let (kind, source, version) = (event.encode().0.to_owned(), "/test".to_owned(), 1);
-        let envelope = Envelope { id, kind, source, key, version, time, traceparent: None, tracestate: None };
-        let source = Source { topic: E::TOPIC.name.to_owned(), partition: 0, offset: 0 };
-        Record { event, envelope, source, after: None }
+        let mut record = Record::sample(key, 1, event);
+        record.envelope.id = id;
+        record.envelope.time = FIRST_HOUR + time::Duration::minutes(minutes.into());
+        record
     }
 
-    /// Some events, each with its id, user and time; the last number says what it is.
-    type Fact = (Uuid, usize, u8, u8);
+    #[derive(Clone, Copy, Debug)]
+    struct Fact {
+        id: Uuid,
+        /// An index into the users of the test.
+        user: usize,
+        /// When it happened, in minutes after `FIRST_HOUR`.
+        minutes: u8,
+        /// Selects one of the event's samples.
+        kind: Index,
+    }
+
+    impl Fact {
+        fn time(&self) -> OffsetDateTime {
+            FIRST_HOUR + time::Duration::minutes(self.minutes.into())
+        }
+
+        fn record<E: Event>(self, users: &[Uuid; 3]) -> Record<E> {
+            let user = users[self.user];
+            let mut samples = E::samples(user);
+            let event = samples.swap_remove(self.kind.index(samples.len()));
+            record(user, self.id, self.minutes, event)
+        }
+    }
 
     fn facts() -> impl Strategy<Value = Vec<Fact>> {
-        let fact = (0..3_usize, 0..240_u8, 0..4_u8).prop_map(|(user, minutes, kind)| (mint_id(), user, minutes, kind));
+        let fact = (0..3_usize, 0..240_u8, any::<Index>());
+        let fact = fact.prop_map(|(user, minutes, kind)| Fact { id: mint_id(), user, minutes, kind });
         prop::collection::vec(fact, 1..10)
     }
 
-    /// All of them in some order, then any of them again; cut into batches.
-    fn deliveries(facts: &[Fact], order: &[Index], again: &[Index], batch: usize) -> Vec<Vec<Fact>> {
+    /// All facts in some order, with some of them repeated, divided into batches.
+    fn deliveries(facts: &[Fact], order: &[Index], repeated: &[Index], batch: usize) -> Vec<Vec<Fact>> {
         let mut rest = facts.to_vec();
         let mut delivered: Vec<Fact> =
             order.iter().take(facts.len()).map(|index| rest.remove(index.index(rest.len()))).collect();
-        for (place, index) in again.iter().enumerate() {
+        for (place, index) in repeated.iter().enumerate() {
             let fact = delivered[index.index(delivered.len())];
             delivered.insert(index.index(delivered.len() + 1).saturating_sub(place), fact);
         }
         delivered.chunks(batch).map(<[_]>::to_vec).collect()
     }
 
-    fn user_event((id, user, minutes, kind): Fact, users: &[Uuid; 3]) -> Record<UserEvent> {
-        let facts = [UserEvent::Registered, UserEvent::ProfileChanged, UserEvent::EmailChanged, UserEvent::Deleted];
-        record(users[user], id, minutes, facts[usize::from(kind)](UserRef { user_id: users[user] }))
-    }
-
-    fn email_event((id, user, minutes, kind): Fact, users: &[Uuid; 3]) -> Record<EmailEvent> {
-        let delivery = Delivery { delivery_id: id, user_id: users[user], template: "welcome".to_owned() };
-        let event = match kind {
-            0 => EmailEvent::Failed(Undelivered { delivery, smtp_code: 550 }),
-            _ => EmailEvent::Sent(delivery),
-        };
-        record(id, id, minutes, event)
-    }
-
     type ReadModels = (BTreeMap<OffsetDateTime, i64>, BTreeMap<Uuid, (Option<OffsetDateTime>, Option<OffsetDateTime>)>);
 
-    /// The fold as it is meant, in memory.
+    /// The expected read models, folded in memory.
     fn fold(users_facts: &[Fact], emails_facts: &[Fact], users: &[Uuid; 3]) -> ReadModels {
         let (mut hours, mut funnel) = ReadModels::default();
         let earliest =
             |slot: &mut Option<OffsetDateTime>, time| *slot = Some(slot.map_or(time, |known| time.min(known)));
-        for (_, user, minutes, kind) in users_facts {
-            let time = BEGINNING + time::Duration::minutes((*minutes).into());
-            if *kind == 0 {
-                *hours.entry(hour(time)).or_default() += 1;
-                earliest(&mut funnel.entry(users[*user]).or_default().0, time);
+        for fact in users_facts {
+            if let UserEvent::Registered(_) = fact.record(users).event {
+                *hours.entry(hour(fact.time())).or_default() += 1;
+                earliest(&mut funnel.entry(users[fact.user]).or_default().0, fact.time());
             }
         }
-        for (_, user, minutes, kind) in emails_facts {
-            let time = BEGINNING + time::Duration::minutes((*minutes).into());
-            if *kind != 0 {
-                earliest(&mut funnel.entry(users[*user]).or_default().1, time);
+        for fact in emails_facts {
+            if let EmailEvent::Sent(_) = fact.record(users).event {
+                earliest(&mut funnel.entry(users[fact.user]).or_default().1, fact.time());
             }
         }
         (hours, funnel)
@@ -193,33 +202,33 @@ mod tests {
         )
     }
 
-    async fn forget(db: &PgPool) {
+    async fn empty(db: &PgPool) {
         sqlx::query("truncate inbox, registrations, funnel").execute(db).await.unwrap();
     }
 
-    /// T26, I7 I10: the read models are the fold of the facts, each once, in any order of both topics and with any repetition.
+    /// T26, I7 I10.
     #[test]
-    fn every_permutation_and_repetition_folds_to_the_same() {
+    fn any_order_and_repetition_of_facts_gives_the_same_read_models() {
         let runtime = Runtime::new().unwrap();
         let db = runtime.block_on(database());
-        let (users_inbox, emails_inbox) =
-            (Inbox::new("users", db.clone(), Registered), Inbox::new("emails", db.clone(), Mailed));
+        let users_inbox = Inbox::new(db.clone(), Registered);
+        let emails_inbox = Inbox::new(db.clone(), Mailed);
         let order =
             || (prop::collection::vec(any::<Index>(), 10), prop::collection::vec(any::<Index>(), 0..8), 1..6_usize);
         let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) };
         let histories = (facts(), facts(), order(), order(), any::<bool>());
         proptest!(config, |((users_facts, emails_facts, first, second, users_first) in histories)| {
             runtime.block_on(async {
-                forget(&db).await;
+                empty(&db).await;
                 let users = [(); 3].map(|()| mint_id());
                 let users_batches = deliveries(&users_facts, &first.0, &first.1, first.2);
                 let emails_batches = deliveries(&emails_facts, &second.0, &second.1, second.2);
                 if users_first {
-                    give(&users_inbox, &users_batches, |fact| user_event(fact, &users)).await;
+                    handle(&users_inbox, &users_batches, &users).await;
                 }
-                give(&emails_inbox, &emails_batches, |fact| email_event(fact, &users)).await;
+                handle(&emails_inbox, &emails_batches, &users).await;
                 if !users_first {
-                    give(&users_inbox, &users_batches, |fact| user_event(fact, &users)).await;
+                    handle(&users_inbox, &users_batches, &users).await;
                 }
                 prop_assert_eq!(read_models(&db).await, fold(&users_facts, &emails_facts, &users));
                 Ok(())
@@ -227,37 +236,53 @@ mod tests {
         });
     }
 
-    /// Hands out the batches; each record is applied the first time and a duplicate after that (I11).
-    async fn give<P: Projection>(inbox: &Inbox<P>, batches: &[Vec<Fact>], event: impl Fn(Fact) -> Record<P::Event>) {
+    /// Handles the batches. Each record is applied the first time and a duplicate after that (I11).
+    async fn handle<P: Projection>(inbox: &Inbox<P>, batches: &[Vec<Fact>], users: &[Uuid; 3]) {
         let mut known = BTreeSet::new();
         for batch in batches {
-            let fresh = batch.iter().filter(|(id, ..)| known.insert(*id)).count() as u64;
-            let records: Vec<_> = batch.iter().map(|fact| event(*fact)).collect();
+            let fresh = batch.iter().filter(|fact| known.insert(fact.id)).count() as u64;
+            let records: Vec<_> = batch.iter().map(|fact| fact.record(users)).collect();
             let outcome = inbox.handle(&records).await.unwrap();
             let expected = Outcome { applied: fresh, duplicate: batch.len() as u64 - fresh, stale: 0 };
             assert_eq!(outcome, expected);
         }
     }
 
-    /// I7: two inboxes of one database do not hide an event from each other.
-    #[tokio::test]
-    async fn inboxes_are_kept_apart_by_name() {
-        let db = database().await;
-        let user = mint_id();
-        let fact = || [record(user, user, 0, UserEvent::Registered(UserRef { user_id: user }))];
-        for (inbox, registrations) in [("one", 1), ("another", 2), ("one", 2)] {
-            Inbox::new(inbox, db.clone(), Registered).handle(&fact()).await.unwrap();
-            assert_eq!(read_models(&db).await.0.into_values().sum::<i64>(), registrations, "after {inbox}");
+    /// The same projection under another group.
+    struct RegisteredElsewhere;
+
+    impl Projection for RegisteredElsewhere {
+        type Event = UserEvent;
+
+        const GROUP: &'static str = "analytics.elsewhere";
+
+        async fn apply(&self, tx: &mut PgConnection, fresh: &[&Record<UserEvent>]) -> Result<(), Failure> {
+            Registered.apply(tx, fresh).await
         }
     }
 
-    /// I9: what the projection did and what the inbox knows are one transaction.
+    /// I7.
     #[tokio::test]
-    async fn an_effect_that_fails_leaves_no_trace_in_the_inbox() {
+    async fn two_inboxes_of_one_database_do_not_hide_an_event_from_each_other() {
         let db = database().await;
         let user = mint_id();
         let fact = || [record(user, user, 0, UserEvent::Registered(UserRef { user_id: user }))];
-        let inbox = Inbox::new("users", db.clone(), Registered);
+        let registrations = async || read_models(&db).await.0.into_values().sum::<i64>();
+        Inbox::new(db.clone(), Registered).handle(&fact()).await.unwrap();
+        assert_eq!(registrations().await, 1);
+        Inbox::new(db.clone(), RegisteredElsewhere).handle(&fact()).await.unwrap();
+        assert_eq!(registrations().await, 2);
+        Inbox::new(db.clone(), Registered).handle(&fact()).await.unwrap();
+        assert_eq!(registrations().await, 2);
+    }
+
+    /// I9: the effects and the ids in the inbox are one transaction.
+    #[tokio::test]
+    async fn a_failed_effect_leaves_no_id_in_the_inbox() {
+        let db = database().await;
+        let user = mint_id();
+        let fact = || [record(user, user, 0, UserEvent::Registered(UserRef { user_id: user }))];
+        let inbox = Inbox::new(db.clone(), Registered);
         sqlx::query("alter table funnel add check (registered_at is null)").execute(&db).await.unwrap();
         inbox.handle(&fact()).await.unwrap_err();
         assert_eq!(read_models(&db).await, ReadModels::default());

@@ -1,5 +1,5 @@
-//! The cache service: a materialised view of `user.state.v1` in Valkey, answered by id. The highest version wins, and the
-//! position in the topic is kept beside the data, so that an emptied Valkey is noticed and filled again from the topic.
+//! The cache service: a materialised view of `user.state.v1` in Valkey, queried by user id. The highest version wins. The
+//! position in the topic is stored with the data, so the service notices an emptied Valkey and fills it again from the topic.
 
 mod http;
 mod valkey;
@@ -8,14 +8,12 @@ mod view;
 use std::net::SocketAddr;
 
 use clap::{Parser, Subcommand};
-use shared::messaging::{ListDeadLetters, Redrive, list_dead_letters, redrive};
-use shared::service::{self, Service, ServiceConfig};
+use shared::messaging::{Handler, list_dead_letters, redrive};
+use shared::platform::health::healthcheck;
+use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
 use view::View;
 
-/// The consumer group.
-const PROFILES: &str = "cache.profiles";
-
-/// Answers who a user is now.
+/// Answers queries for the current profile of a user.
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -26,22 +24,18 @@ struct Cli {
 
 #[derive(Subcommand, Clone)]
 enum Command {
-    /// Run the service (the default).
-    Serve,
-    /// Ask the running service whether it is ready; exit 0 if so.
-    Healthcheck,
-    /// List the open dead letters.
-    DeadLetters(ListDeadLetters),
-    /// Try the open dead letters again.
-    Redrive(Redrive),
+    #[command(flatten)]
+    Service(service::Command),
+    #[command(flatten)]
+    Consumer(ConsumerCommand),
 }
 
 #[derive(clap::Args)]
 struct Config {
-    /// Where the public API is answered.
+    /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8082")]
     http_addr: SocketAddr,
-    /// Valkey, or another server that speaks Redis' protocol. It must not evict: maxmemory-policy noeviction.
+    /// Valkey, or another server with the protocol of Redis. It must not evict keys: maxmemory-policy noeviction.
     #[arg(long, env, default_value = "redis://localhost:6379")]
     valkey_url: String,
     #[command(flatten)]
@@ -50,14 +44,16 @@ struct Config {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
-    match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => serve(cli.config).await,
-        Command::Healthcheck => service::healthcheck(&cli.config.service).await,
-        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[PROFILES], options),
-        Command::Redrive(options) => {
-            let view = View::new(&cli.config.valkey_url, &cli.config.service.kafka.topic_prefix)?;
-            redrive(&cli.config.service.kafka, PROFILES, &view, &options).await
+    let Cli { config, command } = Cli::parse();
+    match command.unwrap_or(Command::Service(service::Command::Serve)) {
+        Command::Service(service::Command::Serve) => serve(config).await,
+        Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
+            list_dead_letters(&config.service.kafka, &[View::GROUP], options)
+        }
+        Command::Consumer(ConsumerCommand::Redrive(options)) => {
+            let view = View::new(&config.valkey_url, &config.service.kafka.topic_prefix)?;
+            redrive(&config.service.kafka, &view, &options).await
         }
     }
 }
@@ -65,7 +61,7 @@ async fn main() -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     let view = View::new(&config.valkey_url, &config.service.kafka.topic_prefix)?;
     let mut service = Service::start("cache", &config.service).await?;
-    service.consume(PROFILES, view.clone());
+    service.consume(view.clone());
     service.http(config.http_addr, http::routes(view)).await?;
     service.run().await
 }

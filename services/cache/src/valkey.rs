@@ -1,6 +1,6 @@
-//! The connection to Valkey. The client makes a broken one anew by itself; one that has fallen silent (half open, as after a
-//! firewall's restart) it would keep for as long as the system does, a quarter of an hour. So an answer that did not come in
-//! time costs the connection.
+//! The connection to Valkey. The client replaces a broken connection by itself. It would keep a half-open one (for example
+//! after the restart of a firewall) for as long as the operating system does, which is a quarter of an hour. So this module
+//! replaces the connection whenever an answer does not arrive in time.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -8,10 +8,11 @@ use std::time::Duration;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::{Client, RedisError, RedisResult};
 
-/// For one answer; a batch's script takes a few milliseconds.
+/// Time for one answer. The script of a batch takes a few milliseconds.
 pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Consumers and callers try again themselves; the client's own six retries would keep each of them waiting for some ten seconds.
+/// Consumers and callers retry by themselves. With the client's default of six retries each of them would wait about ten
+/// seconds.
 const CONNECT_RETRIES: usize = 1;
 
 pub struct Valkey {
@@ -20,7 +21,7 @@ pub struct Valkey {
 }
 
 impl Valkey {
-    /// Connects when first used.
+    /// Connects on first use.
     ///
     /// # Errors
     /// The URL is malformed.
@@ -30,15 +31,15 @@ impl Valkey {
         Ok(Self { client, current })
     }
 
-    /// Asks over the connection that all share.
+    /// Sends a command over the shared connection.
     ///
     /// # Errors
-    /// Valkey's own, or no answer in time: the question may have taken effect.
-    pub async fn ask<T>(&self, question: impl AsyncFnOnce(ConnectionManager) -> RedisResult<T>) -> RedisResult<T> {
-        let connection_now = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let answer = question(connection_now).await;
+    /// Valkey's error, or no answer in time; then the command may have taken effect.
+    pub async fn request<T>(&self, command: impl AsyncFnOnce(ConnectionManager) -> RedisResult<T>) -> RedisResult<T> {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let answer = command(current).await;
         if answer.as_ref().is_err_and(RedisError::is_timeout) {
-            // Whoever asks over the old one is told by its own time-out.
+            // Other commands on the old connection end by their own time-outs.
             *self.current.lock().unwrap_or_else(PoisonError::into_inner) = connection(&self.client)?;
         }
         answer

@@ -1,6 +1,8 @@
--- Applies a partition's batch to the view, if the view stands where the batch begins.
--- KEYS: position, mark, profile…; ARGV: expected position ('' in a redrive), next position, then version and JSON per profile
--- ('' is a tombstone). Answers {applied, duplicate, stale}, or the error POSITION if the view stands elsewhere.
+-- Applies the batch of one partition to the view, if the view has the position that the batch expects.
+--
+-- KEYS: position, completeness mark, then one profile per record.
+-- ARGV: expected position ('' in a redrive), next position, then version and JSON per record ('' is a tombstone).
+-- Returns {applied, duplicate, stale}, or the error POSITION if the view has another position.
 
 -- Versions and offsets stay text: a number in Lua is exact only up to 2^53.
 local function less(a, b)
@@ -9,7 +11,7 @@ end
 
 if ARGV[1] ~= '' then
     if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
-        return redis.error_reply('POSITION the view stands at another position')
+        return redis.error_reply('POSITION the view has another position')
     end
     redis.call('SET', KEYS[1], ARGV[2])
 end
@@ -28,7 +30,7 @@ for i = 3, #KEYS do
     end
 end
 
--- Nothing to apply: this is the end of the partition, so the view is complete up to here.
+-- A call without records marks the end of the partition: the view is complete up to here.
 if #KEYS == 2 then
     redis.call('SET', KEYS[2], ARGV[2])
 end

@@ -1,8 +1,8 @@
-//! The view: for each user a hash of version and profile, for each partition a position and a mark of completeness.
+//! The view: per user a hash of version and profile, per partition a position and a completeness mark.
 //!
-//! The position is compared and set in the same script as the profiles. So after a flush or a failover the very next batch,
-//! or the next second of a quiet topic, meets another position than it expects, and the consumer starts again where the view
-//! really stands. For the same reason a frozen process that wakes up can change nothing.
+//! One script compares and sets the position and writes the profiles. After a flush or a failover the position differs from
+//! the one that the next batch expects (or the next `caught_up` call of a quiet topic), and the consumer restarts from the
+//! view's position. For the same reason a frozen process that resumes cannot change the view.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,24 +20,24 @@ const PARTITIONS: i32 = UserState::TOPIC.partitions;
 #[derive(Clone)]
 pub struct View {
     valkey: Arc<Valkey>,
-    /// Stands before every key, so that several systems can share a server.
+    /// Prefix of every key, so that several systems can share a server.
     prefix: String,
     script: Arc<Script>,
 }
 
-/// What the view knows of a user.
+/// The view's entry for a user.
 pub struct Lookup {
-    /// Whether every partition was read to its end since the view was last empty. Until then what is absent may only be late,
-    /// and what is there may be an old version of it.
+    /// Whether every partition was read to its end since the view was last empty. Until then an absent user may exist, and a
+    /// present one may have an old version.
     pub complete: bool,
-    /// 0: never seen.
+    /// 0: the view has no record of the user.
     pub version: i64,
-    /// `None`: never seen, or erased.
+    /// `None`: no record of the user, or erased.
     pub profile: Option<Profile>,
 }
 
 impl View {
-    /// Connects when first used.
+    /// Connects on first use.
     ///
     /// # Errors
     /// The URL is malformed.
@@ -46,8 +46,8 @@ impl View {
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
     }
 
-    /// Reads the user and all partitions' marks in one round trip, in one transaction: a flush in between would make a user
-    /// look absent from a complete view.
+    /// Reads the user and the marks of all partitions in one transaction. A flush between two reads would make a user appear
+    /// absent from a complete view.
     pub async fn find(&self, id: Uuid) -> anyhow::Result<Lookup> {
         let mut pipe = redis::pipe();
         pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("EXISTS");
@@ -55,22 +55,23 @@ impl View {
             pipe.arg(self.mark_key(partition));
         }
         let ((version, profile), marks): ((Option<i64>, Option<String>), i32) =
-            self.valkey.ask(async |mut connection| pipe.query_async(&mut connection).await).await?;
+            self.valkey.request(async |mut connection| pipe.query_async(&mut connection).await).await?;
         let profile = profile.filter(|json| !json.is_empty()).map(|json| serde_json::from_str(&json)).transpose()?;
         Ok(Lookup { complete: marks == PARTITIONS, version: version.unwrap_or(0), profile })
     }
 
-    /// Runs the script for one partition. `after` is where the view must stand (`None`: wherever), `next` where it stands then.
+    /// Runs the script for one partition. `expected_position` is the position that the view must have (`None`: any), and
+    /// `next_offset` the position that it has afterwards.
     async fn apply(
         &self,
         partition: i32,
-        after: Option<i64>,
-        next: i64,
+        expected_position: Option<i64>,
+        next_offset: i64,
         records: &[&Record<UserState>],
     ) -> Result<Outcome, Failure> {
         let mut call = self.script.key(self.position_key(partition));
         call.key(self.mark_key(partition));
-        call.arg(after.map(|after| after.to_string()).unwrap_or_default()).arg(next);
+        call.arg(expected_position.map(|position| position.to_string()).unwrap_or_default()).arg(next_offset);
         for record in records {
             let profile = match &record.event {
                 UserState::Current(profile) => serde_json::to_string(profile)?,
@@ -79,7 +80,7 @@ impl View {
             call.key(self.profile_key(record.envelope.key)).arg(record.envelope.version).arg(profile);
         }
         let done: Result<(u64, u64, u64), RedisError> =
-            self.valkey.ask(async |mut connection| call.invoke_async(&mut connection).await).await;
+            self.valkey.request(async |mut connection| call.invoke_async(&mut connection).await).await;
         match done {
             Ok((applied, duplicate, stale)) => Ok(Outcome { applied, duplicate, stale }),
             Err(error) if error.code() == Some("POSITION") => Err(Failure::Resume),
@@ -103,35 +104,39 @@ impl View {
 impl Handler for View {
     type Event = UserState;
 
-    /// A script per partition; each is atomic. Crash between two of them: the batch comes again, the first finds the view moved
-    /// on and asks to resume from there.
+    const GROUP: &'static str = "cache.profiles";
+
+    /// One atomic script per partition. Crash between two of them: the batch comes again, the first script finds a later
+    /// position, and the handler asks to resume from there.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut partitions: BTreeMap<i32, Vec<&Record<UserState>>> = BTreeMap::new();
         for record in batch {
-            partitions.entry(record.source.partition).or_default().push(record);
+            partitions.entry(record.coordinates.partition).or_default().push(record);
         }
         let mut outcome = Outcome::default();
         for (partition, records) in partitions {
-            let (first, last) = (records[0], records[records.len() - 1]);
+            let first = records[0];
+            let last = records[records.len() - 1];
             fault::point("cache.before_script");
-            outcome += self.apply(partition, first.after, last.source.offset + 1, &records).await?;
+            outcome += self.apply(partition, first.expected_position, last.coordinates.offset + 1, &records).await?;
             fault::point("cache.after_script");
         }
         Ok(outcome)
     }
 
-    /// The position stands beside the data; nothing stored is the beginning.
+    /// The position is stored with the data. No stored position means the beginning.
     async fn resume_at(&self, partition: i32) -> anyhow::Result<Option<i64>> {
         let mut get = redis::cmd("GET");
         get.arg(self.position_key(partition));
         let stored: Option<i64> =
-            self.valkey.ask(async |mut connection| get.query_async(&mut connection).await).await?;
+            self.valkey.request(async |mut connection| get.query_async(&mut connection).await).await?;
         Ok(Some(stored.unwrap_or(0)))
     }
 
-    /// Marks the partition as complete, under the same comparison: after a flush it is not, and the view is filled again.
-    async fn caught_up(&self, partition: i32, after: i64, position: i64) -> Result<(), Failure> {
-        self.apply(partition, Some(after), position, &[]).await.map(|_| ())
+    /// Marks the partition as complete, with the same comparison: after a flush the position differs, and the view is filled
+    /// again.
+    async fn caught_up(&self, partition: i32, expected_position: i64, next_offset: i64) -> Result<(), Failure> {
+        self.apply(partition, Some(expected_position), next_offset, &[]).await.map(|_| ())
     }
 }
 
@@ -139,33 +144,32 @@ impl Handler for View {
 mod tests {
     use proptest::prelude::*;
     use proptest::sample::Index;
-    use shared::events::{Envelope, mint_id, now};
-    use shared::messaging::Source;
+    use shared::events::mint_id;
     use tokio::runtime::Runtime;
 
     use super::*;
 
     const CASES: u32 = 32;
 
-    /// An empty view of its own on the shared server.
+    /// An empty view on the shared server, separated from others by its key prefix.
     fn view() -> View {
         View::new(&testbed::testing::stack().valkey, &testbed::testing::prefix()).unwrap()
     }
 
-    /// `after` and `next` are the positions around it.
+    /// `expected_position` and `next_offset` are the positions before and after the record.
     fn record(
         user: Uuid,
         version: i64,
         erased: bool,
-        (partition, after, next): (i32, Option<i64>, i64),
+        (partition, expected_position, next_offset): (i32, Option<i64>, i64),
     ) -> Record<UserState> {
         let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
         let event = if erased { UserState::Erased } else { UserState::Current(profile) };
-        let (kind, source, time) = ("user.state".to_owned(), "/test".to_owned(), now());
-        let (traceparent, tracestate) = (None, None);
-        let envelope = Envelope { id: mint_id(), kind, source, key: user, version, time, traceparent, tracestate };
-        let source = Source { topic: UserState::TOPIC.name.to_owned(), partition, offset: next - 1 };
-        Record { event, envelope, source, after }
+        let mut record = Record::sample(user, version, event);
+        record.coordinates.partition = partition;
+        record.coordinates.offset = next_offset - 1;
+        record.expected_position = expected_position;
+        record
     }
 
     async fn seen(view: &View, user: Uuid) -> (i64, Option<String>) {
@@ -173,19 +177,18 @@ mod tests {
         (found.version, found.profile.map(|profile| profile.email))
     }
 
-    /// Three users in three partitions, each with a history of so many versions that ends with its erasure or not.
+    /// Three users in three partitions. Each has this many versions, and the last one may be its erasure.
     type Histories = [(i64, bool); 3];
-    /// Which user's which version, in batches: any order, any repetition, gaps.
+    /// Users and versions in batches, in any order, with repetitions and gaps.
     type Batches = Vec<Vec<(usize, Index)>>;
 
     fn batches() -> impl Strategy<Value = Batches> {
         prop::collection::vec(prop::collection::vec((0..3_usize, any::<Index>()), 1..6), 1..6)
     }
 
-    /// T26, I8 I10: the highest version seen is what is there, an erased user stays erased; in the topic's order and outside it,
-    /// as a redrive gives it.
+    /// T26, I8 I10: also outside the topic's order, as in a redrive. An erased user stays erased.
     #[test]
-    fn the_highest_state_wins_in_any_order() {
+    fn the_highest_version_of_a_state_wins_in_any_order() {
         let runtime = Runtime::new().unwrap();
         let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) };
         let histories = prop::array::uniform3((1..12_i64, any::<bool>()));
@@ -197,17 +200,18 @@ mod tests {
     async fn check(histories: Histories, batches: Batches, redriven: bool) -> Result<(), TestCaseError> {
         let view = view();
         let users = [(); 3].map(|()| mint_id());
-        let (mut highest, mut reached) = ([0; 3], [0; 3]);
+        let mut highest = [0; 3];
+        let mut next_offsets = [0; 3];
         for batch in batches {
             let records = batch.iter().map(|(user, index)| {
                 let (last, erased) = histories[*user];
                 let version = 1 + index.index(last as usize) as i64;
                 highest[*user] = version.max(highest[*user]);
-                let after = (!redriven).then_some(reached[*user]);
+                let expected = (!redriven).then_some(next_offsets[*user]);
                 // Offsets have gaps.
-                reached[*user] += 1 + version % 2;
+                next_offsets[*user] += 1 + version % 2;
                 let erased = erased && version == last;
-                record(users[*user], version, erased, (*user as i32, after, reached[*user]))
+                record(users[*user], version, erased, (*user as i32, expected, next_offsets[*user]))
             });
             let records: Vec<_> = records.collect();
             let outcome = view.handle(&records).await.unwrap();
@@ -218,56 +222,56 @@ mod tests {
                 let address = lives.then(|| format!("v{}@example.com", highest[user]));
                 prop_assert_eq!(seen(&view, users[user]).await, (highest[user], address));
                 let position = view.resume_at(user as i32).await.unwrap();
-                prop_assert_eq!(position, Some(if redriven { 0 } else { reached[user] }));
+                prop_assert_eq!(position, Some(if redriven { 0 } else { next_offsets[user] }));
             }
         }
         Ok(())
     }
 
-    /// I8: a view that stands elsewhere than the batch assumes, after a flush or another process's work, takes nothing of it.
+    /// I8: the view's position differs after a flush, or when another process has written to it.
     #[tokio::test]
-    async fn a_batch_from_another_position_changes_nothing() {
+    async fn a_batch_that_expects_another_position_changes_nothing() {
         let view = view();
         let user = mint_id();
         view.handle(&[record(user, 1, false, (0, Some(0), 7))]).await.unwrap();
-        for after in [0, 3, 8] {
-            let failure = view.handle(&[record(user, 2, false, (0, Some(after), 9))]).await.unwrap_err();
+        for position in [0, 3, 8] {
+            let failure = view.handle(&[record(user, 2, false, (0, Some(position), 9))]).await.unwrap_err();
             assert!(matches!(failure, Failure::Resume), "{failure:?}");
         }
         assert_eq!(seen(&view, user).await, (1, Some("v1@example.com".to_owned())));
         assert_eq!(view.resume_at(0).await.unwrap(), Some(7));
-        // A redrive stands outside the order: it is applied, and moves no position.
+        // A redrive does not follow the order of the partition: it is applied, and the position does not change.
         view.handle(&[record(user, 2, false, (0, None, 3))]).await.unwrap();
         assert_eq!((seen(&view, user).await.0, view.resume_at(0).await.unwrap()), (2, Some(7)));
     }
 
-    /// I8: complete is a view whose every partition was read to its end since it was last empty.
+    /// I8.
     #[tokio::test]
-    async fn a_view_is_complete_when_every_partition_was_caught_up() {
+    async fn a_view_is_complete_when_every_partition_was_read_to_its_end_since_the_view_was_empty() {
         let view = view();
         let user = mint_id();
         view.handle(&[record(user, 1, false, (0, Some(0), 1))]).await.unwrap();
         for partition in 0..PARTITIONS {
             assert!(!view.find(user).await.unwrap().complete, "before partition {partition}");
-            let (after, position) = if partition == 0 { (1, 2) } else { (0, 0) };
-            view.caught_up(partition, after, position).await.unwrap();
+            let (expected_position, next_offset) = if partition == 0 { (1, 2) } else { (0, 0) };
+            view.caught_up(partition, expected_position, next_offset).await.unwrap();
         }
         assert!(view.find(user).await.unwrap().complete);
         assert_eq!(view.resume_at(0).await.unwrap(), Some(2));
-        // As after a flush: the consumer still believes in its old position.
+        // As after a flush. The consumer still expects its old position.
         let mut keys = vec![view.profile_key(user)];
         keys.extend((0..PARTITIONS).flat_map(|partition| [view.mark_key(partition), view.position_key(partition)]));
         let mut del = redis::cmd("DEL");
         del.arg(keys);
-        let () = view.valkey.ask(async |mut connection| del.query_async(&mut connection).await).await.unwrap();
+        let () = view.valkey.request(async |mut connection| del.query_async(&mut connection).await).await.unwrap();
         let failure = view.caught_up(0, 2, 2).await.unwrap_err();
         assert!(matches!(failure, Failure::Resume), "{failure:?}");
         assert!(!view.find(user).await.unwrap().complete);
     }
 
-    /// I10: one user more than once in a batch, among others; and versions beyond what a number in Lua can tell apart.
+    /// I10: also with versions that a number in Lua cannot represent exactly.
     #[tokio::test]
-    async fn a_batch_may_hold_a_user_more_than_once() {
+    async fn the_highest_version_wins_within_a_batch() {
         let view = view();
         let (user, other) = (mint_id(), mint_id());
         let at = |offset| (0, Some(offset), offset + 1);
@@ -286,15 +290,15 @@ mod tests {
         assert_eq!(view.resume_at(0).await.unwrap(), Some(6));
     }
 
-    /// I11: a store that is away is no fault of the record.
+    /// I11: an outage of the store is not the record's fault.
     #[tokio::test]
-    async fn a_store_that_is_away_is_a_retry() {
+    async fn a_store_that_is_down_causes_a_retry() {
         let view = View::new(&format!("redis://127.0.0.1:{}", testbed::testing::free_port()), "").unwrap();
-        let asked = std::time::Instant::now();
+        let started = std::time::Instant::now();
         let failure = view.handle(&[record(mint_id(), 1, false, (0, Some(0), 1))]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
         view.resume_at(0).await.unwrap_err();
-        // Whoever asks for a profile is not kept waiting either.
-        assert!(asked.elapsed() < 2 * crate::valkey::RESPONSE_TIMEOUT, "two answers took {:?}", asked.elapsed());
+        // Neither call waits longer than its time-out.
+        assert!(started.elapsed() < 2 * crate::valkey::RESPONSE_TIMEOUT, "two calls took {:?}", started.elapsed());
     }
 }

@@ -1,14 +1,15 @@
-//! The deliveries' states. Every transition is one statement or one transaction that names the state it comes from, so two
+//! The states of deliveries. Every transition is one statement or one transaction that names the state it comes from, so two
 //! senders cannot both make it.
 //!
 //! ```text
 //! pending ──claim──► sending ──250──► sent
 //!    ▲                  ├── 5xx ────► failed
 //!    ├── 4xx, no answer ┤
-//!    └ unknown ◄────────┘ the answer to the mail itself never came
+//!    └ unknown ◄────────┘ no answer after the mail was sent
 //! ```
-//! A sender that dies leaves `sending` with a lease; when that ends, by the database's clock, the delivery is claimed again. An
-//! erased recipient turns what is not being sent into `cancelled`. What is too old to be sent unasked is [`held`](crate::held).
+//! A sender that dies leaves the state `sending` with a lease. When the lease ends, by the database's clock, another sender
+//! claims the delivery. If the recipient is erased, a delivery that is not being sent becomes `cancelled`. A delivery that is
+//! too old is [`held`](crate::held).
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use uuid::Uuid;
 
 const MAX_BACKOFF: Duration = Duration::from_secs(600);
 
-/// How long things may take.
+/// Limits of a delivery.
 #[derive(Clone, Copy)]
 pub struct Rules {
     pub lease: Duration,
@@ -38,12 +39,12 @@ pub struct Claim {
     pub tracestate: Option<String>,
     pub email: String,
     pub display_name: String,
-    /// Proves that nobody else has claimed it since.
+    /// Proves that no other sender has claimed the delivery since.
     pub token: Uuid,
 }
 
-/// Takes the delivery that has waited longest: one that is due, whose recipient is known and not erased, whose cause is not
-/// too old unless an operator released it, and whose former sender, if any, has let its lease end.
+/// Claims the delivery that has waited longest. It must be due, its recipient must be known and not erased, its cause must not
+/// be too old (unless an operator released it), and the lease of its previous sender, if any, must have ended.
 pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     let token = mint_id();
     let claimed = sqlx::query_as!(
@@ -66,8 +67,8 @@ pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     claimed.fetch_optional(db).await
 }
 
-/// Whether the mail may still go out: asked before the one step that cannot be taken back. A sender that was frozen past its
-/// lease is told no, and so is one whose recipient was erased meanwhile.
+/// Whether the mail may still be sent: asked before the one step that cannot be undone. The answer is no for a sender whose
+/// lease has ended (it was frozen), and if the recipient was erased in the meantime.
 pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let ours = sqlx::query_scalar!(
         r#"select exists (
@@ -79,48 +80,57 @@ pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     ours.fetch_one(db).await
 }
 
-/// The server has the mail. True also when the lease ended meanwhile: so the other sender's check fails, and it stops. The
-/// event is written by whoever makes the transition, hence once.
+/// Records that the server accepted the mail. Also succeeds after the lease has expired, so that the sender that took over
+/// fails its check and stops. Only the sender that makes the transition writes the event, so there is one event.
 pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
-    let settled = sqlx::query!(
+    let ended = sqlx::query!(
         "update deliveries set status = 'sent', token = null, lease_until = null, smtp_code = 250, updated_at = now()
          where id = $1 and status not in ('sent', 'failed')",
         claim.id,
     );
-    let settled = settled.execute(&mut *tx).await?.rows_affected() == 1;
-    if settled {
-        outbox::publish(&mut tx, claim.id, FINAL, &EmailEvent::Sent(claim.delivery())).await?;
+    let ended = ended.execute(&mut *tx).await?.rows_affected() == 1;
+    if ended {
+        outbox::publish(&mut tx, claim.id, FINAL_VERSION, &EmailEvent::Sent(claim.delivery())).await?;
     }
     tx.commit().await?;
-    Ok(settled)
+    Ok(ended)
 }
 
-/// The server will never take the mail.
+/// Records that the server refused the mail permanently.
 pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
-    let settled = sqlx::query!(
+    let ended = sqlx::query!(
         "update deliveries set status = 'failed', token = null, lease_until = null, smtp_code = $3, updated_at = now()
          where id = $1 and token = $2",
         claim.id,
         claim.token,
         code(smtp_code),
     );
-    let settled = settled.execute(&mut *tx).await?.rows_affected() == 1;
-    if settled {
+    let ended = ended.execute(&mut *tx).await?.rows_affected() == 1;
+    if ended {
         let event = EmailEvent::Failed(Undelivered { delivery: claim.delivery(), smtp_code });
-        outbox::publish(&mut tx, claim.id, FINAL, &event).await?;
+        outbox::publish(&mut tx, claim.id, FINAL_VERSION, &event).await?;
     }
     tx.commit().await?;
-    Ok(settled)
+    Ok(ended)
 }
 
-/// Back to be tried again later: as `unknown` if the server may have taken it, else as `pending`.
-pub async fn put_off(
+/// Why a delivery is retried.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum RetryAs {
+    /// The server has not accepted the mail.
+    Pending,
+    /// The server may have accepted the mail.
+    Unknown,
+}
+
+/// Schedules another attempt, after a back-off that doubles with each attempt.
+pub async fn retry_later(
     db: &PgPool,
     claim: &Claim,
     rules: &Rules,
-    unknown: bool,
+    retry_as: RetryAs,
     smtp_code: Option<u16>,
 ) -> sqlx::Result<()> {
     let doublings = u32::try_from(claim.attempt - 1).unwrap_or(0).min(20);
@@ -131,7 +141,10 @@ pub async fn put_off(
          where id = $1 and token = $2",
         claim.id,
         claim.token,
-        if unknown { "unknown" } else { "pending" },
+        match retry_as {
+            RetryAs::Pending => "pending",
+            RetryAs::Unknown => "unknown",
+        },
         smtp_code.map(code),
         interval(backoff),
     )
@@ -140,7 +153,7 @@ pub async fn put_off(
     Ok(())
 }
 
-/// Cancels what was meant for erased recipients and is not being sent right now.
+/// Cancels the deliveries to erased recipients that are not being sent at the moment.
 pub async fn cancel_erased(db: &PgPool) -> sqlx::Result<u64> {
     let cancelled = sqlx::query!(
         "update deliveries d set status = 'cancelled', token = null, lease_until = null, updated_at = now()
@@ -151,8 +164,8 @@ pub async fn cancel_erased(db: &PgPool) -> sqlx::Result<u64> {
     Ok(cancelled.execute(db).await?.rows_affected())
 }
 
-/// A delivery ends once, so its event is its first version.
-const FINAL: i64 = 1;
+/// The version of a delivery's event. A delivery ends once, so it has one event.
+const FINAL_VERSION: i64 = 1;
 
 impl Claim {
     fn delivery(&self) -> Delivery {

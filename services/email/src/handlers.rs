@@ -1,16 +1,16 @@
-//! What the email service does with events. Both handlers are idempotent by keys of their own business, without an inbox: a
-//! unique key for intents, the highest version for recipients.
+//! The event handlers of the email service. Both are idempotent without an inbox: intents have a unique business key, and for
+//! recipients the highest version wins.
 
 use std::collections::BTreeMap;
 
 use shared::events::{UserEvent, UserState, mint_id};
 use shared::fault;
 use shared::messaging::{Failure, Handler, Outcome, Record};
-use shared::service::telemetry::TraceContext;
+use shared::platform::telemetry::TraceContext;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-/// `user.events.v1` → intents. A registration wants one welcome mail, however often and in whatever order it comes.
+/// `user.events.v1` → intents. A registration causes one welcome mail, however often and in whatever order it arrives.
 #[derive(Clone)]
 pub struct Welcome {
     pub db: PgPool,
@@ -19,9 +19,11 @@ pub struct Welcome {
 impl Handler for Welcome {
     type Event = UserEvent;
 
-    /// One transaction. Crash before the commit: the batch comes again. Crash after it: it comes again and changes nothing.
-    /// Users are written in the order of their ids, as in [`Recipients`]: two transactions that lock the same rows in opposite
-    /// orders would deadlock. The effects commute, so the order has no other meaning.
+    const GROUP: &'static str = "email.welcome";
+
+    /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch comes again and changes
+    /// nothing. Users are written in the order of their ids, as in [`Recipients`]: two transactions that lock the same rows
+    /// in opposite orders would deadlock. The effects commute, so the order has no other meaning.
     async fn handle(&self, batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
         let mut batch: Vec<_> = batch.iter().collect();
         batch.sort_by_key(|record| record.envelope.key);
@@ -65,7 +67,7 @@ async fn intend(
     Ok(inserted.execute(tx).await?.rows_affected() == 1)
 }
 
-/// The fact erases too: a consumer that was away for longer than Kafka keeps tombstones would miss the tombstone.
+/// The fact erases the address too: a consumer that was down for longer than Kafka keeps tombstones misses the tombstone.
 async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<bool> {
     let erased = sqlx::query!(
         "insert into recipients as stored (user_id, version) values ($1, $2)
@@ -86,8 +88,10 @@ pub struct Recipients {
 impl Handler for Recipients {
     type Event = UserState;
 
-    /// One statement. Users are written in the order of their ids, as in [`Welcome`]; and each once, since a statement may touch
-    /// a row only once.
+    const GROUP: &'static str = "email.recipients";
+
+    /// One statement. Users are written in the order of their ids, as in [`Welcome`], and each once, because a statement may
+    /// update a row only once.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut newest: BTreeMap<Uuid, &Record<UserState>> = BTreeMap::new();
         for record in batch {
@@ -96,7 +100,10 @@ impl Handler for Recipients {
                 *known = record;
             }
         }
-        let (mut users, mut versions, mut emails, mut names) = (vec![], vec![], vec![], vec![]);
+        let mut users = vec![];
+        let mut versions = vec![];
+        let mut emails = vec![];
+        let mut names = vec![];
         for (user, record) in newest {
             let profile = match &record.event {
                 UserState::Current(profile) => Some(profile),
@@ -127,13 +134,12 @@ impl Handler for Recipients {
 mod tests {
     use proptest::prelude::*;
     use proptest::sample::Index;
-    use shared::events::{Envelope, Event, Profile, UserRef, now};
-    use shared::messaging::Source;
+    use shared::events::{Event, Profile, UserRef};
     use tokio::runtime::Runtime;
 
     use super::*;
 
-    /// Real rows on a real database cost milliseconds, so few cases; each is a whole history.
+    /// Each case is a whole history on a real database, which takes milliseconds per row. So there are few.
     const CASES: u32 = 32;
 
     async fn database() -> PgPool {
@@ -142,17 +148,9 @@ mod tests {
         db
     }
 
-    fn record<E: Event>(user: Uuid, version: i64, event: E) -> Record<E> {
-        let (kind, key, id) = (event.encode().0.to_owned(), user, mint_id());
-        let (source, traceparent, tracestate) = ("/test".to_owned(), None, None);
-        let envelope = Envelope { id, kind, source, key, version, time: now(), traceparent, tracestate };
-        let source = Source { topic: E::TOPIC.name.to_owned(), partition: 0, offset: version };
-        Record { event, envelope, source, after: None }
-    }
-
     fn state(user: Uuid, version: i64, erased: bool) -> Record<UserState> {
         let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
-        record(user, version, if erased { UserState::Erased } else { UserState::Current(profile) })
+        Record::sample(user, version, if erased { UserState::Erased } else { UserState::Current(profile) })
     }
 
     async fn recipient(db: &PgPool, user: Uuid) -> Option<(i64, Option<String>)> {
@@ -160,16 +158,14 @@ mod tests {
         query.fetch_optional(db).await.unwrap()
     }
 
-    /// What a handler was given of a history: any of its records, in any order, any number of times, in batches of any size.
-    /// Gaps come by themselves.
+    /// Records of a history in batches of any size, in any order, with repetitions and gaps.
     fn deliveries() -> impl Strategy<Value = Vec<Vec<(usize, Index)>>> {
         prop::collection::vec(prop::collection::vec((0..3_usize, any::<Index>()), 1..6), 1..6)
     }
 
-    /// T26, I10: whatever comes of three users' states, in whatever order, the highest version seen is what is there, and who
-    /// was erased with it has no address.
+    /// T26, I10: a user whose highest version is the erasure has no address.
     #[test]
-    fn the_highest_state_wins_in_any_order() {
+    fn the_highest_version_of_a_state_wins_in_any_order() {
         let runtime = Runtime::new().unwrap();
         let db = runtime.block_on(database());
         let lengths = prop::array::uniform3((1..6_i64, any::<bool>()));
@@ -199,12 +195,11 @@ mod tests {
         });
     }
 
-    /// T26, I5: one intent per registration, in any order and any number of times, also after the user is gone.
+    /// T26, I5: also after the user was erased.
     #[test]
-    fn a_registration_is_one_intent_in_any_order() {
+    fn a_registration_makes_one_intent_in_any_order_and_repetition() {
         let runtime = Runtime::new().unwrap();
         let db = runtime.block_on(database());
-        let facts = [UserEvent::Registered, UserEvent::ProfileChanged, UserEvent::EmailChanged, UserEvent::Deleted];
         let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) };
         proptest!(config, |(batches in deliveries())| {
             runtime.block_on(async {
@@ -213,10 +208,12 @@ mod tests {
                 let handler = Welcome { db: db.clone() };
                 for batch in batches {
                     let records: Vec<_> = batch.iter().map(|(user, index)| {
-                        let fact = index.index(facts.len());
-                        registered[*user] |= fact == 0;
-                        deleted[*user] |= fact == 3;
-                        record(users[*user], fact as i64 + 1, facts[fact](UserRef { user_id: users[*user] }))
+                        let mut samples = UserEvent::samples(users[*user]);
+                        let fact = index.index(samples.len());
+                        let event = samples.swap_remove(fact);
+                        registered[*user] |= matches!(event, UserEvent::Registered(_));
+                        deleted[*user] |= matches!(event, UserEvent::Deleted(_));
+                        Record::sample(users[*user], fact as i64 + 1, event)
                     }).collect();
                     let outcome = handler.handle(&records).await.unwrap();
                     assert_eq!(outcome.applied + outcome.duplicate + outcome.stale, records.len() as u64);
@@ -235,9 +232,9 @@ mod tests {
         query.fetch_one(db).await.unwrap()
     }
 
-    /// I10: a statement may touch a row once, and a batch may hold a user twice.
+    /// I10: a statement may update a row only once.
     #[tokio::test]
-    async fn a_batch_may_hold_a_user_twice() {
+    async fn a_batch_may_contain_a_user_twice() {
         let db = database().await;
         let user = mint_id();
         let handler = Recipients { db: db.clone() };
@@ -247,23 +244,23 @@ mod tests {
         assert_eq!(recipient(&db, user).await, Some((3, Some("v3@example.com".to_owned()))));
     }
 
-    /// I10: the fact erases like the tombstone, and an address that comes later stays out.
+    /// I10: an older state that arrives later does not bring the address back.
     #[tokio::test]
-    async fn the_fact_of_a_deletion_erases_for_good() {
+    async fn the_fact_of_a_deletion_erases_the_recipient_permanently() {
         let db = database().await;
         let user = mint_id();
         let recipients = Recipients { db: db.clone() };
         recipients.handle(&[state(user, 1, false)]).await.unwrap();
-        let deleted = [record(user, 3, UserEvent::Deleted(UserRef { user_id: user }))];
+        let deleted = [Record::sample(user, 3, UserEvent::Deleted(UserRef { user_id: user }))];
         Welcome { db: db.clone() }.handle(&deleted).await.unwrap();
         let outcome = recipients.handle(&[state(user, 2, false)]).await.unwrap();
         assert_eq!(outcome.stale, 1);
         assert_eq!(recipient(&db, user).await, Some((3, None)));
     }
 
-    /// I11: a database that is away is no fault of the record.
+    /// I11: an outage of the database is not the record's fault.
     #[tokio::test]
-    async fn a_database_that_is_away_is_a_retry() {
+    async fn a_database_that_is_down_causes_a_retry() {
         let db = database().await;
         db.close().await;
         let failure = Recipients { db }.handle(&[state(mint_id(), 1, false)]).await.unwrap_err();

@@ -1,59 +1,60 @@
-//! Deliveries that are held back. A cause of long ago comes from a history read again (a lost database, a group that starts
-//! anew), not from a user who waits; most of these mails were sent once. So they wait, visibly, for an operator's word: `email
-//! send-held`.
+//! Held deliveries. An event of long ago comes from a replayed history (a lost database, a group that starts from the
+//! beginning) and not from a user who waits, and most of these mails were sent before. So such deliveries are held, visible
+//! in a metric, until an operator runs `email send-held`.
 //!
-//! The word is given for what is held now. As a setting it would be forgotten, and the next history would be mailed.
+//! The command releases only what is held now. A setting would stay on and mail the next replay too.
 
 use std::time::Duration;
 
-use shared::service::bounded;
+use shared::platform::database::bounded;
 use sqlx::PgPool;
 use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::deliveries::interval;
-use crate::metrics::Metrics;
+use crate::metrics::DeliveryMetrics;
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Deliveries per statement: a history has more than a statement's time-out allows.
+/// Deliveries per statement. A whole history would exceed the time-out of a statement.
 const BATCH: i64 = 5_000;
 
-/// The subcommand `send-held`. It takes at least one bound: without any, whatever was read again would be mailed.
+/// The subcommand `send-held`. It requires at least one bound: without any it would mail a whole replayed history.
 #[derive(clap::Args, Clone)]
 #[group(required = true, multiple = true)]
 pub struct SendHeld {
-    /// Mails whose cause is younger than this: of the four days, say, that this service was away.
+    /// Send mails whose cause is younger than this, for example of the four days during which this service was down.
     #[arg(long)]
     younger_than_hours: Option<u32>,
-    /// This user's mails.
+    /// Send the mails of this user.
     #[arg(long)]
     user: Option<Uuid>,
 }
 
-/// Holds back what is too old, and cancels what is held for recipients who were erased. Until it comes to a delivery, the claim's
-/// own condition keeps that from being sent. Any number of processes may do so at once.
-pub async fn watch(db: PgPool, max_age: Duration, metrics: Metrics) -> anyhow::Result<()> {
+/// Holds deliveries that are too old, and cancels held ones whose recipient was erased. A delivery that is not held yet is not
+/// sent either, by the condition of the claim. Several processes may do this at once.
+pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> anyhow::Result<()> {
     loop {
         match bounded(async { Ok((hold(&db, max_age).await?, cancel_erased(&db).await?)) }).await {
             Ok((held, cancelled)) => {
                 if held > 0 {
                     tracing::warn!(
                         deliveries = held,
-                        "held back: older than MAX_AGE_HOURS; see `email send-held --help`"
+                        "deliveries are held: their cause is older than MAX_AGE_HOURS; see `email send-held --help`"
                     );
                 }
-                metrics.settled("cancelled", cancelled);
+                metrics.count_ended("cancelled", cancelled);
                 if held.max(cancelled) == BATCH.unsigned_abs() {
                     continue;
                 }
             }
-            Err(error) => tracing::warn!(%error, "the database does not answer; what is too old is held back later"),
+            Err(error) => tracing::warn!(%error, "cannot hold old deliveries; will retry"),
         }
         sleep(INTERVAL).await;
     }
 }
 
-/// What is being sent, with a lease, was young enough or released when it was claimed: it is let go on.
+/// Holds deliveries that are too old. One that is being sent under a valid lease was young enough, or released, when it was
+/// claimed; it continues.
 async fn hold(db: &PgPool, max_age: Duration) -> sqlx::Result<u64> {
     let held = sqlx::query!(
         "update deliveries set status = 'held', token = null, lease_until = null, updated_at = now()
@@ -80,9 +81,9 @@ async fn cancel_erased(db: &PgPool) -> sqlx::Result<u64> {
     Ok(cancelled.execute(db).await?.rows_affected())
 }
 
-/// The operator's word. Crash in between: some are released and others not, and the next call releases the rest. A released
-/// delivery stays so, however often it is put off.
-#[expect(clippy::print_stdout, reason = "it is what the subcommand answers")]
+/// Releases held deliveries. Crash in between: some are released and others are not, and the next call releases the rest. A
+/// released delivery stays released, however often it is retried.
+#[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn send(db: &PgPool, options: &SendHeld) -> anyhow::Result<()> {
     let age = options.younger_than_hours.map(|hours| interval(Duration::from_secs(u64::from(hours) * 3600)));
     let mut released = 0;

@@ -19,18 +19,18 @@ struct WelcomeHtml<'a> {
     display_name: &'a str,
 }
 
-/// Writes the mail of a delivery. The Message-ID, `<delivery id@domain of the sender>`, is how a mailbox knows copies.
+/// Builds the mail of a delivery. Mailboxes recognise copies by the Message-ID, `<delivery id@domain of the sender>`.
 ///
 /// # Errors
-/// The address or the template cannot be used. That will not change, so the delivery has failed.
-pub fn write(claim: &Claim, from: &Mailbox) -> anyhow::Result<Message> {
+/// The address or the template is invalid. A retry cannot help, so the delivery fails.
+pub fn build(claim: &Claim, from: &Mailbox) -> anyhow::Result<Message> {
     let (subject, text, html) = match claim.template.as_str() {
         "welcome" => (
             "Welcome",
             WelcomeText { display_name: &claim.display_name }.render()?,
             WelcomeHtml { display_name: &claim.display_name }.render()?,
         ),
-        _ => bail!("a template that this release does not have"),
+        _ => bail!("this release does not have the template"),
     };
     let to = Mailbox::new(Some(claim.display_name.clone()), claim.email.parse()?);
     let message = Message::builder()

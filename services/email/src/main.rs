@@ -1,5 +1,6 @@
-//! The email service: facts become intents to send, states become recipients, and the sender joins the two when it sends. So
-//! the order of the two topics does not matter. What became of a mail is told on `email.events.v1`, through an outbox.
+//! The email service. Facts become intents to send a mail, states become recipients, and the sender joins the two when it
+//! sends. So the relative order of the two topics does not matter. The results are published on `email.events.v1`, through an
+//! outbox.
 
 mod deliveries;
 mod handlers;
@@ -16,20 +17,19 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use handlers::{Recipients, Welcome};
 use held::SendHeld;
+use metrics::DeliveryMetrics;
 use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
-use shared::messaging::{ListDeadLetters, Redrive, list_dead_letters, redrive};
-use shared::service::{self, Service, ServiceConfig};
+use shared::messaging::{Handler, Redrive, list_dead_letters, redrive};
+use shared::platform::database;
+use shared::platform::health::healthcheck;
+use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/email");
 
-/// The consumer groups.
-const WELCOME: &str = "email.welcome";
-const RECIPIENTS: &str = "email.recipients";
-
-/// Sends mails to users, and tells what became of them.
+/// Sends mails to users, and publishes an event when a mail is sent or has failed.
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -40,21 +40,17 @@ struct Cli {
 
 #[derive(Subcommand, Clone)]
 enum Command {
-    /// Run the service (the default).
-    Serve,
-    /// Ask the running service whether it is ready; exit 0 if so.
-    Healthcheck,
-    /// List the open dead letters.
-    DeadLetters(ListDeadLetters),
-    /// Try the open dead letters again.
-    Redrive(Redrive),
-    /// Send mails that are held back because their cause is older than MAX_AGE_HOURS.
+    #[command(flatten)]
+    Service(service::Command),
+    #[command(flatten)]
+    Consumer(ConsumerCommand),
+    /// Send mails that are held because their cause is older than MAX_AGE_HOURS.
     SendHeld(SendHeld),
 }
 
 #[derive(clap::Args)]
 struct Config {
-    /// Where the public API is answered.
+    /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8083")]
     http_addr: SocketAddr,
     /// The service's own database: postgres://waybill_email:password@host:port/waybill_email
@@ -62,18 +58,19 @@ struct Config {
     email_database_url: SecretString,
     #[command(flatten)]
     smtp: smtp::SmtpConfig,
-    /// Mails sent at the same time by this process.
+    /// How many mails this process sends at the same time.
     #[arg(long, env, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     senders: u16,
-    /// How long a sender may take over one mail before another may take it over. It must be longer than the time-outs of all steps
-    /// together, 130 seconds; a shorter one sends copies when the mail server is slow.
+    /// How long a sender may take for one mail, in milliseconds, before another sender may take the mail over. It must be
+    /// longer than the time-outs of all steps together, 130 seconds: a shorter lease causes duplicate mails when the mail
+    /// server is slow.
     #[arg(long, env, default_value_t = 180_000)]
     lease_ms: u64,
-    /// The wait before the second attempt; it doubles with each, up to ten minutes.
+    /// The wait before the second attempt, in milliseconds. It doubles with each attempt, up to ten minutes.
     #[arg(long, env, default_value_t = 1_000)]
     backoff_ms: u64,
-    /// A mail whose cause is older is held back: it comes from a history read again, not from a user who waits. `email send-held`
-    /// sends what is held.
+    /// A mail whose cause is older is held: it comes from a replayed history and not from a user who waits. `email
+    /// send-held` sends held mails.
     #[arg(long, env, default_value_t = 72)]
     max_age_hours: u32,
     #[command(flatten)]
@@ -82,14 +79,16 @@ struct Config {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
-    match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => serve(cli.config).await,
-        Command::Healthcheck => service::healthcheck(&cli.config.service).await,
-        Command::DeadLetters(options) => list_dead_letters(&cli.config.service.kafka, &[WELCOME, RECIPIENTS], options),
-        Command::Redrive(options) => settle(cli.config, options).await,
+    let Cli { config, command } = Cli::parse();
+    match command.unwrap_or(Command::Service(service::Command::Serve)) {
+        Command::Service(service::Command::Serve) => serve(config).await,
+        Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
+            list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
+        }
+        Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
         Command::SendHeld(options) => {
-            held::send(&service::pool(cli.config.email_database_url.expose_secret().parse()?), &options).await
+            held::send(&database::pool(config.email_database_url.expose_secret().parse()?), &options).await
         }
     }
 }
@@ -99,10 +98,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let db = service.database(config.email_database_url.expose_secret(), &MIGRATIONS).await?;
     service.own_topics(&[Topic::EMAIL_EVENTS]);
     let wake = service.relay(&db);
-    service.consume(WELCOME, Welcome { db: db.clone() });
-    service.consume(RECIPIENTS, Recipients { db: db.clone() });
-    let metrics = metrics::Metrics::register(&service.metrics());
-    service.spawn("deliveries' metrics", metrics.clone().measure(db.clone()));
+    service.consume(Welcome { db: db.clone() });
+    service.consume(Recipients { db: db.clone() });
+    let metrics = DeliveryMetrics::register(&service.metrics());
+    service.spawn("delivery metrics", metrics.clone().measure(db.clone()));
     let max_age = Duration::from_secs(u64::from(config.max_age_hours) * 3600);
     service.spawn("held deliveries", held::watch(db.clone(), max_age, metrics.clone()));
     for number in 0..config.senders {
@@ -123,9 +122,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.run().await
 }
 
-async fn settle(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = service::pool(config.email_database_url.expose_secret().parse()?);
+async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
+    let db = database::pool(config.email_database_url.expose_secret().parse()?);
     let kafka = &config.service.kafka;
-    redrive(kafka, WELCOME, &Welcome { db: db.clone() }, &options).await?;
-    redrive(kafka, RECIPIENTS, &Recipients { db }, &options).await
+    redrive(kafka, &Welcome { db: db.clone() }, &options).await?;
+    redrive(kafka, &Recipients { db }, &options).await
 }

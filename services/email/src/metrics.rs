@@ -1,45 +1,46 @@
-//! How the deliveries do.
+//! Delivery metrics.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use shared::service;
+use shared::platform::database::bounded;
+use shared::platform::metrics::Metrics;
 use sqlx::PgPool;
 use tokio::time::{Duration, sleep};
 
 const INTERVAL: Duration = Duration::from_secs(2);
-/// Also reported when there are none, so that a series ends at 0 and not at its last value.
+/// The states that are reported. A state without deliveries is reported as 0, or its series would keep the last value.
 const OPEN: [&str; 5] = ["pending", "sending", "unknown", "unaddressed", "held"];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct State {
+struct StateLabels {
     state: &'static str,
 }
 
 #[derive(Clone)]
-pub struct Metrics {
-    settled: Family<State, Counter>,
-    open: Family<State, Gauge>,
+pub struct DeliveryMetrics {
+    ended: Family<StateLabels, Counter>,
+    open: Family<StateLabels, Gauge>,
     oldest_age: Gauge,
 }
 
-impl Metrics {
-    pub fn register(metrics: &service::Metrics) -> Self {
-        let own = Self { settled: Family::default(), open: Family::default(), oldest_age: Gauge::default() };
-        metrics.register("deliveries_settled", "Deliveries that ended, by how", &own.settled);
-        metrics.register("deliveries_open", "Deliveries to be made, by state", &own.open);
-        let help = "How long the oldest of them has waited, not counting what is held";
+impl DeliveryMetrics {
+    pub fn register(metrics: &Metrics) -> Self {
+        let own = Self { ended: Family::default(), open: Family::default(), oldest_age: Gauge::default() };
+        metrics.register("deliveries_ended", "Deliveries that ended, by final state", &own.ended);
+        metrics.register("deliveries_open", "Deliveries that have not ended, by state", &own.open);
+        let help = "Age of the oldest delivery that has not ended and is not held";
         metrics.register("deliveries_oldest_age_seconds", help, &own.oldest_age);
         own
     }
 
-    pub fn settled(&self, state: &'static str, deliveries: u64) {
-        self.settled.get_or_create(&State { state }).inc_by(deliveries);
+    pub fn count_ended(&self, state: &'static str, deliveries: u64) {
+        self.ended.get_or_create(&StateLabels { state }).inc_by(deliveries);
     }
 
-    /// Counts the open deliveries, by the indexes that hold only those. `held` ones wait for an operator's word. `unaddressed`
-    /// ones wait for `user.state.v1` to tell where their user can be reached: many of them, or old ones, are worth an alert.
+    /// Counts the open deliveries every two seconds, with indexes that contain only those. `held` deliveries wait for an
+    /// operator. `unaddressed` ones wait for the address of their user from `user.state.v1`: alert on many or old ones.
     pub async fn measure(self, db: PgPool) -> anyhow::Result<()> {
         loop {
             let measured = sqlx::query!(
@@ -50,10 +51,10 @@ impl Metrics {
                    union all
                    select 'held', count(*), 0 from deliveries where status = 'held'"#
             );
-            if let Ok(rows) = service::bounded(measured.fetch_all(&db)).await {
+            if let Ok(rows) = bounded(measured.fetch_all(&db)).await {
                 for state in OPEN {
                     let open = rows.iter().find(|row| row.state == state).map_or(0, |row| row.deliveries);
-                    self.open.get_or_create(&State { state }).set(open);
+                    self.open.get_or_create(&StateLabels { state }).set(open);
                 }
                 self.oldest_age.set(rows.iter().map(|row| row.age).max().unwrap_or(0));
             }

@@ -1,26 +1,26 @@
-//! The sender: claims a delivery, hands the mail to the SMTP server, records what came of it; one after another, over one
-//! connection.
+//! The sender: claims a delivery, sends the mail to the SMTP server and records the result. It sends one mail after another
+//! over one connection.
 
 use shared::fault;
 use shared::messaging::Wake;
-use shared::service::bounded;
-use shared::service::telemetry::{self, TraceContext};
+use shared::platform::database::bounded;
+use shared::platform::telemetry::{self, TraceContext};
 use sqlx::PgPool;
 use tokio::time::{Duration, Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, field::Empty};
 
-use crate::deliveries::{self, Claim, Rules};
+use crate::deliveries::{self, Claim, RetryAs, Rules};
 use crate::mail;
-use crate::metrics::Metrics;
+use crate::metrics::DeliveryMetrics;
 use crate::smtp::{Connection, Ending, SmtpConfig};
 
-/// New intents are found after this time at the latest.
+/// The longest time until a sender finds a new delivery.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// Intents of erased users are cancelled after this time at the latest.
+/// How often deliveries to erased users are cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_secs(1);
 const DATABASE_RETRY: Duration = Duration::from_millis(500);
-/// "Mailbox name not allowed" (RFC 5321 §4.2.2): what we answer ourselves to an address that is none.
+/// "Mailbox name not allowed" (RFC 5321 §4.2.2): the code that we record for an invalid address.
 const BAD_ADDRESS: u16 = 553;
 
 pub struct Sender {
@@ -28,11 +28,11 @@ pub struct Sender {
     pub smtp: SmtpConfig,
     pub rules: Rules,
     pub wake: Wake,
-    pub metrics: Metrics,
+    pub metrics: DeliveryMetrics,
 }
 
 impl Sender {
-    /// Sends until told to stop; the mail in hand is finished first.
+    /// Sends until the process stops. Finishes the mail in progress first.
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut connection = Connection::default();
         let mut cancel_at = Instant::now();
@@ -41,7 +41,7 @@ impl Sender {
                 Ok(true) => continue,
                 Ok(false) => POLL_INTERVAL,
                 Err(error) => {
-                    tracing::warn!(%error, "the database does not answer; deliveries wait");
+                    tracing::warn!(%error, "the database does not answer; deliveries wait, will retry");
                     DATABASE_RETRY
                 }
             };
@@ -51,12 +51,12 @@ impl Sender {
         Ok(())
     }
 
-    /// One delivery, if one is due; whether there was one.
+    /// Makes one delivery, if one is due. Returns whether one was due.
     async fn send_next(&self, connection: &mut Connection, cancel_at: &mut Instant) -> sqlx::Result<bool> {
-        // Not before each mail: it looks at all that is open. Nobody claims what is meant for an erased recipient.
+        // Not before each mail, because the query reads all open deliveries. A claim skips erased recipients anyway.
         if *cancel_at <= Instant::now() {
             let cancelled = bounded(deliveries::cancel_erased(&self.db)).await?;
-            self.metrics.settled("cancelled", cancelled);
+            self.metrics.count_ended("cancelled", cancelled);
             *cancel_at = Instant::now() + CANCEL_INTERVAL;
         }
         let Some(claim) = bounded(deliveries::claim(&self.db, &self.rules)).await? else { return Ok(false) };
@@ -70,7 +70,7 @@ impl Sender {
             let claimed_at = Instant::now();
             let ending = self.attempt(connection, &claim).await;
             fault::point("email.after_answer");
-            // Worth some patience: what is not recorded before the lease ends is sent again.
+            // Retries until the lease ends: a result that is not recorded by then means that the mail is sent again.
             while let Err(error) = bounded(self.record(&claim, &ending)).await {
                 if claimed_at.elapsed() > self.rules.lease {
                     return Err(error);
@@ -84,17 +84,17 @@ impl Sender {
         Ok(true)
     }
 
-    /// Crash before the server's 250: the lease ends and the mail is sent again, for the first time. Crash after it and before
-    /// [`Sender::record`]: it is sent a second time, with the same Message-ID. That window cannot be closed from here: SMTP has
-    /// no transaction that spans both sides.
+    /// Crash before the server's 250: the lease ends, and another attempt sends the mail. The server has accepted it once. Crash
+    /// after the 250 and before [`Sender::record`]: the mail is sent a second time, with the same Message-ID. The sender cannot
+    /// close this window, because SMTP has no transaction that spans both sides.
     async fn attempt(&self, connection: &mut Connection, claim: &Claim) -> Ending {
-        let written = mail::write(claim, &self.smtp.mail_from).ok();
-        let Some((message, to)) = written.zip(claim.email.parse().ok()) else {
+        let message = mail::build(claim, &self.smtp.mail_from).ok();
+        let Some((message, to)) = message.zip(claim.email.parse().ok()) else {
             return Ending::Refused { code: BAD_ADDRESS };
         };
         let check = async {
             fault::point("email.before_check");
-            // A database that does not answer cannot say that the mail is still ours.
+            // If the database does not answer, the delivery may belong to another sender.
             bounded(deliveries::still_ours(&self.db, claim)).await.unwrap_or(false)
         };
         connection.transmit(&self.smtp, to, &message, check).await
@@ -104,28 +104,39 @@ impl Sender {
         match *ending {
             Ending::Accepted => {
                 if deliveries::sent(&self.db, claim).await? {
-                    self.metrics.settled("sent", 1);
+                    self.metrics.count_ended("sent", 1);
                 }
-                tracing::info!(attempt = claim.attempt, "sent");
+                tracing::info!(attempt = claim.attempt, "mail accepted by the SMTP server");
             }
             Ending::Refused { code } => {
                 if deliveries::failed(&self.db, claim, code).await? {
-                    self.metrics.settled("failed", 1);
+                    self.metrics.count_ended("failed", 1);
                 }
-                tracing::warn!(attempt = claim.attempt, smtp.code = code, "refused for good");
+                tracing::warn!(
+                    attempt = claim.attempt,
+                    smtp.code = code,
+                    "mail server refused the mail permanently; delivery failed"
+                );
             }
             Ending::Later { code } => {
-                deliveries::put_off(&self.db, claim, &self.rules, false, code).await?;
-                tracing::warn!(attempt = claim.attempt, smtp.code = code, "not now");
+                deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Pending, code).await?;
+                tracing::warn!(attempt = claim.attempt, smtp.code = code, "mail server deferred the mail; will retry");
             }
             Ending::Unknown => {
-                deliveries::put_off(&self.db, claim, &self.rules, true, None).await?;
-                tracing::warn!(attempt = claim.attempt, "no answer to the mail: it may arrive twice");
+                deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Unknown, None).await?;
+                tracing::warn!(
+                    attempt = claim.attempt,
+                    "no answer after the mail was sent; will retry, so the recipient may get two copies"
+                );
             }
-            // Another's by now: then this changes nothing. Or the recipient was erased, or the database did not say.
+            // If another sender has the delivery, this statement changes nothing. Otherwise the recipient was erased, or the
+            // database did not answer.
             Ending::Superseded => {
-                deliveries::put_off(&self.db, claim, &self.rules, false, None).await?;
-                tracing::warn!(attempt = claim.attempt, "not sent: no longer ours, or nobody to send it to");
+                deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Pending, None).await?;
+                tracing::warn!(
+                    attempt = claim.attempt,
+                    "mail not sent: the lease ended, the recipient was erased, or the database did not answer"
+                );
             }
         }
         self.wake.notify();

@@ -1,4 +1,5 @@
-//! The SMTP dialogue, step by step: what a failure means depends on the step. lettre's pooled transport would hide it.
+//! The SMTP dialogue, step by step. The consequence of a failure depends on the step, which lettre's pooled transport would
+//! hide.
 
 use std::time::Duration;
 
@@ -10,20 +11,21 @@ use lettre::transport::smtp::extension::ClientId;
 use lettre::{Address, Message};
 use tokio::time::timeout;
 
-/// For each step (RFC 5321 §4.5.3.2 allows minutes; a lease must outlast them all).
+/// Time for each step. RFC 5321 §4.5.3.2 allows minutes, but the lease must be longer than all steps together.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(clap::Args, Clone)]
 pub struct SmtpConfig {
-    /// The mail server that takes mails over from us.
+    /// Host name of the mail server.
     #[arg(long, env, default_value = "localhost")]
     smtp_host: String,
+    /// Port of the mail server.
     #[arg(long, env, default_value_t = 1025)]
     smtp_port: u16,
-    /// Whether to ask for STARTTLS, and then insist on a valid certificate.
+    /// Whether to use STARTTLS. Then the server's certificate must be valid.
     #[arg(long, env, default_value_t = false, action = clap::ArgAction::Set)]
     smtp_tls: bool,
-    /// Who the mails are from; its domain is also that of their Message-IDs.
+    /// Sender of the mails. Its domain is also the domain of the Message-IDs.
     #[arg(long, env, default_value = "Waybill <waybill@waybill.example>")]
     pub mail_from: Mailbox,
 }
@@ -31,30 +33,30 @@ pub struct SmtpConfig {
 /// How an attempt ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// The server answered 250 to the mail: it is the server's now.
+    /// The server answered 250 after the mail: it is responsible for the mail now.
     Accepted,
-    /// The server will never take this mail.
+    /// The server refused this mail permanently.
     Refused { code: u16 },
-    /// Not now.
+    /// The server deferred the mail, or did not answer before it was sent.
     Later { code: Option<u16> },
-    /// The mail went out and the answer to it did not come: it may or may not be the server's.
+    /// The mail was sent and no answer came: the server may have accepted it.
     Unknown,
-    /// The check before the mail said no.
+    /// The check before sending failed.
     Superseded,
 }
 
-/// A connection that is opened when needed and dropped after any error.
+/// A connection that is opened on first use and closed after any error.
 #[derive(Default)]
 pub struct Connection(Option<AsyncSmtpConnection>);
 
-/// A step's failure: the reply's code if there was a reply.
+/// A failed step, with the code of the reply if there was one.
 struct Failed {
     code: Option<u16>,
     permanent: bool,
 }
 
 impl Connection {
-    /// Hands `message` over to the server. `check` is asked just before the mail itself goes out.
+    /// Sends `message` to the server. Calls `check` immediately before the mail is sent.
     pub async fn transmit(
         &mut self,
         config: &SmtpConfig,
@@ -64,16 +66,16 @@ impl Connection {
     ) -> Ending {
         let ending = self.dialogue(config, to, message, check).await;
         if ending != Ending::Accepted {
-            // In an unknown state; a fresh one costs little.
+            // The connection may be in any state; a new one is cheap.
             self.0 = None;
         }
         ending
     }
 
-    /// Says goodbye, so that the server need not wait for us.
+    /// Closes the connection with QUIT, so that the server does not wait for its time-out.
     pub async fn quit(&mut self) {
         if let Some(mut connection) = self.0.take() {
-            let _ = timeout(STEP_TIMEOUT, connection.quit()).await; // nothing depends on it
+            let _ = timeout(STEP_TIMEOUT, connection.quit()).await; // the result does not matter
         }
     }
 
@@ -84,7 +86,8 @@ impl Connection {
         message: &Message,
         check: impl Future<Output = bool>,
     ) -> Ending {
-        // What is refused for good up to here is not about this mail but about us: a wrong setting must not fail every mail.
+        // A permanent refusal before RCPT is about this client and not about the mail: a wrong setting must not fail every
+        // mail.
         let connection = match self.greeted(config).await {
             Ok(connection) => connection,
             Err(failed) => return Ending::Later { code: failed.code },
@@ -104,7 +107,7 @@ impl Connection {
         }
         match step(connection.message(&message.formatted())).await {
             Ok(()) => Ending::Accepted,
-            // No reply: nobody can tell whether the final dot arrived.
+            // Without a reply it is unknown whether the server received the final dot.
             Err(Failed { code: None, .. }) => Ending::Unknown,
             Err(failed) => failed.ending(),
         }
@@ -115,24 +118,24 @@ impl Connection {
             let hello = ClientId::Domain(config.mail_from.email.domain().to_owned());
             let server = (config.smtp_host.as_str(), config.smtp_port);
             let connecting = AsyncSmtpConnection::connect_tokio1(server, Some(STEP_TIMEOUT), &hello, None, None);
-            let mut connection = timeout(STEP_TIMEOUT, connecting).await.map_err(|_| Failed::SILENCE)??;
+            let mut connection = timeout(STEP_TIMEOUT, connecting).await.map_err(|_| Failed::NO_ANSWER)??;
             if config.smtp_tls {
                 let parameters = TlsParameters::new(config.smtp_host.clone())?;
                 step(connection.starttls(parameters, &hello)).await?;
             }
             self.0 = Some(connection);
         }
-        Ok(self.0.as_mut().expect("it was just made"))
+        Ok(self.0.as_mut().expect("the connection was opened above"))
     }
 }
 
 async fn step<T>(step: impl Future<Output = Result<T, Error>>) -> Result<(), Failed> {
-    timeout(STEP_TIMEOUT, step).await.map_err(|_| Failed::SILENCE)??;
+    timeout(STEP_TIMEOUT, step).await.map_err(|_| Failed::NO_ANSWER)??;
     Ok(())
 }
 
 impl Failed {
-    const SILENCE: Self = Self { code: None, permanent: false };
+    const NO_ANSWER: Self = Self { code: None, permanent: false };
 
     fn ending(&self) -> Ending {
         match self {

@@ -1,7 +1,7 @@
-//! The commands: each changes one user and writes one fact and one state, in the caller's transaction. All three carry the
-//! version that the changed row has, so whoever holds the row's lock decides the order.
+//! The commands. Each changes one user and writes one fact and one state record, in the caller's transaction. Both carry the
+//! version of the changed row, so the row's lock orders them.
 //!
-//! Crash: before the caller's commit there is neither a change nor an event; after it there are both.
+//! Crash before the caller's commit: neither the change nor the events exist. Crash after it: all of them exist.
 
 use shared::events::{Profile, UserEvent, UserRef, UserState, mint_id};
 use shared::messaging::outbox;
@@ -10,14 +10,14 @@ use uuid::Uuid;
 
 use crate::problem::Error;
 
-/// A user as stored.
+/// A stored user.
 pub struct User {
     pub id: Uuid,
     pub version: i64,
     pub profile: Profile,
 }
 
-/// Who is registered under `id` now.
+/// Finds a user that is not erased.
 pub async fn find(db: &mut PgConnection, id: Uuid) -> Result<User, Error> {
     let row = sqlx::query!(
         r#"select version, email as "email!", display_name as "display_name!" from users where id = $1 and email is not null"#,
@@ -39,11 +39,11 @@ pub async fn register(tx: &mut PgConnection, profile: Profile) -> Result<User, E
     if inserted.execute(&mut *tx).await?.rows_affected() == 0 {
         return Err(Error::AddressTaken);
     }
-    tell(tx, &user, UserEvent::Registered).await?;
+    publish_change(tx, &user, UserEvent::Registered).await?;
     Ok(user)
 }
 
-/// `expected` is the version that the caller has seen (`If-Match`), if it says so.
+/// `expected` is the version that the caller requires (`If-Match`); `None` accepts any version.
 pub async fn rename(tx: &mut PgConnection, id: Uuid, expected: Option<i64>, display_name: &str) -> Result<User, Error> {
     let row = sqlx::query!(
         r#"update users set version = version + 1, display_name = $3
@@ -53,10 +53,10 @@ pub async fn rename(tx: &mut PgConnection, id: Uuid, expected: Option<i64>, disp
         expected,
         display_name,
     );
-    let Some(row) = row.fetch_optional(&mut *tx).await? else { return Err(refusal(tx, id).await?) };
+    let Some(row) = row.fetch_optional(&mut *tx).await? else { return Err(why_unchanged(tx, id).await?) };
     let profile = Profile { email: row.email, display_name: row.display_name };
     let user = User { id, version: row.version, profile };
-    tell(tx, &user, UserEvent::ProfileChanged).await?;
+    publish_change(tx, &user, UserEvent::ProfileChanged).await?;
     Ok(user)
 }
 
@@ -70,14 +70,14 @@ pub async fn change_email(tx: &mut PgConnection, id: Uuid, expected: Option<i64>
         email,
     );
     let row = row.fetch_optional(&mut *tx).await.map_err(Error::address_taken)?;
-    let Some(row) = row else { return Err(refusal(tx, id).await?) };
+    let Some(row) = row else { return Err(why_unchanged(tx, id).await?) };
     let profile = Profile { email: row.email, display_name: row.display_name };
     let user = User { id, version: row.version, profile };
-    tell(tx, &user, UserEvent::EmailChanged).await?;
+    publish_change(tx, &user, UserEvent::EmailChanged).await?;
     Ok(user)
 }
 
-/// Erases the personal data here, and by the tombstone everywhere else. The row stays, with its version.
+/// Erases the personal data in this database. The tombstone erases it in all other services. The row and its version stay.
 pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Result<(), Error> {
     let version = sqlx::query_scalar!(
         "update users set version = version + 1, email = null, display_name = null
@@ -86,44 +86,53 @@ pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Re
         id,
         expected,
     );
-    let Some(version) = version.fetch_optional(&mut *tx).await? else { return Err(refusal(tx, id).await?) };
+    let Some(version) = version.fetch_optional(&mut *tx).await? else { return Err(why_unchanged(tx, id).await?) };
     outbox::publish(tx, id, version, &UserEvent::Deleted(UserRef { user_id: id })).await?;
     outbox::publish(tx, id, version, &UserState::Erased).await?;
     Ok(())
 }
 
-/// What [`retell`] wrote.
+/// How many records [`republish`] wrote.
 #[derive(Default)]
-pub struct Retold {
+pub struct Republished {
     pub states: u64,
     pub tombstones: u64,
 }
 
-/// Tells the current states of these users once more, at the versions they have, under new event ids. No user changes, so there is
-/// no fact. The rows are locked, in the order of their ids: a command that comes meanwhile waits, and its events lie behind
-/// these; so the last state that is told of a user is the newest.
-pub async fn retell(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Retold> {
+/// Publishes the current states of these users again, with their current versions and new event ids. No user changes, so
+/// there is no fact. The rows are locked, in the order of their ids. A command on one of these users waits for the lock, and
+/// its events come after these. So the last state record of a user is always its newest state.
+pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Republished> {
     let rows = sqlx::query!(
         "select id, version, email, display_name from users where id = any($1) order by id for update",
         users
     );
-    let mut retold = Retold::default();
+    let mut republished = Republished::default();
     for row in rows.fetch_all(&mut *tx).await? {
         let profile = row.email.zip(row.display_name).map(|(email, display_name)| Profile { email, display_name });
-        *if profile.is_some() { &mut retold.states } else { &mut retold.tombstones } += 1;
-        outbox::publish(tx, row.id, row.version, &profile.map_or(UserState::Erased, UserState::Current)).await?;
+        let state = match profile {
+            Some(profile) => {
+                republished.states += 1;
+                UserState::Current(profile)
+            }
+            None => {
+                republished.tombstones += 1;
+                UserState::Erased
+            }
+        };
+        outbox::publish(tx, row.id, row.version, &state).await?;
     }
-    Ok(retold)
+    Ok(republished)
 }
 
-/// One fact, one state, one version.
-async fn tell(tx: &mut PgConnection, user: &User, fact: fn(UserRef) -> UserEvent) -> Result<(), Error> {
+/// Publishes one fact and one state record, both with the user's version.
+async fn publish_change(tx: &mut PgConnection, user: &User, fact: fn(UserRef) -> UserEvent) -> Result<(), Error> {
     outbox::publish(tx, user.id, user.version, &fact(UserRef { user_id: user.id })).await?;
     outbox::publish(tx, user.id, user.version, &UserState::Current(user.profile.clone())).await?;
     Ok(())
 }
 
-/// Why no row was changed.
-async fn refusal(tx: &mut PgConnection, id: Uuid) -> Result<Error, Error> {
+/// Why a command changed no row.
+async fn why_unchanged(tx: &mut PgConnection, id: Uuid) -> Result<Error, Error> {
     find(tx, id).await.map(|user| Error::StaleVersion { current: user.version })
 }

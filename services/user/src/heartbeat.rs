@@ -1,13 +1,14 @@
-//! The heartbeat of `user.state.v1`. Kafka compacts closed segments only, and a segment is closed by nothing but a record that
-//! comes after its time: on a quiet partition an erased address would stay for ever. So each partition gets a record a day: the
-//! current state of one of its users, told once more, which no reader takes for news.
+//! The heartbeat of `user.state.v1`. Kafka compacts only closed segments, and only a later record closes a segment. So on a
+//! quiet partition an erased address would stay permanently. The user service therefore writes one record per partition per
+//! day: the current state of one of its users, published again unchanged. Readers ignore it because they already have that
+//! version.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use shared::events::{Event, UserState};
 use shared::messaging::Wake;
-use shared::service::bounded;
+use shared::platform::database::bounded;
 use sqlx::PgPool;
 use sqlx::postgres::types::PgInterval;
 use tokio::time::sleep;
@@ -15,10 +16,10 @@ use uuid::Uuid;
 
 use crate::commands;
 
-/// How often it is asked whether a heartbeat is due; more often where the interval is shorter.
+/// How often the service checks whether a heartbeat is due. A shorter heartbeat interval also shortens this one.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
-/// So many of the oldest users are looked through for one in each partition. A partition that has none among them has none at all,
-/// or chance has missed it a thousand times.
+/// How many of the oldest users are searched for one user per partition. If a partition has users, it is practically certain
+/// that one of them is among a thousand.
 const CANDIDATES: i64 = 1_000;
 
 pub async fn run(db: PgPool, wake: Wake, interval: Duration) -> anyhow::Result<()> {
@@ -26,15 +27,15 @@ pub async fn run(db: PgPool, wake: Wake, interval: Duration) -> anyhow::Result<(
         match bounded(beat(&db, interval)).await {
             Ok(true) => wake.notify(),
             Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "cannot write the heartbeat; trying again later"),
+            Err(error) => tracing::warn!(%error, "cannot write the heartbeat; will retry"),
         }
         sleep(interval.min(CHECK_INTERVAL)).await;
     }
 }
 
-/// One transaction: the time of the heartbeat and its records. Of many replicas one finds it due: the others wait for its lock on
-/// the row and then see the new time. Crash before the commit: it is still due. While Kafka is away the records wait in
-/// the outbox, one per partition and interval.
+/// One transaction: the time of the heartbeat and its records. Only one replica finds it due: the others wait for the lock on
+/// the row and then see the new time. Crash before the commit: the heartbeat is still due. While Kafka is down the records
+/// wait in the outbox, one per partition and interval.
 async fn beat(db: &PgPool, interval: Duration) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let due = sqlx::query!(
@@ -47,7 +48,7 @@ async fn beat(db: &PgPool, interval: Duration) -> sqlx::Result<bool> {
     }
     let users = sqlx::query_scalar!("select id from users order by id limit $1", CANDIDATES);
     let users = one_per_partition(users.fetch_all(&mut *tx).await?);
-    commands::retell(&mut tx, &users).await?;
+    commands::republish(&mut tx, &users).await?;
     tx.commit().await?;
     Ok(true)
 }

@@ -1,4 +1,4 @@
-//! The public API. A handler opens a transaction, calls a command, commits, and wakes the relay.
+//! The public API. A handler opens a transaction, calls a command, commits, and notifies the relay.
 
 use axum::extract::rejection::{JsonRejection, PathRejection};
 use axum::extract::{Path, State};
@@ -10,7 +10,7 @@ use serde_json::json;
 use shared::events::Profile;
 use shared::fault;
 use shared::messaging::Wake;
-use shared::service::http::IntoProblem;
+use shared::platform::http::IntoProblem;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -18,7 +18,7 @@ use crate::commands::{self, User};
 use crate::idempotency::{self, Claimed, Hasher};
 use crate::problem::Error;
 
-/// The longest address that SMTP carries (RFC 5321 §4.5.3.1.3, without the brackets), in characters.
+/// The longest address that SMTP allows (RFC 5321 §4.5.3.1.3, without the brackets), in characters.
 const EMAIL_MAX: usize = 254;
 const DISPLAY_NAME_MAX: usize = 100;
 const IDEMPOTENCY_KEY_MAX: usize = 255;
@@ -57,7 +57,7 @@ struct NewAddress {
     email: String,
 }
 
-/// What a command answers: no personal data, so that stored answers hold none.
+/// The answer to a command. It contains no personal data, so stored answers contain none.
 #[derive(Serialize, Deserialize)]
 struct Accepted {
     id: Uuid,
@@ -67,8 +67,8 @@ struct Accepted {
 type Body<T> = Result<Json<T>, JsonRejection>;
 type Id = Result<Path<Uuid>, PathRejection>;
 
-/// The user, the two events and the stored answer are one transaction. Crash before the commit: nothing happened, and a retry
-/// with the same key does it. Crash after it: a retry with the same key gets the stored answer.
+/// The user, the two events and the stored answer are one transaction. Crash before the commit: nothing is stored, and a
+/// retry with the same key registers the user. Crash after it: a retry with the same key gets the stored answer.
 async fn register(State(app): State<App>, headers: HeaderMap, body: Body<Registration>) -> Result<Response, Error> {
     let Json(registration) = body.map_err(malformed)?;
     let profile = Profile {
@@ -107,7 +107,8 @@ async fn show(State(app): State<App>, id: Id) -> Result<Response, Error> {
 async fn rename(State(app): State<App>, id: Id, headers: HeaderMap, body: Body<Renaming>) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
     let Json(renaming) = body.map_err(malformed)?;
-    let (display_name, expected) = (valid_display_name(&renaming.display_name)?, if_match(&headers)?);
+    let display_name = valid_display_name(&renaming.display_name)?;
+    let expected = if_match(&headers)?;
     let mut tx = app.db.begin().await?;
     let user = commands::rename(&mut tx, id, expected, &display_name).await?;
     tx.commit().await?;
@@ -123,7 +124,8 @@ async fn change_email(
 ) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
     let Json(address) = body.map_err(malformed)?;
-    let (email, expected) = (valid_email(&address.email)?, if_match(&headers)?);
+    let email = valid_email(&address.email)?;
+    let expected = if_match(&headers)?;
     let mut tx = app.db.begin().await?;
     let user = commands::change_email(&mut tx, id, expected, &email).await?;
     tx.commit().await?;
@@ -158,7 +160,7 @@ fn etag(version: i64) -> String {
     format!("\"{version}\"")
 }
 
-/// The version in `If-Match`; `None` where the caller does not care.
+/// The version that `If-Match` requires; `None` if the caller accepts any version.
 fn if_match(headers: &HeaderMap) -> Result<Option<i64>, Error> {
     let Some(value) = headers.get(header::IF_MATCH) else { return Ok(None) };
     let text = value.to_str().unwrap_or_default().trim();
@@ -185,14 +187,14 @@ fn valid_email(email: &str) -> Result<String, Error> {
     if email.chars().count() > EMAIL_MAX {
         return Err(Error::Invalid { field: "email", rule: "at most 254 characters" });
     }
-    // Other addresses need SMTPUTF8, which not every server on the way offers.
+    // Other addresses need SMTPUTF8, which not every mail server supports.
     if !email.is_ascii() {
         return Err(Error::Invalid { field: "email", rule: "only ASCII characters can be delivered everywhere" });
     }
     let options = email_address::Options::default().without_display_text().with_required_tld();
     match email_address::EmailAddress::parse_with_options(email, options) {
         Ok(_) => Ok(email.to_owned()),
-        _ => Err(Error::Invalid { field: "email", rule: "not an address such as ada@example.com" }),
+        _ => Err(Error::Invalid { field: "email", rule: "not an address, for example ada@example.com" }),
     }
 }
 

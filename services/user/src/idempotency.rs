@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: a request that is sent again, because its answer was lost, gets the first one's answer.
+//! `Idempotency-Key`: a client repeats a request whose answer was lost, and gets the first answer.
 //! Source: draft-ietf-httpapi-idempotency-key-header.
 
 use anyhow::ensure;
@@ -8,7 +8,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::Sha256;
-use shared::service::bounded;
+use shared::platform::database::bounded;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{Duration, sleep};
 
@@ -16,13 +16,13 @@ use crate::problem::Error;
 
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Makes the keyed hashes that are stored instead of what callers sent.
+/// Computes keyed hashes. They are stored instead of what callers sent.
 #[derive(Clone)]
 pub struct Hasher(Hmac<Sha256>);
 
 impl Hasher {
     /// # Errors
-    /// The secret is too short to keep anybody from trying all addresses.
+    /// The secret is so short that an attacker could try all of them.
     pub fn new(secret: &SecretString) -> anyhow::Result<Self> {
         let secret = secret.expose_secret();
         ensure!(secret.len() >= 32, "IDEMPOTENCY_SECRET has {} characters, it needs at least 32", secret.len());
@@ -37,20 +37,20 @@ impl Hasher {
     }
 }
 
-/// A claimed key, whose answer is still to be made.
+/// A claimed key that has no answer yet.
 pub struct Claim(Vec<u8>);
 
-/// What a key stands for.
+/// The result of claiming a key.
 pub enum Claimed<T> {
-    /// Nobody had it: make the answer and [`store`] it in the same transaction.
+    /// The key was free. [`store`] the answer in the same transaction.
     Free(Claim),
     /// The stored answer.
     Answered(StatusCode, T),
 }
 
-/// Claims `key` for `request` within the caller's transaction. A second request with the same key waits at the insert for the
-/// first one's commit, no longer than `lock_timeout`. If the first fails or dies, its claim is rolled back and the second
-/// goes ahead. A key older than a day is free again.
+/// Claims `key` for `request` within the caller's transaction. A second request with the same key waits at the insert for
+/// the commit of the first, for at most `lock_timeout`. If the first fails or its process dies, its claim is rolled back and
+/// the second one proceeds. A key is free again after a day.
 pub async fn claim<T: DeserializeOwned>(
     tx: &mut PgConnection,
     hasher: &Hasher,
@@ -70,7 +70,7 @@ pub async fn claim<T: DeserializeOwned>(
         return Ok(Claimed::Free(Claim(key)));
     }
     let stored = sqlx::query!("select request, status, answer from idempotency_keys where key = $1", key);
-    // Expired and removed in between: as rare as it is harmless, since the caller may send the request again.
+    // The key expired and was removed in between. This is rare, and the caller may repeat the request.
     let stored = stored.fetch_optional(tx).await?.ok_or(Error::Busy)?;
     if stored.request != request {
         return Err(Error::KeyReused);
@@ -83,7 +83,8 @@ pub async fn claim<T: DeserializeOwned>(
     }
 }
 
-/// Stores the answer. Only successes are stored: whatever else happens rolls back the claim with everything else.
+/// Stores the answer of a successful request. Any other result rolls back the claim together with the rest of the
+/// transaction.
 pub async fn store(tx: &mut PgConnection, claim: Claim, status: StatusCode, answer: &Value) -> Result<(), Error> {
     let status = i16::try_from(status.as_u16()).expect("HTTP statuses have three digits");
     sqlx::query!("update idempotency_keys set status = $2, answer = $3 where key = $1", claim.0, status, answer)
@@ -92,12 +93,12 @@ pub async fn store(tx: &mut PgConnection, claim: Claim, status: StatusCode, answ
     Ok(())
 }
 
-/// Removes answers that nobody will ask for any more.
+/// Removes expired answers, once an hour.
 pub async fn expire(db: PgPool) -> anyhow::Result<()> {
     loop {
         let expired = sqlx::query!("delete from idempotency_keys where created_at < now() - interval '24 hours'");
         if let Err(error) = bounded(expired.execute(&db)).await {
-            tracing::warn!(%error, "cannot remove expired idempotency keys; trying again later");
+            tracing::warn!(%error, "cannot remove expired idempotency keys; will retry in an hour");
         }
         sleep(EXPIRY_INTERVAL).await;
     }

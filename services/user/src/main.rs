@@ -1,5 +1,5 @@
-//! The user service: the only one that changes users. A command changes a row and writes the events that tell of it, in one
-//! transaction; the relay takes them to `user.events.v1` and `user.state.v1`, and from there to whoever listens.
+//! The user service: the only one that changes users. A command changes a row and writes its events in one transaction. The
+//! relay publishes the events to `user.events.v1` and `user.state.v1`.
 
 mod commands;
 mod heartbeat;
@@ -15,12 +15,14 @@ use clap::{Parser, Subcommand};
 use republish::Republish;
 use secrecy::{ExposeSecret, SecretString};
 use shared::events::Topic;
+use shared::platform::database;
+use shared::platform::health::healthcheck;
 use shared::service::{self, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/user");
 
-/// Registers users, changes them, erases them, and tells of it.
+/// Registers, changes and erases users, and publishes an event for each change.
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -31,29 +33,27 @@ struct Cli {
 
 #[derive(Subcommand, Clone)]
 enum Command {
-    /// Run the service (the default).
-    Serve,
-    /// Ask the running service whether it is ready; exit 0 if so.
-    Healthcheck,
-    /// Tell the current states once more, to repair a damaged user.state.v1 or to fill a new one. A running service publishes
-    /// them. Doing it twice, or beside everything else, is harmless.
+    #[command(flatten)]
+    Service(service::Command),
+    /// Publish the current state of users again, to repair a damaged user.state.v1 or to fill a new one. A running service
+    /// publishes the states. The command is safe to repeat and to run while the system runs.
     Republish(Republish),
 }
 
 #[derive(clap::Args)]
 struct Config {
-    /// Where the public API is answered.
+    /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8080")]
     http_addr: SocketAddr,
     /// The service's own database: postgres://waybill_user:password@host:port/waybill_user
     #[arg(long, env, hide_env_values = true)]
     user_database_url: SecretString,
-    /// At least 32 random characters, the same on every replica: keys the hashes of idempotent requests. Changing it forgets
-    /// the answers stored so far.
+    /// The key of the hashes of idempotent requests: at least 32 random characters, the same on every replica. A new key
+    /// invalidates all stored answers.
     #[arg(long, env, hide_env_values = true)]
     idempotency_secret: SecretString,
-    /// How often each partition of user.state.v1 gets a record, without which Kafka would not compact a quiet one and erased
-    /// addresses would stay in it. A day, as long as a segment is open.
+    /// How often each partition of user.state.v1 gets a record, in milliseconds. Kafka does not compact a partition without
+    /// new records, so erased addresses would remain in it. Default: one day, which is also how long a segment stays open.
     #[arg(long, env, default_value_t = 86_400_000, value_parser = clap::value_parser!(u64).range(1..))]
     heartbeat_interval_ms: u64,
     #[command(flatten)]
@@ -62,12 +62,12 @@ struct Config {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
-    match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => serve(cli.config).await,
-        Command::Healthcheck => service::healthcheck(&cli.config.service).await,
+    let Cli { config, command } = Cli::parse();
+    match command.unwrap_or(Command::Service(service::Command::Serve)) {
+        Command::Service(service::Command::Serve) => serve(config).await,
+        Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
         Command::Republish(options) => {
-            let db = service::pool(cli.config.user_database_url.expose_secret().parse()?);
+            let db = database::pool(config.user_database_url.expose_secret().parse()?);
             republish::republish(&db, &options).await
         }
     }

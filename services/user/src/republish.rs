@@ -1,5 +1,5 @@
-//! `user republish`: tells the current state of users once more, for a `user.state.v1` that lost records, or a new one that has
-//! none. Whoever has a state already sees its version and leaves it.
+//! `user republish`: publishes the current state of users again, for a `user.state.v1` that lost records, or for a new one. A
+//! reader that already has a state recognises its version and ignores it.
 
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use sqlx::PgPool;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::commands::{self, Retold};
+use crate::commands::{self, Republished};
 
-/// Users per transaction: locked for some hundred milliseconds, which a command that meets the lock waits out.
+/// Users per transaction. They are locked for some hundred milliseconds, and a command on one of them waits for that long.
 const BATCH_USERS: i64 = 500;
-/// With more rows than this in the outbox the relay is left to work first: all users at once would fill the database.
-const OUTBOX_ROWS: i64 = 2_000;
-const ROOM_INTERVAL: Duration = Duration::from_millis(50);
-/// How often it is said that the relay makes no room.
-const SAY_INTERVAL: Duration = Duration::from_secs(5);
+/// The command waits while the outbox has this many rows: all users at once would fill the database.
+const OUTBOX_LIMIT: i64 = 2_000;
+const ROOM_POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// How often the command reports that it waits.
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The subcommand `republish`.
 #[derive(clap::Args, Clone)]
@@ -26,30 +26,31 @@ pub struct Republish {
     /// Only this user.
     #[arg(long, conflicts_with = "after")]
     user: Option<Uuid>,
-    /// Go on behind this user, which is the last one that a run named before it was cut off.
+    /// Continue after this user: the last one that an interrupted run printed.
     #[arg(long)]
     after: Option<Uuid>,
 }
 
-/// Writes the states to the outbox, from where the relay of a running service takes them.
+/// Writes the states to the outbox. The relay of a running service publishes them.
 ///
-/// Crash: a batch is in the outbox or it is not, and a state that is told twice is known by its version. So a run that was cut
-/// off is run again, from the beginning or `--after` its last line. Whoever registers meanwhile tells their own state.
-#[expect(clippy::print_stdout, reason = "it is what the subcommand answers")]
+/// Crash: a batch is in the outbox completely or not at all, and readers recognise a repeated state by its version. So run the
+/// command again, from the beginning or with `--after` and the last printed user. Users who register in the meantime
+/// publish their own state.
+#[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn republish(db: &PgPool, options: &Republish) -> anyhow::Result<()> {
-    let mut total = Retold::default();
+    let mut total = Republished::default();
     if let Some(user) = options.user {
         total = batch(db, &[user]).await?;
-        ensure!(total.states + total.tombstones == 1, "--user {user}: nobody was ever registered under this id");
+        ensure!(total.states + total.tombstones == 1, "--user {user}: no user was ever registered with this id");
     } else {
         let last = sqlx::query_scalar!("select id from users order by id desc limit 1").fetch_optional(db).await?;
         let mut after = options.after.unwrap_or(Uuid::nil());
         while let Some(users) = next(db, after, last).await? {
             until_there_is_room(db).await?;
-            let go_on = || format!("cut off; nothing is wrong with what was written: go on with --after {after}");
-            let retold = batch(db, &users).await.with_context(go_on)?;
-            total.states += retold.states;
-            total.tombstones += retold.tombstones;
+            let resume = || format!("interrupted; what was written is correct: continue with --after {after}");
+            let batch = batch(db, &users).await.with_context(resume)?;
+            total.states += batch.states;
+            total.tombstones += batch.tombstones;
             after = users[users.len() - 1];
             println!("{} users, the last one is {after}", total.states + total.tombstones);
         }
@@ -58,7 +59,7 @@ pub async fn republish(db: &PgPool, options: &Republish) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The next users in the order of their ids; `None` behind `last`.
+/// The next users in the order of their ids; `None` after `last`.
 async fn next(db: &PgPool, after: Uuid, last: Option<Uuid>) -> sqlx::Result<Option<Vec<Uuid>>> {
     let users = sqlx::query_scalar!(
         "select id from users where id > $1 and id <= $2 order by id limit $3",
@@ -70,24 +71,24 @@ async fn next(db: &PgPool, after: Uuid, last: Option<Uuid>) -> sqlx::Result<Opti
     Ok((!users.is_empty()).then_some(users))
 }
 
-async fn batch(db: &PgPool, users: &[Uuid]) -> anyhow::Result<Retold> {
+async fn batch(db: &PgPool, users: &[Uuid]) -> anyhow::Result<Republished> {
     let mut tx = db.begin().await?;
-    let retold = commands::retell(&mut tx, users).await?;
+    let republished = commands::republish(&mut tx, users).await?;
     fault::point("republish.before_commit");
     tx.commit().await?;
-    Ok(retold)
+    Ok(republished)
 }
 
-/// Waits for as long as it takes: the relay goes on when Kafka does.
-#[expect(clippy::print_stdout, reason = "whoever looks on should know why nothing happens")]
+/// Waits indefinitely: the relay continues when Kafka is back.
+#[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 async fn until_there_is_room(db: &PgPool) -> sqlx::Result<()> {
-    let mut said = Instant::now();
-    while outbox::waiting(db, OUTBOX_ROWS).await? >= OUTBOX_ROWS {
-        if said.elapsed() > SAY_INTERVAL {
-            println!("the outbox is full: waiting until a running user service has published it, so is Kafka there?");
-            said = Instant::now();
+    let mut reported_at = Instant::now();
+    while outbox::waiting(db, OUTBOX_LIMIT).await? >= OUTBOX_LIMIT {
+        if reported_at.elapsed() > REPORT_INTERVAL {
+            println!("the outbox is full; waiting for the user service to publish it (is Kafka reachable?)");
+            reported_at = Instant::now();
         }
-        sleep(ROOM_INTERVAL).await;
+        sleep(ROOM_POLL_INTERVAL).await;
     }
     Ok(())
 }

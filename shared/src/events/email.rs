@@ -1,20 +1,21 @@
-//! What the email service says about deliveries. Codes only: SMTP reply texts carry addresses.
+//! Events of the email service about its deliveries. They carry reply codes and never reply texts, because SMTP reply
+//! texts contain addresses.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{DecodeError, Event, Topic, from_json, to_json};
 
-/// What became of a mail. The record's key is the delivery's id, so a delivery's facts keep their order.
+/// How a delivery ended. The record's key is the delivery's id, so all facts of a delivery are in one partition, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EmailEvent {
-    /// An SMTP server took the mail over (answered 250 to DATA).
+    /// An SMTP server accepted the mail: it answered 250 after DATA.
     Sent(Delivery),
-    /// An SMTP server refused it for good.
+    /// An SMTP server refused the mail permanently.
     Failed(Undelivered),
 }
 
-/// Which mail, and whose.
+/// The delivery that an event is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delivery {
     pub delivery_id: Uuid,
@@ -23,7 +24,7 @@ pub struct Delivery {
     pub template: String,
 }
 
-/// A delivery and the reply code (RFC 5321 §4.2) that ended it.
+/// A delivery that failed, and the reply code (RFC 5321 §4.2) that it failed with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Undelivered {
     #[serde(flatten)]
@@ -47,5 +48,19 @@ impl Event for EmailEvent {
             "email.failed" => Self::Failed(from_json(data)?),
             _ => return Ok(None),
         }))
+    }
+
+    fn user(&self, _key: Uuid) -> Uuid {
+        match self {
+            Self::Sent(delivery) => delivery.user_id,
+            Self::Failed(undelivered) => undelivered.delivery.user_id,
+        }
+    }
+
+    #[cfg(feature = "test-support")]
+    fn samples(user: Uuid) -> Vec<Self> {
+        let delivery = Delivery { delivery_id: super::mint_id(), user_id: user, template: "welcome".to_owned() };
+        let undelivered = Undelivered { delivery: delivery.clone(), smtp_code: 550 };
+        vec![Self::Sent(delivery), Self::Failed(undelivered)]
     }
 }

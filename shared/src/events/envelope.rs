@@ -1,5 +1,6 @@
-//! The envelope: CloudEvents 1.0 in Kafka's binary mode. Attributes are headers `ce_…`, the value is the data as it is.
-//! Sources: CloudEvents 1.0.2, its Kafka protocol binding §3.2, its sequence extension, its distributed tracing extension.
+//! The envelope: CloudEvents 1.0 in Kafka's binary mode. Attributes are headers named `ce_…`; the record's value is the
+//! data, unwrapped. Sources: CloudEvents 1.0.2, its Kafka protocol binding §3.2, its sequence extension and its
+//! distributed tracing extension.
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -8,44 +9,46 @@ use uuid::Uuid;
 use super::DecodeError;
 
 const SPEC_VERSION: &str = "1.0";
-/// Fields are only ever added to an event. What cannot be said so is a new type, or a new major version of the schema.
+/// The major version of every event's schema. A release may only add fields to an event. Any other change needs a new
+/// event type or a new major version.
 const SCHEMA_MAJOR: &str = "1";
 const JSON: &str = "application/json";
 
-/// Identity and origin of an event: what every guarantee rests on.
+/// Identity and origin of an event. Every guarantee depends on these attributes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
-    /// Made once, in the producer's transaction. Copies of an event have the same id; that is how an inbox knows them.
+    /// Created once, in the producer's transaction. All copies of an event have the same id; an inbox recognises
+    /// duplicates by it.
     pub id: Uuid,
     /// The event's type, for example `user.registered`.
     pub kind: String,
-    /// Which service says so, for example `/user`.
+    /// The service that published the event, for example `/user`.
     pub source: String,
     /// The aggregate's id; equal to the record's key.
     pub key: Uuid,
     /// The aggregate's version after this event: 1, 2, 3, …
     pub version: i64,
-    /// When it happened, by the producer's clock. For people and reports; nothing is ordered by it.
+    /// When the event happened, by the producer's clock. For people and reports; nothing is ordered by it.
     pub time: OffsetDateTime,
     /// The W3C trace context of the request that caused the event.
     pub traceparent: Option<String>,
     pub tracestate: Option<String>,
 }
 
-/// A new id. UUIDv7: ids made one after another are neighbours in an index.
-#[expect(clippy::disallowed_methods, reason = "the one place where ids are made")]
+/// A new id. It is a UUIDv7, so ids that are created one after another are adjacent in an index.
+#[expect(clippy::disallowed_methods, reason = "the one place where ids are created")]
 pub fn mint_id() -> Uuid {
     Uuid::now_v7()
 }
 
-/// The time an event happens at.
-#[expect(clippy::disallowed_methods, reason = "the one place where times are made")]
+/// The current time, for an event that happens now.
+#[expect(clippy::disallowed_methods, reason = "the one place where the clock is read")]
 pub fn now() -> OffsetDateTime {
     OffsetDateTime::now_utc()
 }
 
 impl Envelope {
-    /// The record's headers. Optional attributes that are absent have no header.
+    /// The record's headers. An absent optional attribute has no header.
     pub fn headers(&self) -> Vec<(&'static str, String)> {
         let time = self.time.format(&Rfc3339).expect("the year of an event has four digits");
         let mut headers = vec![
@@ -64,11 +67,11 @@ impl Envelope {
         headers
     }
 
-    /// Reads key and headers of a record. Headers it does not know are ignored.
+    /// Reads the key and the headers of a record. Unknown headers are ignored.
     ///
     /// # Errors
-    /// A required attribute is missing, doubled or malformed; or the event needs a newer reader than this one (another
-    /// specification, another major version of the schema, another encoding).
+    /// A required attribute is missing, duplicated or malformed; or the event needs a newer reader, because it has another
+    /// version of the specification, another major version of the schema, or another encoding.
     pub fn parse(key: Option<&[u8]>, headers: &[(&str, Option<&[u8]>)]) -> Result<Self, DecodeError> {
         let headers = Headers(headers);
         if headers.required("ce_specversion")? != SPEC_VERSION {
@@ -79,7 +82,7 @@ impl Envelope {
         }
         let schema = headers.optional("ce_dataschema")?;
         if schema.is_some_and(|urn| urn.rsplit(':').next() != Some(SCHEMA_MAJOR)) {
-            return Err(DecodeError::new("ce_dataschema", "a major version this release cannot read"));
+            return Err(DecodeError::new("ce_dataschema", "a major version that this release cannot read"));
         }
         let key = key.ok_or(DecodeError::new("key", "missing"))?;
         Ok(Self {
@@ -90,7 +93,7 @@ impl Envelope {
             version: headers.version("ce_sequence")?,
             time: OffsetDateTime::parse(headers.required("ce_time")?, &Rfc3339)
                 .map_err(|_| DecodeError::new("ce_time", "not an RFC 3339 time"))?,
-            // A trace is no reason to lose an event: what is malformed here is treated as absent.
+            // A malformed trace context is treated as absent: it is no reason to reject an event.
             traceparent: headers.optional("traceparent").ok().flatten().map(str::to_owned),
             tracestate: headers.optional("tracestate").ok().flatten().map(str::to_owned),
         })
@@ -152,13 +155,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn parse_reads_what_headers_writes() {
         let envelope = envelope();
         assert_eq!(parse(Some(&envelope.key.to_string()), &envelope.headers()), Ok(envelope));
     }
 
     #[test]
-    fn every_required_header_is_missed_by_name_and_refused_when_doubled() {
+    fn a_missing_or_duplicated_required_header_is_an_error_that_names_the_header() {
         let envelope = envelope();
         let key = envelope.key.to_string();
         for name in ["ce_specversion", "ce_id", "ce_type", "ce_source", "ce_time", "ce_sequence"] {
@@ -173,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_major_version_is_not_read_as_this_one() {
+    fn an_event_with_a_newer_major_version_is_not_decoded() {
         let envelope = envelope();
         let mut headers = envelope.headers();
         for (name, value) in &mut headers {

@@ -1,4 +1,5 @@
-//! The contract: what travels over Kafka. Plain data, no I/O. From here an event goes to [`crate::messaging::outbox`].
+//! The contract: what travels over Kafka. Plain data, no I/O. A service writes an event with
+//! [`crate::messaging::outbox::publish`].
 
 mod email;
 mod envelope;
@@ -11,25 +12,33 @@ pub use topics::{Kind, Topic};
 pub use user::{Profile, UserEvent, UserRef, UserState};
 
 use serde::{Serialize, de::DeserializeOwned};
+use uuid::Uuid;
 
-/// What a topic carries. One Rust type per topic; the types of event in it are told apart by the header `ce_type`.
+/// What a topic carries. Each topic has one Rust type; the header `ce_type` distinguishes the event types within it.
 pub trait Event: Sized + Send + Sync + 'static {
-    /// Where events of this kind travel.
+    /// The topic of these events.
     const TOPIC: Topic;
 
     /// The event's type (`ce_type`) and its data. No data is a tombstone, which only a [`Kind::State`] topic may carry.
     fn encode(&self) -> (&'static str, Option<Vec<u8>>);
 
-    /// Reads what [`Event::encode`] wrote, possibly in an older or newer release: unknown fields are ignored.
-    /// `Ok(None)` is a type this release does not know: the consumer skips and counts it.
+    /// Reads what [`Event::encode`] wrote, in this release or in an older or newer one. Unknown fields are ignored.
+    /// `Ok(None)`: this release does not know the type; the consumer skips the record and counts it.
     ///
     /// # Errors
-    /// The data cannot be read as what `kind` says it is. The record becomes a dead letter.
+    /// The data does not have the form that `kind` requires. The record becomes a dead letter.
     fn decode(kind: &str, data: Option<&[u8]>) -> Result<Option<Self>, DecodeError>;
+
+    /// The user whom the event concerns, for log lines. `key` is the record's key.
+    fn user(&self, key: Uuid) -> Uuid;
+
+    /// One sample of every variant, about this user.
+    #[cfg(feature = "test-support")]
+    fn samples(user: Uuid) -> Vec<Self>;
 }
 
-/// Why a record could not be read. It ends in a header of the dead letter and in the log, so it carries the place and the
-/// rule, never a value: a value may be personal data.
+/// Why a record could not be read. It is written to a header of the dead letter and to the log. So it carries the place
+/// and the rule and never a value, because a value may be personal data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct DecodeError {
@@ -49,7 +58,7 @@ fn to_json<T: Serialize>(data: &T) -> Vec<u8> {
     serde_json::to_vec(data).expect("events are plain structs with string keys, which always serialise")
 }
 
-/// `serde_json`'s own messages quote the offending value, so only the class of the error is kept.
+/// Keeps only the class of an error: messages of `serde_json` quote the offending value.
 fn from_json<T: DeserializeOwned>(data: Option<&[u8]>) -> Result<T, DecodeError> {
     use serde_json::error::Category;
     let data = data.ok_or(DecodeError::new("data", "null, but facts always carry data"))?;
@@ -57,9 +66,9 @@ fn from_json<T: DeserializeOwned>(data: Option<&[u8]>) -> Result<T, DecodeError>
         DecodeError::new(
             "data",
             match error.classify() {
-                Category::Eof => "JSON that ends too early",
+                Category::Eof => "incomplete JSON",
                 Category::Syntax | Category::Io => "not JSON",
-                Category::Data => "JSON, but not the shape of its type: a field is missing or has another type",
+                Category::Data => "JSON that does not match its type: a field is missing or has another type",
             },
         )
     })

@@ -1,58 +1,63 @@
-//! Every topic, declared once. Names use `.` and `-`, never `_`: Kafka's metrics cannot tell `_` from `.`.
+//! Every topic, declared once. Names use `.` and `-` and never `_`, because `_` and `.` collide in the names of Kafka's
+//! metrics.
 
 use uuid::Uuid;
 
-/// A topic as its owner declares it; the owner creates it and refuses to run on one that differs.
+/// A topic as its owner declares it. The owner creates the topic, and exits with an error if an existing one differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topic {
-    /// The logical name. The configured prefix stands before it on the broker.
+    /// The logical name. On the broker it follows the configured prefix.
     pub name: &'static str,
     /// What the key identifies; the outbox column `aggregatetype`.
     pub aggregate: &'static str,
-    /// Order holds per key because a key always has the same partition. For [`Kind::State`] the number is fixed for life:
-    /// after a change a tombstone lands on another partition than what it should erase.
+    /// The number of partitions. Records of one key are ordered because they are always in one partition. The number
+    /// never changes for [`Kind::State`]: after a change, a tombstone would go to another partition than the value that
+    /// it should erase.
     pub partitions: i32,
-    /// Decides retention, and what a null value means.
+    /// Determines the retention and the meaning of a null value.
     pub kind: Kind,
 }
 
 /// What a topic is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// What happened. Never any personal data; kept for ever; effects commute.
+    /// What happened. Facts carry no personal data and are kept permanently. Their effects commute.
     Facts,
-    /// What is. The whole current state per key, compacted; a null value is a tombstone; the highest version wins.
+    /// The complete current state per key. The topic is compacted; a null value is a tombstone; the highest version
+    /// wins.
     State,
 }
 
 impl Topic {
     /// What happened to users.
     pub const USER_EVENTS: Self = Self::facts("user.events.v1", "user");
-    /// Who each user is now: the only topic that carries personal data.
+    /// The current state of each user. This is the only topic that carries personal data.
     pub const USER_STATE: Self = Self { name: "user.state.v1", aggregate: "user", partitions: 6, kind: Kind::State };
-    /// What became of mails.
+    /// What happened to mails.
     pub const EMAIL_EVENTS: Self = Self::facts("email.events.v1", "delivery");
 
     const fn facts(name: &'static str, aggregate: &'static str) -> Self {
         Self { name, aggregate, partitions: 6, kind: Kind::Facts }
     }
 
-    /// The topic's settings on the broker. Times in milliseconds. Records bear the time of the broker, not of their producer:
-    /// segments close by it, and a producer whose clock is fast would be refused. When an event happened is in its envelope.
+    /// The topic's settings on the broker, with times in milliseconds. Records carry the broker's time and not the
+    /// producer's: Kafka closes segments by that time, and rejects records of a producer whose clock is ahead. The
+    /// envelope carries the time of the event.
     pub const fn settings(&self) -> &'static [(&'static str, &'static str)] {
         match self.kind {
             Kind::Facts => &[BROKER_TIME, ("cleanup.policy", "delete"), ("retention.ms", "-1")],
             Kind::State => &[
                 BROKER_TIME,
                 ("cleanup.policy", "compact"),
-                ("max.compaction.lag.ms", "604800000"), // 7 days: by then an erased value is gone
-                ("delete.retention.ms", "2592000000"),  // 30 days: a consumer behind by less still sees the tombstone
-                ("segment.ms", "86400000"), // 1 day: only closed segments are compacted, and only a record closes one
+                ("max.compaction.lag.ms", "604800000"), // 7 days: the longest time until an erased value is compacted away
+                ("delete.retention.ms", "2592000000"), // 30 days: a consumer that lags by less still reads the tombstone
+                ("segment.ms", "86400000"),            // 1 day: Kafka compacts only closed segments
             ],
         }
     }
 
-    /// Where a key's records are: what `murmur2_random`, and every Java client, makes of the key's text.
+    /// The partition that holds a key's records. The result is the same as librdkafka's `murmur2_random` and every Java
+    /// client compute from the key's text.
     pub fn partition_of(&self, key: Uuid) -> i32 {
         let partitions = u32::try_from(self.partitions).expect("a topic has a positive number of partitions");
         let positive = murmur2(key.to_string().as_bytes()) & 0x7fff_ffff;
@@ -62,8 +67,8 @@ impl Topic {
 
 const BROKER_TIME: (&str, &str) = ("message.timestamp.type", "LogAppendTime");
 
-/// MurmurHash2 in 32 bits with Kafka's seed. A UUID's text is 36 bytes, so what the algorithm does with less than four bytes at
-/// the end is left out.
+/// MurmurHash2 in 32 bits with Kafka's seed. The text of a UUID has 36 bytes, so the algorithm's step for a last word of
+/// fewer than four bytes is left out.
 fn murmur2(text: &[u8]) -> u32 {
     const MULTIPLIER: u32 = 0x5bd1_e995;
     const SEED: u32 = 0x9747_b28c;
@@ -81,7 +86,7 @@ fn murmur2(text: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// From the tests of Kafka's Java client, those whose length is a multiple of four.
+    /// Known values from the tests of Kafka's Java client whose length is a multiple of four.
     #[test]
     fn keys_are_hashed_as_kafka_does() {
         let known: [(&str, i32); 2] = [

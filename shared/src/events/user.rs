@@ -1,11 +1,11 @@
-//! What the user service says: facts without personal data, and the current state, which can be erased.
+//! Events of the user service: facts, which carry no personal data, and the current state, which can be erased.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{DecodeError, Event, Topic, from_json, to_json};
 
-/// What happened to a user. Kept for ever, hence never any personal data.
+/// What happened to a user. Facts are kept permanently, so they never carry personal data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UserEvent {
     Registered(UserRef),
@@ -14,7 +14,7 @@ pub enum UserEvent {
     Deleted(UserRef),
 }
 
-/// Whom a fact is about.
+/// The user that a fact is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserRef {
     pub user_id: Uuid,
@@ -43,17 +43,29 @@ impl Event for UserEvent {
         };
         Ok(Some(variant(from_json(data)?)))
     }
+
+    fn user(&self, _key: Uuid) -> Uuid {
+        let (Self::Registered(user) | Self::ProfileChanged(user) | Self::EmailChanged(user) | Self::Deleted(user)) =
+            self;
+        user.user_id
+    }
+
+    #[cfg(feature = "test-support")]
+    fn samples(user: Uuid) -> Vec<Self> {
+        let variants = [Self::Registered, Self::ProfileChanged, Self::EmailChanged, Self::Deleted];
+        variants.map(|variant| variant(UserRef { user_id: user })).into()
+    }
 }
 
-/// Who a user is now. The record's key is the user's id, its version the user's version.
+/// The current state of a user. The record's key is the user's id and its version is the user's version.
 #[derive(Clone, PartialEq, Eq)]
 pub enum UserState {
     Current(Profile),
-    /// The tombstone: whoever holds the profile forgets it.
+    /// The tombstone: every reader deletes the profile.
     Erased,
 }
 
-/// The personal data. It has no `Debug`, so that it cannot end in a log line.
+/// The personal data. It does not implement `Debug`, so it cannot be printed to a log line.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     pub email: String,
@@ -76,5 +88,15 @@ impl Event for UserState {
             ("user.state", data) => Ok(Some(Self::Current(from_json(data)?))),
             _ => Ok(None),
         }
+    }
+
+    fn user(&self, key: Uuid) -> Uuid {
+        key
+    }
+
+    #[cfg(feature = "test-support")]
+    fn samples(_user: Uuid) -> Vec<Self> {
+        let profile = Profile { email: "ada@example.com".to_owned(), display_name: "Ada Lovelace".to_owned() };
+        vec![Self::Current(profile), Self::Erased]
     }
 }

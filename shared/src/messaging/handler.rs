@@ -1,68 +1,74 @@
-//! What a service does with events. A handler is called with a batch, in the order of the partitions; the same event may come
-//! again, at any time, also after newer ones (a relay's duplicate, a retry, a redrive, a replay). So its effects commute (on
-//! facts) or the highest version wins (on state).
+//! What a service does with events. A handler gets a batch, in the order of the partitions. The same event can come again
+//! at any time, also after newer ones: the relay duplicates it, or it is retried, redriven or replayed. So the effects of
+//! facts must commute, and for state the highest version must win.
 
 use std::ops::AddAssign;
 use std::panic::AssertUnwindSafe;
+use std::slice;
 
 use futures::FutureExt;
 use tokio::time::{Duration, timeout};
 
-use super::Record;
+use super::record::Record;
 use crate::events::Event;
 
-/// A consumer of one topic.
+/// Handles the events of one topic as one consumer group.
 pub trait Handler: Send + Sync + 'static {
     type Event: Event;
 
-    /// Makes the batch's effects durable. Only then is the offset committed, so a crash anywhere in here means that the batch
-    /// comes again.
+    /// The consumer group, for example `email.welcome`. Its dead letters are in the topic `<group>.dlq`.
+    const GROUP: &'static str;
+
+    /// Makes the effects of the batch durable. The offset is committed afterwards, so after a crash within this call the
+    /// batch comes again.
     fn handle(&self, batch: &[Record<Self::Event>]) -> impl Future<Output = Result<Outcome, Failure>> + Send;
 
-    /// Where to start reading a partition, for a handler that keeps its position beside its data. `None`: at the offset
-    /// that is committed in Kafka, or the beginning if there is none.
+    /// The offset at which to start reading a partition, for a handler that stores its position with its data. `None`:
+    /// start at the offset that is committed in Kafka, or at the beginning if there is none.
     fn resume_at(&self, _partition: i32) -> impl Future<Output = anyhow::Result<Option<i64>>> + Send {
         async { Ok(None) }
     }
 
-    /// Everything before `position` has been handled and there is nothing behind it now. Called on reaching the end and then
-    /// every second while it stays so. `after` is the position before this call, as in [`Record::after`].
+    /// All records before `next_offset` are handled, and the partition currently has no more. Called on reaching the end
+    /// of the partition, and every second while it stays at the end. `expected_position` is what a handler that stores
+    /// its position compares it with, as in [`Record::expected_position`].
     fn caught_up(
         &self,
         _partition: i32,
-        _after: i64,
-        _position: i64,
+        _expected_position: i64,
+        _next_offset: i64,
     ) -> impl Future<Output = Result<(), Failure>> + Send {
         async { Ok(()) }
     }
 }
 
-/// Calls a handler, for at most `limit`: beyond that nobody answers at all (a frozen server, a network that is gone). A panic is a
-/// bug met by this record; its message may quote the record, so it is not kept.
-pub(super) async fn call<H: Handler>(
-    handler: &H,
-    batch: &[Record<H::Event>],
-    limit: Duration,
-) -> Result<Outcome, Failure> {
-    let handled = AssertUnwindSafe(handler.handle(batch)).catch_unwind();
-    match timeout(limit, handled).await {
-        Ok(handled) => handled.unwrap_or(Err(Failure::Reject("the handler panicked"))),
-        Err(_) => Err(anyhow::Error::new(TookTooLong(limit)).into()),
+/// What happened to the records of a batch. The sum is the length of the batch: no record is dropped silently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Records that took effect now.
+    pub applied: u64,
+    /// Records that had taken effect before.
+    pub duplicate: u64,
+    /// Records that are older than what was applied before.
+    pub stale: u64,
+}
+
+impl AddAssign for Outcome {
+    fn add_assign(&mut self, other: Self) {
+        self.applied += other.applied;
+        self.duplicate += other.duplicate;
+        self.stale += other.stale;
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("the handler did not end within {0:?}")]
-struct TookTooLong(Duration);
-
-/// Why a batch did not work. The caller of [`Handler::handle`] draws the consequence.
+/// Why a batch failed. The caller of [`Handler::handle`] decides what follows.
 #[derive(Debug)]
 pub enum Failure {
-    /// A dependency is down: the same batch is tried again until it is back. This is what `?` makes.
+    /// A dependency is down: the batch is retried until the dependency is back. The operator `?` makes this variant.
     Retry(anyhow::Error),
-    /// This record can never work: it becomes a dead letter. The reason is text of the program, never of the record.
+    /// The record can never succeed: it becomes a dead letter. The reason is text of the program, never of the record.
     Reject(&'static str),
-    /// My stored position is another than the batch assumes: drop the batch and start again where I say.
+    /// The handler's stored position differs from the one the batch assumes. Drop the batch and restart at `resume_at`.
     Resume,
 }
 
@@ -73,9 +79,9 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 impl Failure {
-    /// The reason to give the record up, if waiting cannot mend this failure: a rejection, or an SQLSTATE of class 22 (data
-    /// exception) or 23 (integrity constraint), which the same data meets every time.
-    pub(crate) fn rejection(&self) -> Option<String> {
+    /// The reason to give up the record, if a retry cannot help: it is a rejection, or an SQLSTATE of class 22 (data
+    /// exception) or 23 (integrity constraint violation), which the same data causes every time.
+    pub(super) fn rejection(&self) -> Option<String> {
         match self {
             Self::Reject(reason) => Some((*reason).to_owned()),
             Self::Retry(error) => error.chain().find_map(|cause| {
@@ -86,9 +92,9 @@ impl Failure {
         }
     }
 
-    /// Whether fewer records at once could help: the handler, or one of its statements (SQLSTATE 57014), was ended for the time
-    /// it took.
-    pub(crate) fn took_too_long(&self) -> bool {
+    /// Whether the call was ended because it took too long: by our time limit, or by the statement time-out of Postgres
+    /// (SQLSTATE 57014). Fewer records at once may be fast enough.
+    fn took_too_long(&self) -> bool {
         let Self::Retry(error) = self else { return false };
         error.chain().any(|cause| {
             let code = cause.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
@@ -97,21 +103,70 @@ impl Failure {
     }
 }
 
-/// What became of the records of a batch. Their sum is the batch's length: nothing is dropped silently.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// It had its effect now.
-    pub applied: u64,
-    /// It had had its effect before.
-    pub duplicate: u64,
-    /// Something newer had been applied before.
-    pub stale: u64,
+/// Calls a handler, for at most `limit`: a frozen server or a dead network does not answer at all. A panic is a bug that
+/// this record triggers. Its message may quote the record, so it is dropped.
+pub(super) async fn call<H: Handler>(
+    handler: &H,
+    records: &[Record<H::Event>],
+    limit: Duration,
+) -> Result<Outcome, Failure> {
+    let handled = AssertUnwindSafe(handler.handle(records)).catch_unwind();
+    match timeout(limit, handled).await {
+        Ok(handled) => handled.unwrap_or(Err(Failure::Reject("the handler panicked"))),
+        Err(_) => Err(anyhow::Error::new(TookTooLong(limit)).into()),
+    }
 }
 
-impl AddAssign for Outcome {
-    fn add_assign(&mut self, other: Self) {
-        self.applied += other.applied;
-        self.duplicate += other.duplicate;
-        self.stale += other.stale;
+#[derive(Debug, thiserror::Error)]
+#[error("the handler did not finish within {0:?}")]
+struct TookTooLong(Duration);
+
+/// What [`deliver`] needs to know from its caller: the consumer, a redrive or a replay.
+pub(super) trait Delivery {
+    type Event: Event;
+    type Error: From<Failure>;
+
+    /// Calls the handler and notes the success.
+    async fn attempt(&mut self, records: &mut [Record<Self::Event>]) -> Result<(), Failure>;
+
+    /// The handler rejected this record when it was called with it alone.
+    async fn reject(&mut self, record: &Record<Self::Event>, reason: String) -> Result<(), Self::Error>;
+}
+
+/// When a call that took too long is tried record by record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum SplitSlow {
+    Yes,
+    No,
+}
+
+/// Hands records to a handler: all at once, and if one of them is rejected, one by one. An SQL error has rolled back the
+/// whole transaction, so each record is tried again alone.
+///
+/// # Errors
+/// Any failure other than a rejection. Records that were tried alone before it have taken effect.
+pub(super) async fn deliver<D: Delivery>(
+    delivery: &mut D,
+    records: &mut [Record<D::Event>],
+    split_slow: SplitSlow,
+) -> Result<(), D::Error> {
+    if records.is_empty() {
+        return Ok(());
     }
+    match delivery.attempt(records).await {
+        Ok(()) => return Ok(()),
+        Err(failure) if failure.rejection().is_some() => {}
+        Err(failure) if failure.took_too_long() && split_slow == SplitSlow::Yes => {}
+        Err(failure) => return Err(failure.into()),
+    }
+    for record in records {
+        match delivery.attempt(slice::from_mut(record)).await {
+            Ok(()) => {}
+            Err(failure) => match failure.rejection() {
+                Some(reason) => delivery.reject(record, reason).await?,
+                None => return Err(failure.into()),
+            },
+        }
+    }
+    Ok(())
 }

@@ -1,26 +1,25 @@
-//! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or [`inbox`] → [`dead_letters`]
-//! → [`redrive`]; and once more from the beginning: [`replay`].
+//! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or [`inbox`] → [`dead_letters`].
+//! From the beginning of the topic again: [`replay`].
 
-mod consumer;
-mod dead_letters;
+mod kafka;
+pub mod outbox;
+mod topics;
+mod relay;
+mod record;
 mod handler;
 mod inbox;
-mod listing;
-pub mod outbox;
-mod record;
-mod redrive;
-mod relay;
+mod dead_letters;
+mod consumer;
 mod replay;
-mod topics;
 
-pub(crate) use consumer::Consumer;
-pub(crate) use dead_letters::count_open;
+pub use consumer::BreakerConfig;
+pub(crate) use consumer::{Consumer, ConsumerSetup};
+pub(crate) use dead_letters::count_open_dead_letters;
+pub use dead_letters::{ListDeadLetters, Redrive, list_dead_letters, redrive};
 pub use handler::{Failure, Handler, Outcome};
 pub use inbox::{Inbox, Projection};
-pub use listing::{ListDeadLetters, list_dead_letters};
-pub(crate) use outbox::measure as measure_outbox;
-pub use record::{Record, Source};
-pub use redrive::{Redrive, redrive};
+pub use kafka::KafkaConfig;
+pub use record::{Coordinates, Record};
 pub(crate) use relay::Relay;
 pub use relay::Wake;
 pub use replay::Replay;

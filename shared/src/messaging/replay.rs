@@ -1,82 +1,81 @@
-//! Replay: a topic from its beginning into a second copy of a read model, beside the group that keeps the live one. It joins no
-//! group, commits nothing and writes to no topic: its position lives in memory, so a replay that dies leaves nothing that
-//! could disagree with its tables, and the next one starts over.
+//! Replay: applies a topic from its beginning to a second copy of a read model, while the group of the live model runs. A
+//! replay joins no group, commits nothing and writes to no topic. It keeps its position in memory, so a replay that dies
+//! leaves nothing that could disagree with its tables, and the next one starts from the beginning.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::slice;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Message, OwnedMessage};
 use rdkafka::{Offset, TopicPartitionList};
 use sqlx::PgConnection;
 use tokio::task::block_in_place;
+use uuid::Uuid;
 
 use super::consumer::{BATCH_BYTES, BATCH_RECORDS};
-use super::{Failure, Inbox, Projection, Record, Source, handler, inbox};
+use super::handler::{self, Delivery, Failure, SplitSlow};
+use super::inbox::{self, Inbox, Projection};
+use super::kafka::{KafkaConfig, create};
+use super::record::{Coordinates, Record};
 use crate::events::Event;
 use crate::fault;
-use crate::service::{KafkaConfig, telemetry};
+use crate::platform::telemetry;
 
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(5);
-const POLL: Duration = Duration::from_millis(100);
-/// A replay that hears nothing for so long gives up.
-const SILENCE: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// A replay gives up when Kafka has sent nothing for this long.
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// How long (ms) Kafka waits before it reports that an empty partition has no more records.
+const FETCH_WAIT_MS: &str = "20";
 
 /// The next offset per partition.
-type Positions = BTreeMap<i32, i64>;
+type Offsets = BTreeMap<i32, i64>;
 
 /// Which events are applied.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Take {
     All,
-    /// Those that the live model has.
+    /// Only events that the live model contains.
     Known,
 }
 
-/// One topic, on its way into the copy.
+/// The replay of one topic into a copy of a read model.
 pub struct Replay<P> {
     consumer: BaseConsumer,
     topic: String,
-    /// The group of the live model, and the name of both inboxes.
-    group: String,
     copy: Inbox<P>,
-    /// For one batch.
+    /// The time limit for one batch.
     limit: Duration,
-    beginning: Positions,
-    /// Before these the copy has every event that it can take.
-    reached: Positions,
+    /// The first offset that Kafka still has, per partition.
+    beginning: Offsets,
+    /// The next offset to apply, per partition. The copy contains every earlier event that its projection accepts.
+    next_offsets: Offsets,
 }
 
 impl<P: Projection> Replay<P> {
-    /// `group` keeps the live model; `copy` is an inbox of that name on the tables to be filled, which are empty.
+    /// `copy` is an inbox on the tables to fill, which are empty.
     ///
     /// # Errors
     /// Kafka does not answer.
-    pub fn new(kafka: &KafkaConfig, group: &str, copy: Inbox<P>) -> anyhow::Result<Self> {
+    pub fn new(kafka: &KafkaConfig, copy: Inbox<P>) -> anyhow::Result<Self> {
         telemetry::hide_panic_messages();
-        let consumer: BaseConsumer = kafka
-            .client()
-            .set("group.id", kafka.prefixed(group)) // never joined: it is asked what it has committed
-            .set("enable.auto.commit", "false")
-            .set("enable.auto.offset.store", "false")
-            .set("isolation.level", "read_committed")
-            .set("auto.offset.reset", "error")
-            .set("enable.partition.eof", "true")
-            .set("queued.max.messages.kbytes", "16384")
-            .set("fetch.wait.max.ms", "20") // an empty partition says so only after this time
-            .create()
-            .context("the Kafka settings are wrong")?;
-        let topic = kafka.prefixed(P::Event::TOPIC.name);
-        let (beginning, reached) = (Positions::new(), Positions::new());
-        let (group, limit) = (group.to_owned(), kafka.handle_timeout());
-        let mut replay = Self { consumer, topic, group, copy, limit, beginning, reached };
+        // The group's own name, because the group is asked for its committed offsets.
+        let mut config = kafka.reader(P::GROUP);
+        config.set("fetch.wait.max.ms", FETCH_WAIT_MS);
+        let mut replay = Self {
+            consumer: create(&config)?,
+            topic: kafka.prefixed(P::Event::TOPIC.name),
+            copy,
+            limit: kafka.handle_timeout(),
+            beginning: Offsets::new(),
+            next_offsets: Offsets::new(),
+        };
         for partition in 0..P::Event::TOPIC.partitions {
             replay.beginning.insert(partition, replay.watermarks(partition)?.0);
         }
-        replay.reached.clone_from(&replay.beginning);
+        replay.next_offsets.clone_from(&replay.beginning);
         Ok(replay)
     }
 
@@ -84,74 +83,73 @@ impl<P: Projection> Replay<P> {
         &self.topic
     }
 
-    /// How many offsets at the topic's beginning Kafka does not have any more.
+    /// How many offsets at the beginning of the topic Kafka has deleted.
     pub fn truncated(&self) -> i64 {
         self.beginning.values().sum()
     }
 
-    /// Brings the copy to the present end of the topic. Records that cannot be decoded, or are of a type that this release does
-    /// not know, are left out, as the live model left them out.
+    /// Applies everything up to the present end of the topic. Leaves out records that cannot be decoded or whose type this
+    /// release does not know, as the live model did.
     ///
     /// # Errors
-    /// Kafka is silent, the copy's database is down, or the copy rejects an event that the live model has.
+    /// Kafka does not answer, the copy's database is down, or the copy rejects an event that the live model contains.
     pub async fn advance(&mut self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
         self.read(live, &ends, Take::All).await?;
-        self.reached = ends;
+        self.next_offsets = ends;
         Ok(())
     }
 
-    /// Applies, of what came behind the copy's position, the events that the live model has; the position stays. The caller
-    /// keeps the live model from changing, so afterwards the copy has every event that the live one has.
+    /// Applies the later events that the live model already has. Does not advance the position. The caller keeps the live
+    /// model from changing, so afterwards the copy contains every event that the live model contains.
     ///
     /// # Errors
-    /// As [`Replay::advance`].
+    /// The same as of [`Replay::advance`].
     pub async fn complete(&self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
         self.read(live, &ends, Take::Known).await
     }
 
-    /// How many offsets the live group is behind the copy's position. Before the position there is nothing that it will still
-    /// read when this is 0.
-    pub fn live_is_behind(&self) -> anyhow::Result<i64> {
+    /// How many offsets the live group still has to read to reach the copy's position.
+    pub fn live_lag(&self) -> anyhow::Result<i64> {
         let mut list = TopicPartitionList::new();
-        for partition in self.reached.keys() {
+        for partition in self.next_offsets.keys() {
             list.add_partition(&self.topic, *partition);
         }
         let committed = block_in_place(|| self.consumer.committed_offsets(list, KAFKA_TIMEOUT))
-            .with_context(|| format!("Kafka does not say what {} has committed", self.group))?;
-        let mut behind = 0;
+            .with_context(|| format!("cannot get the committed offsets of the group {} from Kafka", P::GROUP))?;
+        let mut lag = 0;
         for element in committed.elements() {
             element.error()?;
-            // Nothing is committed where nothing was ever read.
+            // A group that never read the partition has no committed offset.
             let committed = if let Offset::Offset(offset) = element.offset() { offset } else { 0 };
-            behind += (self.reached[&element.partition()] - committed).max(0);
+            lag += (self.next_offsets[&element.partition()] - committed).max(0);
         }
-        Ok(behind)
+        Ok(lag)
     }
 
-    /// How many offsets have come behind the copy's position.
+    /// How many offsets the topic has after the copy's position.
     pub fn remaining(&self) -> anyhow::Result<i64> {
         let ends = self.ends()?;
-        Ok(ends.iter().map(|(partition, end)| end - self.reached[partition]).sum())
+        Ok(ends.iter().map(|(partition, end)| end - self.next_offsets[partition]).sum())
     }
 
-    /// The ends of what is committed: behind the markers of Kafka's transactions.
-    fn ends(&self) -> anyhow::Result<Positions> {
+    /// The end of each partition. Transaction markers count.
+    fn ends(&self) -> anyhow::Result<Offsets> {
         self.beginning.keys().map(|partition| Ok((*partition, self.watermarks(*partition)?.1))).collect()
     }
 
     fn watermarks(&self, partition: i32) -> anyhow::Result<(i64, i64)> {
         block_in_place(|| self.consumer.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT))
-            .with_context(|| format!("Kafka does not say where {} begins and ends", self.topic))
+            .with_context(|| format!("cannot get the first and last offset of {} from Kafka", self.topic))
     }
 
-    async fn read(&self, live: &mut PgConnection, until: &Positions, take: Take) -> anyhow::Result<()> {
+    async fn read(&self, live: &mut PgConnection, until: &Offsets, take: Take) -> anyhow::Result<()> {
         let mut unfinished = BTreeSet::new();
         let mut start = TopicPartitionList::new();
-        for (partition, reached) in &self.reached {
-            if *reached < until[partition] {
-                start.add_partition_offset(&self.topic, *partition, Offset::Offset(*reached))?;
+        for (partition, next_offset) in &self.next_offsets {
+            if *next_offset < until[partition] {
+                start.add_partition_offset(&self.topic, *partition, Offset::Offset(*next_offset))?;
                 unfinished.insert(*partition);
             }
         }
@@ -164,13 +162,13 @@ impl<P: Projection> Replay<P> {
         Ok(self.consumer.unassign()?)
     }
 
-    /// A batch of records before `until`; a partition that has no more of them is finished.
-    fn collect(&self, until: &Positions, unfinished: &mut BTreeSet<i32>) -> anyhow::Result<Vec<OwnedMessage>> {
+    /// Reads a batch of records before `until`. Removes partitions from `unfinished` that have no more of them.
+    fn collect(&self, until: &Offsets, unfinished: &mut BTreeSet<i32>) -> anyhow::Result<Vec<OwnedMessage>> {
         let mut batch = Vec::new();
         let mut bytes = 0;
-        let deadline = Instant::now() + SILENCE;
+        let deadline = Instant::now() + SILENCE_LIMIT;
         while !unfinished.is_empty() && batch.len() < BATCH_RECORDS && bytes < BATCH_BYTES {
-            match self.consumer.poll(POLL) {
+            match self.consumer.poll(POLL_INTERVAL) {
                 Some(Ok(message)) => {
                     let end = until[&message.partition()];
                     if message.offset() + 1 >= end {
@@ -182,53 +180,67 @@ impl<P: Projection> Replay<P> {
                     }
                     continue;
                 }
-                // The last offset may be a transaction's marker, behind which nothing comes but this.
-                Some(Err(KafkaError::PartitionEOF(partition))) => drop(unfinished.remove(&partition)),
-                Some(Err(error)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AutoOffsetReset) => {
-                    bail!("{} lost records while it was read: {error}", self.topic)
+                // The last offset may be a transaction's marker: then this event is the only sign of the end.
+                Some(Err(KafkaError::PartitionEOF(partition))) => {
+                    unfinished.remove(&partition);
                 }
-                Some(Err(error)) => tracing::debug!(topic = self.topic, %error, "cannot read the topic yet"),
+                Some(Err(error)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AutoOffsetReset) => {
+                    bail!("Kafka deleted records of {} while they were read: {error}", self.topic)
+                }
+                Some(Err(error)) => tracing::debug!(topic = self.topic, %error, "cannot read the topic; will retry"),
                 None if batch.is_empty() => {}
                 None => break,
             }
-            ensure!(Instant::now() < deadline, "nothing came from Kafka for {SILENCE:?}");
+            ensure!(Instant::now() < deadline, "Kafka has sent nothing for {SILENCE_LIMIT:?}");
         }
         Ok(batch)
     }
 
-    /// The live model is asked about every batch, also where its answer does not count: whoever lost that connection, and with it
-    /// what it locks, is stopped here.
+    /// Asks the live model about every batch, also when the answer is not used: a rebuild that has lost that connection, and
+    /// its locks with it, stops here.
     async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], take: Take) -> anyhow::Result<()> {
-        let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Source::of(message)));
+        let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Coordinates::of(message)));
         let mut records: Vec<Record<P::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();
-        let ids = records.iter().map(|record| record.envelope.id).collect();
-        let known = inbox::known(live, &self.group, ids).await.context("cannot ask the live model")?;
+        let ids: Vec<Uuid> = records.iter().map(|record| record.envelope.id).collect();
+        let known = inbox::known(live, P::GROUP, ids).await.context("cannot read the inbox of the live model")?;
         records.retain(|record| take == Take::All || known.contains(&record.envelope.id));
-        if records.is_empty() || self.call(&records).await?.is_none() {
-            return Ok(());
-        }
-        // One of them is rejected, or they are too many. What the live model set aside as well stays where it is, among the dead
-        // letters.
-        for record in &records {
-            if let Some(reason) = self.call(slice::from_ref(record)).await?
-                && known.contains(&record.envelope.id)
-            {
-                bail!("the live model has the event at {}, and now it is rejected: {reason}", record.source);
-            }
+        let mut delivery = ReplayBatch { copy: &self.copy, limit: self.limit, rejected: vec![] };
+        let split_slow = if records.len() > 1 { SplitSlow::Yes } else { SplitSlow::No };
+        let delivered = handler::deliver(&mut delivery, &mut records, split_slow).await;
+        delivered.map_err(|failure| match failure {
+            Failure::Retry(error) => error.context("cannot write to the copy's database"),
+            Failure::Reject(_) | Failure::Resume => anyhow!("an inbox neither rejects a batch nor keeps a position"),
+        })?;
+        // A record that the live model dead-lettered too stays a dead letter.
+        for (id, coordinates, reason) in delivery.rejected {
+            ensure!(
+                !known.contains(&id),
+                "the live model contains the event at {coordinates}, but the copy rejects it: {reason}"
+            );
         }
         Ok(())
     }
+}
 
-    /// `None`: applied. Otherwise why it was rejected.
-    async fn call(&self, records: &[Record<P::Event>]) -> anyhow::Result<Option<String>> {
-        let Err(failure) = handler::call(&self.copy, records, self.limit).await else { return Ok(None) };
-        if records.len() > 1 && failure.took_too_long() {
-            return Ok(Some("too slow together".to_owned())); // fewer at once may be quick enough
-        }
-        match (failure.rejection(), failure) {
-            (Some(reason), _) => Ok(Some(reason)),
-            (None, Failure::Retry(error)) => Err(error.context("the copy's database does not take it")),
-            (None, _) => bail!("an inbox keeps no position"),
-        }
+/// The records of one batch on their way into the copy.
+struct ReplayBatch<'a, P> {
+    copy: &'a Inbox<P>,
+    limit: Duration,
+    /// Event id, coordinates and reason.
+    rejected: Vec<(Uuid, Coordinates, String)>,
+}
+
+impl<P: Projection> Delivery for ReplayBatch<'_, P> {
+    type Event = P::Event;
+    type Error = Failure;
+
+    async fn attempt(&mut self, records: &mut [Record<P::Event>]) -> Result<(), Failure> {
+        handler::call(self.copy, records, self.limit).await?;
+        Ok(())
+    }
+
+    async fn reject(&mut self, record: &Record<P::Event>, reason: String) -> Result<(), Failure> {
+        self.rejected.push((record.envelope.id, record.coordinates.clone(), reason));
+        Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Topics on the broker: their owner creates them as declared and refuses to run on one that differs.
+//! Topics on the broker. Their owner creates them as declared, and exits with an error if an existing one differs.
 
 use anyhow::{Context, anyhow, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
@@ -6,20 +6,20 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;
 use tokio::time::{Duration, sleep};
 
+use super::kafka::{KafkaConfig, create};
 use crate::events::Topic;
-use crate::service::KafkaConfig;
 
 type Admin = AdminClient<DefaultClientContext>;
 
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// The replication factor, and with it `min.insync.replicas`, is the broker's own.
+/// Lets the broker choose the replication factor; `min.insync.replicas` then is the broker's default too.
 const BROKER_DEFAULT: i32 = -1;
 
-/// Creates what is missing and checks what is there. Waits for Kafka as long as it takes.
+/// Creates missing topics and checks existing ones. Waits for Kafka indefinitely.
 ///
 /// # Errors
-/// A topic differs from its declaration in what cannot be mended by waiting.
+/// An existing topic differs from its declaration.
 pub(crate) async fn ensure(kafka: &KafkaConfig, topics: &[Topic]) -> anyhow::Result<()> {
     for topic in topics {
         let name = kafka.prefixed(topic.name);
@@ -35,97 +35,110 @@ pub(crate) async fn ensure_one(
     partitions: i32,
     settings: &[(&str, &str)],
 ) -> anyhow::Result<()> {
-    let admin: Admin = kafka.client().create().context("the Kafka settings are wrong")?;
+    let admin: Admin = create(&kafka.client())?;
     loop {
-        match step(&admin, kafka, name, partitions, settings).await {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(mismatch)) => return Err(mismatch),
-            Err(error) => tracing::warn!(topic = name, error = %format!("{error:#}"), "waiting for Kafka"),
+        match create_and_check(&admin, kafka, name, partitions, settings).await {
+            Ok(Check::AsDeclared) => return Ok(()),
+            Ok(Check::Differs(how)) => bail!(how),
+            Err(error) => {
+                tracing::warn!(topic = name, error = %format!("{error:#}"), "cannot create or check the topic; will retry");
+            }
         }
         sleep(RETRY_INTERVAL).await;
     }
 }
 
-/// Waits until a topic that another service owns is there.
+/// Waits until a topic exists that another service owns.
 ///
 /// # Errors
-/// It has another number of partitions than this release knows.
+/// The topic has another number of partitions than this release expects.
 pub(crate) async fn exists(kafka: &KafkaConfig, name: &str, partitions: i32) -> anyhow::Result<()> {
-    let admin: Admin = kafka.client().create().context("the Kafka settings are wrong")?;
+    let admin: Admin = create(&kafka.client())?;
     loop {
         match existing_partitions(&admin, name).await {
             Ok(existing) if existing == partitions => return Ok(()),
-            Ok(existing) => bail!("topic {name} has {existing} partitions, this release knows it with {partitions}"),
-            Err(error) => tracing::info!(topic = name, error = %format!("{error:#}"), "waiting for the topic"),
+            Ok(existing) => bail!("topic {name} has {existing} partitions, but this release expects {partitions}"),
+            Err(error) => {
+                tracing::info!(topic = name, error = %format!("{error:#}"), "the topic does not exist yet; will retry")
+            }
         }
         sleep(RETRY_INTERVAL).await;
     }
 }
 
-/// The outer error may mend itself, the inner one does not. Two owners at once are fine: the second is told that the topic
-/// exists.
-async fn step(
+/// How a topic compares with its declaration.
+enum Check {
+    AsDeclared,
+    /// It differs. The text says how, and what to do.
+    Differs(String),
+}
+
+/// Two owners may do this at once: the second gets the answer that the topic exists.
+///
+/// # Errors
+/// Transient ones only.
+async fn create_and_check(
     admin: &Admin,
     kafka: &KafkaConfig,
     name: &str,
     partitions: i32,
     settings: &[(&str, &str)],
-) -> anyhow::Result<anyhow::Result<()>> {
+) -> anyhow::Result<Check> {
     if kafka.manage_topics {
         let replicas = kafka.kafka_replication_factor.map_or(BROKER_DEFAULT, i32::from);
         let in_sync = (replicas / 2 + 1).to_string();
         let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replicas));
         topic.config = settings.to_vec();
         if replicas != BROKER_DEFAULT {
-            // What is acknowledged is on a majority, and losing one broker of three stops nobody.
+            // A record is acknowledged when a majority has it, so the loss of one broker of three stops no producer.
             topic.config.push(("min.insync.replicas", &in_sync));
         }
         for result in admin.create_topics([&topic], &options()).await? {
             match result {
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
                 Err((_, RDKafkaErrorCode::InvalidReplicationFactor)) => {
-                    bail!("cannot create it: there are fewer brokers than KAFKA_REPLICATION_FACTOR asks for")
+                    bail!("cannot create the topic: the cluster has fewer brokers than KAFKA_REPLICATION_FACTOR")
                 }
-                Err((_, code)) => bail!("cannot create it: {code}"),
+                Err((_, code)) => bail!("cannot create the topic: {code}"),
             }
         }
     }
     let existing = existing_partitions(admin, name).await?;
     if existing != partitions {
-        return Ok(Err(anyhow!(
-            "topic {name} has {existing} partitions, declared are {partitions}; with another number keys change their \
-             partition, so move the data to a new topic and name that one in the declaration"
+        return Ok(Check::Differs(format!(
+            "topic {name} has {existing} partitions, but its declaration has {partitions}. With another number keys move \
+             to other partitions, so copy the data to a new topic and declare that one"
         )));
     }
     let declared = settings.iter().find(|(key, _)| *key == "cleanup.policy").map_or("delete", |(_, value)| value);
     let actual = cleanup_policy(admin, name).await?;
     if actual != declared {
-        return Ok(Err(anyhow!(
-            "topic {name} has cleanup.policy={actual}, declared is {declared}; alter the topic, or the declaration"
+        return Ok(Check::Differs(format!(
+            "topic {name} has cleanup.policy={actual}, but its declaration has {declared}: alter the topic or the declaration"
         )));
     }
-    Ok(Ok(()))
+    Ok(Check::AsDeclared)
 }
 
 async fn existing_partitions(admin: &Admin, name: &str) -> anyhow::Result<i32> {
-    // `fetch_metadata` blocks, for at most its time-out.
+    // `fetch_metadata` blocks for at most its time-out.
     let metadata = tokio::task::block_in_place(|| admin.inner().fetch_metadata(Some(name), ADMIN_TIMEOUT))?;
-    let topic = metadata.topics().first().context("no answer about the topic")?;
+    let topic = metadata.topics().first().context("Kafka sent no metadata of the topic")?;
     match topic.error() {
         None => Ok(i32::try_from(topic.partitions().len())?),
-        Some(error) => bail!("it does not exist yet: {}", RDKafkaErrorCode::from(error)),
+        Some(error) => bail!("no metadata of the topic: {}", RDKafkaErrorCode::from(error)),
     }
 }
 
-/// Any broker may be asked, and one of several may not have heard of a new topic yet: no value is no answer.
+/// A broker that does not know a new topic yet answers without a value; that is an error, and so retried.
 async fn cleanup_policy(admin: &Admin, name: &str) -> anyhow::Result<String> {
     let mut described = admin.describe_configs([&ResourceSpecifier::Topic(name)], &options()).await?;
-    let topic = described.pop().context("no answer about the topic's settings")?;
-    let topic = topic.map_err(|code| anyhow!("cannot read its settings: {code}"))?;
+    let topic = described.pop().context("Kafka sent no settings of the topic")?;
+    let topic = topic.map_err(|code| anyhow!("cannot read the settings of the topic: {code}"))?;
     topic
         .get("cleanup.policy")
         .and_then(|entry| entry.value.clone())
-        .context("this broker does not know its settings yet")
+        .context("the broker does not know the settings of the topic yet")
 }
 
 fn options() -> AdminOptions {

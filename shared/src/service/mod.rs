@@ -1,17 +1,11 @@
-//! The process: what every `main.rs` calls. A [`Service`] starts the admin port at once, so that `/readyz` can say what the
-//! process waits for; every long-running part is a visible call in `main`; and a part that ends early ends the process.
+//! The process: what every `main.rs` calls. A [`Service`] opens the admin port first, so that `/readyz` can report what the
+//! process waits for. Every long-running task is a visible call in `main`. A task that ends early ends the process.
 
+mod command;
 mod config;
-mod database;
-mod health;
-pub mod http;
-pub mod metrics;
-pub mod telemetry;
 
-pub use config::{BreakerConfig, KafkaConfig, LogFormat, ServiceConfig};
-pub use database::{bounded, pool};
-pub use health::{Health, healthcheck};
-pub use metrics::Metrics;
+pub use command::{Command, ConsumerCommand};
+pub use config::ServiceConfig;
 
 use std::net::SocketAddr;
 
@@ -28,16 +22,19 @@ use tokio::time::{Duration, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
-use crate::messaging::{self, Handler, Wake};
+use crate::messaging::{self, Consumer, ConsumerSetup, Handler, Relay, Wake};
+use crate::platform::health::{self, Health};
+use crate::platform::metrics::Metrics;
+use crate::platform::{database, http, telemetry};
 
-/// What is in hand when the signal comes is finished within this time. Container platforms give 10 s.
+/// How long tasks may take to finish their work in progress after a stop signal. Container platforms allow 10 s in total.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
-/// For the last spans.
+/// How long the export of the last spans may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// What readiness calls the time before every part of the process is there, the public port among them.
+/// The component of `/readyz` that waits until `main` has started all tasks, including the public port.
 const START: &str = "start";
 
-/// A running process and its parts.
+/// A running process and its tasks.
 pub struct Service {
     name: &'static str,
     config: ServiceConfig,
@@ -46,11 +43,11 @@ pub struct Service {
     stop: CancellationToken,
     /// Changes with each SIGUSR1.
     resumed: watch::Sender<()>,
-    parts: JoinSet<(String, anyhow::Result<()>)>,
+    tasks: JoinSet<(String, anyhow::Result<()>)>,
     traces: SdkTracerProvider,
 }
 
-/// A start that fails half-way ends the threads that run already; otherwise the process would wait for them for ever.
+/// Stops the threads of a process whose start fails; otherwise the process would wait for them forever.
 impl Drop for Service {
     fn drop(&mut self) {
         self.stop.cancel();
@@ -61,9 +58,9 @@ impl Service {
     /// Installs telemetry and opens the admin port.
     ///
     /// # Errors
-    /// The admin port is taken, or the telemetry settings cannot be read.
+    /// The admin port is in use, or a telemetry setting is invalid.
     pub async fn start(name: &'static str, config: &ServiceConfig) -> anyhow::Result<Self> {
-        let traces = telemetry::init(name, config)?;
+        let traces = telemetry::init(name, &config.telemetry)?;
         let mut service = Self {
             name,
             config: config.clone(),
@@ -71,27 +68,27 @@ impl Service {
             metrics: Metrics::default(),
             stop: CancellationToken::new(),
             resumed: watch::Sender::new(()),
-            parts: JoinSet::new(),
+            tasks: JoinSet::new(),
             traces,
         };
-        service.health.waiting(START, "the rest of the process");
+        service.health.waiting(START, "all tasks of the process to start");
         let admin = health::router(service.health.clone(), service.metrics.clone());
         service.listen("ADMIN_ADDR", config.admin_addr, admin).await?;
         service.watch_signals()?;
         Ok(service)
     }
 
-    /// Waits for the database and migrates it. From then on `/readyz` follows it.
+    /// Waits for the database and migrates it. From then on `/readyz` reports whether it answers.
     ///
     /// # Errors
-    /// The URL is malformed, the server refuses us, a migration fails, or the process is told to stop.
+    /// The URL is malformed, the server rejects the login, a migration fails, or the process is stopped.
     pub async fn database(&mut self, url: &str, migrations: &Migrator) -> anyhow::Result<PgPool> {
         let db = database::connect(url, migrations, &self.health, &self.stop).await?;
         self.spawn("database watch", database::watch(db.clone(), self.health.clone()));
         Ok(db)
     }
 
-    /// Sees to it, beside everything else, that the topics this service owns exist as declared.
+    /// Creates the topics that this service owns, or checks that they are as declared. Runs in the background.
     pub fn own_topics(&mut self, topics: &'static [Topic]) {
         let kafka = self.config.kafka.clone();
         self.spawn("topics", async move {
@@ -100,10 +97,10 @@ impl Service {
         });
     }
 
-    /// Publishes the outbox in `db`. The answer wakes the relay; call it after a commit that wrote to the outbox.
+    /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to the outbox.
     pub fn relay(&mut self, db: &PgPool) -> Wake {
         let wake = Wake::default();
-        let relay = messaging::Relay {
+        let relay = Relay {
             source: format!("/{}", self.name),
             kafka: self.config.kafka.clone(),
             database: (*db.connect_options()).clone(),
@@ -112,15 +109,15 @@ impl Service {
             stop: self.stop.clone(),
         };
         self.thread("relay".to_owned(), move || relay.run());
-        self.spawn("outbox size", messaging::measure_outbox(db.clone(), self.metrics.clone()));
+        self.spawn("outbox size", messaging::outbox::measure(db.clone(), self.metrics.clone()));
         wake
     }
 
-    /// Consumes the handler's topic as the consumer group `group`, on as many threads as configured.
-    pub fn consume<H: Handler + Clone>(&mut self, group: &'static str, handler: H) {
+    /// Consumes the handler's topic as its consumer group, on as many threads as configured.
+    pub fn consume<H: Handler + Clone>(&mut self, handler: H) {
+        let group = H::GROUP;
         for number in 0..self.config.consumers {
-            let consumer = messaging::Consumer {
-                group: group.to_owned(),
+            let setup = ConsumerSetup {
                 number,
                 handler: handler.clone(),
                 kafka: self.config.kafka.clone(),
@@ -130,41 +127,47 @@ impl Service {
                 metrics: self.metrics.clone(),
                 stop: self.stop.clone(),
             };
-            // Said here, since its thread may come up after `run` has said that everything is there.
-            self.health.waiting(&consumer.part("group"), "its thread");
-            self.thread(format!("{group} consumer {number}"), move || consumer.run());
+            // Reported here, because the thread may start after `run` has reported that all tasks have started.
+            self.health.waiting(&setup.component("group"), "its thread to start");
+            self.thread(format!("{group} consumer {number}"), move || Consumer::run(setup));
         }
-        let (kafka, metrics, stop) = (self.config.kafka.clone(), self.metrics.clone(), self.stop.clone());
-        self.thread(format!("{group} dead letters"), move || messaging::count_open(&kafka, group, &metrics, &stop));
+        let kafka = self.config.kafka.clone();
+        let metrics = self.metrics.clone();
+        let stop = self.stop.clone();
+        self.thread(format!("{group} dead letters"), move || {
+            messaging::count_open_dead_letters(&kafka, group, &metrics, &stop)
+        });
     }
 
     /// Serves the public routes.
     ///
     /// # Errors
-    /// The port is taken.
+    /// The port is in use.
     pub async fn http(&mut self, addr: SocketAddr, routes: Router) -> anyhow::Result<()> {
         let routes = http::layered(routes, self.metrics.clone());
         self.listen("HTTP_ADDR", addr, routes).await
     }
 
-    /// A part of the service's own. It may end only after [`Service::stopping`].
-    pub fn spawn(&mut self, name: &str, part: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
-        let (name, stop) = (name.to_owned(), self.stop.clone());
-        self.parts.spawn(async move {
+    /// Runs a task of the service. The task is cancelled when the process stops; it must not end before.
+    pub fn spawn(&mut self, name: &str, task: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
+        let name = name.to_owned();
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
             tokio::select! {
-                result = part => (name, result),
+                result = task => (name, result),
                 () = stop.cancelled() => (name, Ok(())),
             }
         });
     }
 
-    /// A part that must not be cut off in the middle: it watches the token itself and returns soon after.
-    pub fn spawn_draining(&mut self, name: &str, part: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
+    /// Runs a task that must not be cancelled in the middle of its work. It watches [`Service::stopping`] itself and returns
+    /// soon after.
+    pub fn spawn_draining(&mut self, name: &str, task: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
         let name = name.to_owned();
-        self.parts.spawn(async move { (name, part.await) });
+        self.tasks.spawn(async move { (name, task.await) });
     }
 
-    /// Cancelled when the process is told to stop.
+    /// Cancelled when the process stops.
     pub fn stopping(&self) -> CancellationToken {
         self.stop.clone()
     }
@@ -173,34 +176,35 @@ impl Service {
         self.metrics.clone()
     }
 
-    /// Runs until SIGTERM, SIGINT or the end of a part, then lets every part finish what it has in hand.
+    /// Runs until SIGTERM, SIGINT or the end of a task. Then lets every task finish its work in progress.
     ///
     /// # Errors
-    /// A part failed or ended by itself. The process then ends with a non-zero status: what restarts it is its supervisor.
+    /// A task failed or ended early. The process then exits with a non-zero status, and its supervisor restarts it.
     pub async fn run(mut self) -> anyhow::Result<()> {
         self.health.ready(START);
         tracing::info!(service.name = self.name, "started");
         let mut early = None;
         tokio::select! {
             () = self.stop.cancelled() => {}
-            Some(ended) = self.parts.join_next() => early = Some(ended),
+            Some(ended) = self.tasks.join_next() => early = Some(ended),
         }
         let early = early.filter(|_| !self.stop.is_cancelled());
         self.stop.cancel();
-        let drained = timeout(SHUTDOWN_TIMEOUT, async { while self.parts.join_next().await.is_some() {} }).await;
-        let _ = self.traces.shutdown_with_timeout(FLUSH_TIMEOUT); // spans that nobody takes must not keep us
+        let drained = timeout(SHUTDOWN_TIMEOUT, async { while self.tasks.join_next().await.is_some() {} }).await;
+        // A collector that does not answer must not delay the exit.
+        let _ = self.traces.shutdown_with_timeout(FLUSH_TIMEOUT);
         let result = match early {
             None => Ok(()),
-            Some(Ok((part, Ok(())))) => Err(anyhow::anyhow!("{part} ended by itself")),
-            Some(Ok((part, Err(error)))) => Err(error.context(format!("{part} failed"))),
-            Some(Err(panic)) => Err(anyhow::Error::new(panic).context("a part panicked")),
+            Some(Ok((task, Ok(())))) => Err(anyhow::anyhow!("the task {task} ended early")),
+            Some(Ok((task, Err(error)))) => Err(error.context(format!("the task {task} failed"))),
+            Some(Err(panic)) => Err(anyhow::Error::new(panic).context("a task panicked")),
         };
         if drained.is_err() {
-            // A thread hangs in a call to something that does not answer, and the runtime would wait for it for ever. Nothing
-            // is lost: every part is written for a crash at any line.
-            tracing::warn!("some parts did not finish in time");
+            // A thread is blocked in a call to something that does not answer, and the runtime would wait for it forever.
+            // Nothing is lost: every task tolerates a crash at any line.
+            tracing::warn!("some tasks did not finish in time; exiting without them");
             if let Err(error) = &result {
-                tracing::error!(error = %format!("{error:#}"), "stopping");
+                tracing::error!(error = %format!("{error:#}"), "the service failed");
             }
             std::process::exit(i32::from(result.is_err()));
         }
@@ -208,15 +212,15 @@ impl Service {
         result
     }
 
-    /// An OS thread for what blocks: librdkafka's calls. It gets the runtime's handle for the async calls in between.
-    fn thread(&mut self, name: String, part: impl FnOnce() -> anyhow::Result<()> + Send + 'static) {
-        self.parts.spawn_blocking(move || (name, part()));
+    /// Runs a task on its own OS thread, because calls of librdkafka block. The runtime's handle is available there.
+    fn thread(&mut self, name: String, task: impl FnOnce() -> anyhow::Result<()> + Send + 'static) {
+        self.tasks.spawn_blocking(move || (name, task()));
     }
 
     async fn listen(&mut self, setting: &str, addr: SocketAddr, routes: Router) -> anyhow::Result<()> {
         let listener = TcpListener::bind(addr)
             .await
-            .with_context(|| format!("cannot listen on {addr}: set {setting} to a free one"))?;
+            .with_context(|| format!("cannot listen on {addr}: set {setting} to a free address"))?;
         let stop = self.stop.clone();
         self.spawn_draining(setting, async move {
             axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await?;
@@ -225,12 +229,14 @@ impl Service {
         Ok(())
     }
 
-    /// SIGTERM and SIGINT stop the process. SIGUSR1 lets consumers go on whose breaker is open; it never ends a process, also one
-    /// that has no consumers.
+    /// SIGTERM and SIGINT stop the process. SIGUSR1 resumes the consumers whose breaker is open. It never ends a process, not
+    /// even one without consumers.
     fn watch_signals(&mut self) -> anyhow::Result<()> {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
         let mut resume = signal(SignalKind::user_defined1())?;
-        let (stop, resumed) = (self.stop.clone(), self.resumed.clone());
+        let stop = self.stop.clone();
+        let resumed = self.resumed.clone();
         self.spawn_draining("signals", async move {
             loop {
                 tokio::select! {
@@ -238,7 +244,7 @@ impl Service {
                     _ = interrupt.recv() => break,
                     () = stop.cancelled() => break,
                     _ = resume.recv() => {
-                        tracing::info!("SIGUSR1: consumers whose breaker is open go on");
+                        tracing::info!("SIGUSR1: resuming the consumers whose breaker is open");
                         resumed.send_replace(());
                     }
                 }

@@ -1,194 +1,280 @@
-//! What is done with a batch: decode, handle, and where a record cannot be handled set it aside as a dead letter.
+//! A batch of records, and its delivery to the handler: decode, handle, dead-letter a record that can never succeed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use anyhow::anyhow;
 use rdkafka::message::{Message, OwnedMessage};
 use tracing::{Instrument, Span, field::Empty};
 
-use super::Running;
-use super::pause::Halt;
-use crate::events;
-use crate::messaging::dead_letters::DeadLetter;
-use crate::messaging::{Handler, Outcome, Record, Source, handler};
-use crate::service::metrics::{Consumed, Group};
-use crate::service::telemetry::{self, TraceContext};
+use super::breaker::Breaker;
+use super::start::ConsumerSetup;
+use crate::events::{self, Event};
+use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
+use crate::messaging::handler::{self, Delivery, Failure, Handler, Outcome, SplitSlow};
+use crate::messaging::record::{Coordinates, Record};
+use crate::platform::telemetry::{self, TraceContext};
 
-/// The records of the batch in hand that have had their effect, and what became of them. It stays while the batch is put off: no
-/// record is handled, set aside or counted again because another one has to wait.
+/// Records per batch.
+pub(in crate::messaging) const BATCH_RECORDS: usize = 500;
+/// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at most 1 MiB more.
+pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// Why a batch was not completed.
+pub(super) enum Halt {
+    /// The handler or Kafka failed.
+    Failure(Failure),
+    /// Kafka did not accept a dead letter.
+    Unwritten(anyhow::Error),
+    /// The breaker does not allow another dead letter.
+    Breaker(TooManyRejections),
+}
+
+/// The next dead letter would be one too many.
+pub(super) struct TooManyRejections {
+    pub rejected: usize,
+    /// How many of the last records were considered.
+    pub of: usize,
+    /// Why the last record was rejected.
+    pub reason: String,
+}
+
+impl<E: Into<Failure>> From<E> for Halt {
+    fn from(failure: E) -> Self {
+        Self::Failure(failure.into())
+    }
+}
+
+/// Partition and offset.
+type Place = (i32, i64);
+
+/// Records that were polled and are not stored as handled yet.
+pub(super) struct Batch {
+    messages: Vec<OwnedMessage>,
+    bytes: usize,
+    /// Records of the batch that have taken effect. Kept while the batch is retried, so that no record is handled,
+    /// dead-lettered or counted again because another one has to wait.
+    finished: BTreeSet<Place>,
+    counts: Counts,
+}
+
+/// What happened to the finished records.
 #[derive(Default)]
-pub(super) struct Done {
-    /// Partition and offset.
-    records: BTreeSet<(i32, i64)>,
+struct Counts {
     outcome: Outcome,
     skipped: u64,
     dead_lettered: u64,
 }
 
-impl Done {
-    /// Records that were dropped from a batch and turn out to have had their effect.
-    pub fn found_handled(&mut self, records: u64) {
-        self.outcome.duplicate += records;
-    }
-}
-
-/// Handles what the consumer has in hand, in its order. On success every record of it has had its effect, durably; a dead letter
-/// counts as an effect. On failure some may have had it: what is [`Done`] is left alone at the next try, and effects are
-/// idempotent.
-pub(super) fn handle<H: Handler>(consumer: &mut Running<H>) -> Result<(), Halt> {
-    let messages = std::mem::take(&mut consumer.batch);
-    let result = handle_all(consumer, &messages);
-    consumer.batch = messages;
-    result
-}
-
-fn handle_all<H: Handler>(consumer: &mut Running<H>, messages: &[OwnedMessage]) -> Result<(), Halt> {
-    let batch_span = tracing::error_span!("consume", group = consumer.setup.group, records = messages.len());
-    let mut records = Vec::with_capacity(messages.len());
-    for message in messages {
-        if consumer.done.records.contains(&place(message)) {
-            continue;
+impl Batch {
+    pub fn new() -> Self {
+        Self {
+            messages: Vec::with_capacity(BATCH_RECORDS),
+            bytes: 0,
+            finished: BTreeSet::new(),
+            counts: Counts::default(),
         }
-        match Record::decode(message.key(), message, Source::of(message)) {
-            Ok(Some(record)) => records.push(record),
-            Ok(None) => {
-                consumer.done.skipped += 1;
-                finished(consumer, place(message), false);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.messages.len() >= BATCH_RECORDS || self.bytes >= BATCH_BYTES
+    }
+
+    pub fn push(&mut self, message: OwnedMessage) {
+        self.bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
+        self.messages.push(message);
+    }
+
+    /// Drops the records of all other partitions.
+    pub fn retain_partitions(&mut self, keep: impl Fn(i32) -> bool) {
+        self.messages.retain(|message| keep(message.partition()));
+    }
+
+    pub fn partitions(&self) -> BTreeSet<i32> {
+        self.messages.iter().map(OwnedMessage::partition).collect()
+    }
+
+    /// The offset after the last record, per partition.
+    pub fn next_offsets(&self) -> BTreeMap<i32, i64> {
+        self.messages.iter().map(|message| (message.partition(), message.offset() + 1)).collect()
+    }
+
+    /// Records that have not taken effect.
+    pub fn unfinished(&self) -> Vec<Place> {
+        self.messages.iter().map(place).filter(|place| !self.finished.contains(place)).collect()
+    }
+
+    /// Counts the finished records and empties the batch. Each record is counted once, however often the batch was retried.
+    pub fn complete<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
+        self.messages.clear();
+        self.bytes = 0;
+        self.finished.clear();
+        let Counts { outcome, skipped, dead_lettered } = std::mem::take(&mut self.counts);
+        setup.count("applied", outcome.applied);
+        setup.count("duplicate", outcome.duplicate);
+        setup.count("stale", outcome.stale);
+        setup.count("skipped", skipped);
+        setup.count("dead_lettered", dead_lettered);
+    }
+
+    /// Delivers the records that are not finished, in order. After success every record has taken effect durably; a dead
+    /// letter counts as an effect. After a failure some records may have taken effect: the finished ones are left out of
+    /// the next attempt, and effects are idempotent.
+    pub async fn deliver<H: Handler>(&mut self, parts: DeliveryParts<'_, H>) -> Result<(), Halt> {
+        let Self { messages, finished, counts, .. } = self;
+        let group = H::GROUP;
+        let span = tracing::error_span!("consume", group, records = messages.len());
+        let split_slow = parts.split_slow;
+        let mut delivery = BatchDelivery { parts, messages, finished, counts, span, single_since: None };
+        let mut records = Vec::with_capacity(messages.len());
+        for message in messages.iter() {
+            if delivery.finished.contains(&place(message)) {
+                continue;
             }
-            // The ones before it first: the breaker judges by what came last.
-            Err(error) => {
-                handle_records(consumer, std::mem::take(&mut records), messages, &batch_span)?;
-                set_aside(consumer, message, error.to_string())?;
+            match Record::decode(message.key(), message, Coordinates::of(message)) {
+                Ok(Some(record)) => records.push(record),
+                Ok(None) => {
+                    delivery.counts.skipped += 1;
+                    delivery.finish(place(message), false);
+                }
+                // The records before it first: the breaker considers records in order.
+                Err(error) => {
+                    delivery.deliver(&mut records, split_slow).await?;
+                    records.clear();
+                    delivery.dead_letter(message, error.to_string()).await?;
+                }
             }
         }
+        delivery.deliver(&mut records, split_slow).await
     }
-    handle_records(consumer, records, messages, &batch_span)
 }
 
-/// All at once; and if one of them can never work, one by one: a SQL error has undone the whole transaction. The same where it took
-/// too long for the second time: then it is not the moment but the number of records, perhaps, and together they would never be
-/// done.
-fn handle_records<H: Handler>(
-    consumer: &mut Running<H>,
-    mut records: Vec<Record<H::Event>>,
-    messages: &[OwnedMessage],
-    batch_span: &Span,
-) -> Result<(), Halt> {
-    match run(consumer, &mut records, batch_span) {
-        Err(Halt::Failure(failure)) if failure.rejection().is_some() => {}
-        Err(Halt::Failure(failure)) if failure.took_too_long() && consumer.pause.is_some() => {}
-        result => return result,
-    }
-    let began = Instant::now();
-    for record in records {
-        // Slow records must not keep us from polling, nor from stopping. What is done stays done.
-        if consumer.setup.stop.is_cancelled() || began.elapsed() > consumer.setup.kafka.handle_timeout() {
-            return Err(anyhow!("the rest of the batch comes later: its records are slow").into());
-        }
-        let mut alone = [record];
-        match run(consumer, &mut alone, batch_span) {
-            Err(Halt::Failure(failure)) if let Some(reason) = failure.rejection() => {
-                let [Record { source, .. }] = alone;
-                let message = messages.iter().find(|message| place(message) == (source.partition, source.offset));
-                set_aside(consumer, message.expect("the record was decoded from one of them"), reason)?;
-            }
-            result => result?,
-        }
-    }
-    Ok(())
-}
-
-/// Writes the record's dead letter, before any record behind it is handled: a handler that keeps its own position moves that
-/// past the record, so after a crash in between nobody would read the record again.
-fn set_aside<H: Handler>(consumer: &mut Running<H>, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
-    if let Some((rejected, of)) = consumer.breaker.too_many() {
-        return Err(Halt::Breaker { rejected, of, reason });
-    }
-    let letter = DeadLetter { source: Source::of(message), reason, attempts: 1, since: None, message: message.clone() };
-    consumer.runtime.block_on(consumer.dead_letters.write(&letter)).map_err(Halt::Unwritten)?;
-    tracing::error!(source = %letter.source, reason = letter.reason, "dead letter");
-    consumer.done.dead_lettered += 1;
-    finished(consumer, place(message), true);
-    Ok(())
-}
-
-fn finished<H: Handler>(consumer: &mut Running<H>, place: (i32, i64), rejected: bool) {
-    consumer.done.records.insert(place);
-    consumer.breaker.record(rejected);
-}
-
-fn place(message: &OwnedMessage) -> (i32, i64) {
+fn place(message: &OwnedMessage) -> Place {
     (message.partition(), message.offset())
 }
 
-/// Calls the handler, with a span per record in its producer's trace, linked to the batch's. A single record is handled within
-/// its own span, so that what the handler does and publishes belongs to the record's trace.
-fn run<H: Handler>(consumer: &mut Running<H>, records: &mut [Record<H::Event>], batch_span: &Span) -> Result<(), Halt> {
-    if records.is_empty() {
-        return Ok(());
-    }
-    let mut reached = consumer.reached.clone();
-    for record in &mut *records {
-        record.after = reached.insert(record.source.partition, record.source.offset + 1);
-    }
-    let spans: Vec<Span> = records.iter().map(|record| span(consumer, record, batch_span)).collect();
-    let span = if let [single] = spans.as_slice() { single } else { batch_span };
-    let limit = consumer.setup.kafka.handle_timeout();
-    let handled = handler::call(&consumer.setup.handler, records, limit).instrument(span.clone());
-    let outcome = consumer.runtime.block_on(handled)?;
-    consumer.reached = reached;
-    consumer.done.outcome += outcome;
-    let group = Group { group: consumer.setup.group.clone() };
-    for (record, span) in records.iter().zip(&spans) {
-        span.in_scope(|| tracing::debug!("handled"));
-        let age = (events::now() - record.envelope.time).as_seconds_f64();
-        consumer.setup.metrics.event_age.get_or_create(&group).observe(age.max(0.0));
-        finished(consumer, (record.source.partition, record.source.offset), false);
-    }
-    Ok(())
+/// What a delivery needs from the consumer.
+pub(super) struct DeliveryParts<'a, H> {
+    pub setup: &'a ConsumerSetup<H>,
+    pub dead_letters: &'a DeadLetterWriter,
+    pub breaker: &'a mut Breaker,
+    /// Next offset to handle, per partition.
+    pub next_offsets: &'a mut BTreeMap<i32, i64>,
+    /// Whether records are tried one by one if together they took too long.
+    pub split_slow: SplitSlow,
 }
 
-fn span<H: Handler>(consumer: &Running<H>, record: &Record<H::Event>, batch_span: &Span) -> Span {
-    let span = tracing::error_span!(
-        parent: None,
-        "process",
-        "otel.name" = format!("process {}", record.envelope.kind),
-        "otel.kind" = "consumer",
-        messaging.consumer.group.name = consumer.setup.group,
-        messaging.destination.name = record.source.topic,
-        event.id = %record.envelope.id,
-        event.type = record.envelope.kind,
-        trace.id = Empty,
-    );
-    let origin = TraceContext::of(&record.envelope);
-    telemetry::continue_from(&span, &origin);
-    telemetry::link(&span, &origin);
-    telemetry::link_to(&span, batch_span);
-    span
+/// One delivery of a batch.
+struct BatchDelivery<'a, H> {
+    parts: DeliveryParts<'a, H>,
+    messages: &'a [OwnedMessage],
+    finished: &'a mut BTreeSet<Place>,
+    counts: &'a mut Counts,
+    /// The span of the batch.
+    span: Span,
+    /// When the delivery began to try records one by one.
+    single_since: Option<Instant>,
 }
 
-/// The handler stands elsewhere, so the batch is read again from there. What is done is counted now; what is not is remembered,
-/// for where the handler stands behind it, it has had its effect and will not come again.
-pub(super) fn drop_unfinished<H: Handler>(consumer: &mut Running<H>) {
-    let dropped = consumer.batch.iter().map(place).filter(|place| !consumer.done.records.contains(place));
-    consumer.dropped.extend(dropped);
-    consumer.batch.clear();
-    count(consumer);
+impl<H: Handler> BatchDelivery<'_, H> {
+    async fn deliver(&mut self, records: &mut [Record<H::Event>], split_slow: SplitSlow) -> Result<(), Halt> {
+        self.single_since = None;
+        handler::deliver(self, records, split_slow).await
+    }
+
+    /// Writes the record's dead letter before any later record is handled. A handler that stores its own position moves it
+    /// past this record; after a crash in between no process would read the record again.
+    async fn dead_letter(&mut self, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
+        if let Some((rejected, of)) = self.parts.breaker.too_many() {
+            return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
+        }
+        let coordinates = Coordinates::of(message);
+        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.clone() };
+        self.parts.dead_letters.write(&letter).await.map_err(Halt::Unwritten)?;
+        tracing::error!(group = H::GROUP, coordinates = %letter.coordinates, reason = letter.reason, "record dead-lettered");
+        self.counts.dead_lettered += 1;
+        self.finish(place(message), true);
+        Ok(())
+    }
+
+    fn finish(&mut self, place: Place, rejected: bool) {
+        self.finished.insert(place);
+        self.parts.breaker.record(rejected);
+    }
+
+    /// A span in the trace of the record's producer, linked to the span of the batch.
+    fn record_span(&self, record: &Record<H::Event>) -> Span {
+        let span = tracing::error_span!(
+            parent: None,
+            "process",
+            "otel.name" = format!("process {}", record.envelope.kind),
+            "otel.kind" = "consumer",
+            messaging.consumer.group.name = H::GROUP,
+            messaging.destination.name = record.coordinates.topic,
+            event.id = %record.envelope.id,
+            event.type = record.envelope.kind,
+            trace.id = Empty,
+        );
+        let origin = TraceContext::of(&record.envelope);
+        telemetry::continue_from(&span, &origin);
+        telemetry::link(&span, &origin);
+        telemetry::link_to(&span, &self.span);
+        span
+    }
 }
 
-/// Counts what became of the batch, once its offsets are stored: each record once, however often it was put off.
-pub(super) fn count<H: Handler>(consumer: &mut Running<H>) {
-    let done = std::mem::take(&mut consumer.done);
-    let outcomes = [
-        ("applied", done.outcome.applied),
-        ("duplicate", done.outcome.duplicate),
-        ("stale", done.outcome.stale),
-        ("skipped", done.skipped),
-        ("dead_lettered", done.dead_lettered),
-    ];
-    for (outcome, records) in outcomes {
-        let label = Consumed { group: consumer.setup.group.clone(), outcome };
-        consumer.setup.metrics.events_consumed.get_or_create(&label).inc_by(records);
+impl<H: Handler> Delivery for BatchDelivery<'_, H> {
+    type Event = H::Event;
+    type Error = Halt;
+
+    /// A single record is handled within its own span, so that what the handler does and publishes belongs to the record's
+    /// trace.
+    async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
+        let setup = self.parts.setup;
+        let limit = setup.kafka.handle_timeout();
+        // Slow records must not keep the consumer from polling or stopping. Finished records stay finished.
+        if self.single_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
+            return Err(anyhow!("the records are slow one by one; the rest of the batch is handled later").into());
+        }
+        let mut next_offsets = self.parts.next_offsets.clone();
+        for record in &mut *records {
+            let next_offset = record.coordinates.offset + 1;
+            record.expected_position = next_offsets.insert(record.coordinates.partition, next_offset);
+        }
+        let spans: Vec<Span> = records.iter().map(|record| self.record_span(record)).collect();
+        let span = if let [single] = spans.as_slice() { single } else { &self.span };
+        let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
+        let outcome = handled.inspect_err(|_| {
+            self.single_since.get_or_insert_with(Instant::now);
+        })?;
+        *self.parts.next_offsets = next_offsets;
+        self.counts.outcome += outcome;
+        for (record, span) in records.iter().zip(&spans) {
+            let Record { event, envelope, coordinates, .. } = record;
+            tracing::debug!(
+                group = H::GROUP,
+                event.id = %envelope.id,
+                event.type = envelope.kind,
+                event.version = envelope.version,
+                user.id = %event.user(envelope.key),
+                trace.id = %telemetry::trace_id(span),
+                %coordinates,
+                "event handled"
+            );
+            let age = (events::now() - envelope.time).as_seconds_f64();
+            setup.metrics.event_age.get_or_create(&setup.labels()).observe(age.max(0.0));
+            self.finish((coordinates.partition, coordinates.offset), false);
+        }
+        Ok(())
+    }
+
+    async fn reject(&mut self, record: &Record<H::Event>, reason: String) -> Result<(), Halt> {
+        let wanted = (record.coordinates.partition, record.coordinates.offset);
+        let message = self.messages.iter().find(|message| place(message) == wanted);
+        self.dead_letter(message.expect("the record was decoded from one of these messages"), reason).await
     }
 }

@@ -1,37 +1,56 @@
-//! The breaker: when too large a share of what came last was rejected, the fault is ours and not the records', most often a bad
-//! deploy. Then the consumer stops instead of turning its topic into dead letters. Only what cannot ever work counts: an
-//! outage is retried and never comes here.
+//! The breaker. If too many of the last records were rejected, the cause is usually a bad release and not the records. Then
+//! the consumer pauses instead of turning its topic into dead letters. Only rejections count: failures of a dependency are
+//! retried and do not count.
 
 use std::collections::VecDeque;
 
 use anyhow::ensure;
+use clap::Args;
 
-use crate::service::BreakerConfig;
+/// When a consumer pauses because it rejects too much; see `docs/operations.md`.
+#[derive(Args, Clone, Debug)]
+pub struct BreakerConfig {
+    /// A consumer pauses when more than this share of its last records was rejected. 1 switches the breaker off.
+    #[arg(long, env, default_value_t = 0.5, value_parser = share)]
+    pub breaker_share: f64,
+    /// How many of the last records are considered.
+    #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
+    pub breaker_window: u16,
+    /// Rejections required before it pauses, so that a few bad records on a quiet topic do not trip it. At most
+    /// BREAKER_WINDOW.
+    #[arg(long, env, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
+    pub breaker_minimum: u16,
+}
 
-/// What became of the last records of one consumer. It begins empty at each start, so a process that is restarted again and
-/// again adds, each time, fewer letters than the minimum.
+fn share(text: &str) -> Result<f64, &'static str> {
+    let share: f64 = text.parse().map_err(|_| "not a number")?;
+    if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("a share is above 0 and at most 1, for example 0.5") }
+}
+
+/// Which of the last records of one consumer were rejected. It starts empty, so a process that is restarted repeatedly
+/// writes fewer dead letters than the minimum each time.
 pub(super) struct Breaker {
     rules: BreakerConfig,
-    /// The oldest first; whether it was rejected.
+    /// Whether each record was rejected, oldest first.
     window: VecDeque<bool>,
     rejected: usize,
 }
 
 impl Breaker {
     /// # Errors
-    /// It could never open: the settings contradict each other.
+    /// The settings contradict each other: the breaker could never open.
     pub fn new(rules: &BreakerConfig) -> anyhow::Result<Self> {
         ensure!(
             rules.breaker_minimum <= rules.breaker_window,
-            "BREAKER_MINIMUM is {} and BREAKER_WINDOW only {}, so the breaker would never open; lower the minimum, or switch \
-             it off with BREAKER_SHARE=1",
+            "BREAKER_MINIMUM is {} but BREAKER_WINDOW is only {}, so the breaker would never open: lower BREAKER_MINIMUM, or \
+             switch the breaker off with BREAKER_SHARE=1",
             rules.breaker_minimum,
             rules.breaker_window
         );
         Ok(Self { rules: rules.clone(), window: VecDeque::new(), rejected: 0 })
     }
 
-    /// A record has had its effect; a dead letter counts as one.
+    /// A record was handled or dead-lettered.
     pub fn record(&mut self, rejected: bool) {
         if self.window.len() == usize::from(self.rules.breaker_window) {
             self.rejected -= usize::from(self.window.pop_front() == Some(true));
@@ -40,8 +59,8 @@ impl Breaker {
         self.rejected += usize::from(rejected);
     }
 
-    /// Whether one rejection more would be one too many. Asked before its dead letter is written. Answers how many that would be,
-    /// of how many records.
+    /// Whether one more rejection would be too many. Checked before its dead letter is written. Returns how many rejections
+    /// that would be, and of how many records.
     pub fn too_many(&self) -> Option<(usize, usize)> {
         let full = self.window.len() == usize::from(self.rules.breaker_window);
         let leaves = usize::from(full && self.window.front() == Some(&true));
@@ -51,7 +70,7 @@ impl Breaker {
         tripped.then_some((rejected, of))
     }
 
-    /// Begins anew.
+    /// Forgets all records.
     pub fn close(&mut self) {
         self.window.clear();
         self.rejected = 0;
@@ -73,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_record_in_a_quiet_topic_never_trips_it() {
+    fn a_few_rejections_on_a_quiet_topic_do_not_open_it() {
         let breaker = after(breaker(0.5, 200, 10), [true; 8]);
         assert_eq!(breaker.too_many(), None);
         assert_eq!(after(breaker, [true]).too_many(), Some((10, 10)));
@@ -82,21 +101,21 @@ mod tests {
     #[test]
     fn the_share_decides_once_the_minimum_is_reached() {
         let half = after(breaker(0.5, 200, 4), [false, true, false, true, false, true, false]);
-        assert_eq!(half.too_many(), None, "4 of 8 is no more than half");
+        assert_eq!(half.too_many(), None, "4 of 8 is not more than half");
         assert_eq!(after(half, [true]).too_many(), Some((5, 9)));
     }
 
     #[test]
-    fn what_fell_out_of_the_window_is_forgotten() {
+    fn records_outside_the_window_do_not_count() {
         let good = after(breaker(0.5, 10, 3), [true, true].into_iter().chain([false; 8]));
         assert_eq!(good.too_many(), None, "2 of 10, of which one leaves");
         let bad = after(good, [true; 4]);
         assert_eq!((bad.rejected, bad.window.len()), (4, 10));
-        assert_eq!(bad.too_many(), None, "5 of 10 is no more than half");
+        assert_eq!(bad.too_many(), None, "5 of 10 is not more than half");
         assert_eq!(after(bad, [true]).too_many(), Some((6, 10)));
     }
 
-    /// A full window of rejections: one leaves for each that comes.
+    /// In a full window of rejections the oldest one leaves for each new one.
     #[test]
     fn a_share_of_one_switches_it_off() {
         let all = after(breaker(1.0, 10, 3), [true; 25]);
@@ -104,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn closed_again_it_begins_anew() {
+    fn a_closed_breaker_starts_with_an_empty_window() {
         let mut breaker = after(breaker(0.5, 10, 3), [true; 5]);
         assert!(breaker.too_many().is_some());
         breaker.close();
@@ -112,9 +131,17 @@ mod tests {
     }
 
     #[test]
-    fn a_breaker_that_could_never_open_is_refused() {
+    fn settings_with_which_it_could_never_open_are_an_error() {
         let rules = BreakerConfig { breaker_share: 0.5, breaker_window: 5, breaker_minimum: 6 };
         let error = Breaker::new(&rules).err().unwrap().to_string();
         assert!(error.contains("BREAKER_MINIMUM") && error.contains("BREAKER_SHARE=1"), "{error}");
+    }
+
+    #[test]
+    fn a_share_is_above_0_and_at_most_1() {
+        assert_eq!((share("0.5"), share("1")), (Ok(0.5), Ok(1.0)));
+        for wrong in ["0", "-0.1", "1.1", "NaN", "half", ""] {
+            assert!(share(wrong).is_err(), "{wrong}");
+        }
     }
 }

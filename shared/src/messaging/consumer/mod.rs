@@ -1,199 +1,198 @@
-//! The consumer: one OS thread that polls, handles and stores offsets in turn. Rebalance callbacks run only inside `poll`, when
-//! nothing is in hand, so there is nothing to drain and nothing to race with. Scale by more consumers, not by threads per
+//! The consumer: one OS thread that polls, handles and stores offsets in turn. Rebalance callbacks run only inside `poll`,
+//! when no batch is being processed, so there is nothing to drain and no race. Scale by more consumers, not by threads per
 //! partition.
 //!
-//! What is stored is the offset of the next record, and only after the effects are durable; librdkafka commits what is stored
-//! each second, on a revoke and on shutdown.
+//! It stores the offset of the next record, and only after the effects are durable. librdkafka commits stored offsets every
+//! second, on a revoke and on shutdown.
 
-mod assignment;
-mod batch;
 mod breaker;
-mod pause;
-mod placement;
 mod start;
+mod batch;
+mod partitions;
+mod placement;
+mod waiting;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Message, OwnedMessage};
-use rdkafka::{Offset, TopicPartitionList};
 use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
 
-use super::dead_letters::DeadLetters;
-use super::{Failure, Handler};
+use super::dead_letters::DeadLetterWriter;
+use super::handler::{Failure, Handler, SplitSlow};
+use crate::events::Event;
 use crate::fault;
-use assignment::Assignment;
-use batch::Done;
+use batch::{Batch, DeliveryParts, Halt};
 use breaker::Breaker;
-use pause::{Halt, Pause};
-pub(crate) use start::Consumer;
+use partitions::{Partitions, Polled};
+use waiting::Waiting;
 
-/// Records per batch.
-pub(super) const BATCH_RECORDS: usize = 500;
-/// Bytes after which a batch takes no further record. A record has 1 MiB at most, so this and one more is the bound.
-pub(super) const BATCH_BYTES: usize = 4 * 1024 * 1024;
-/// How long an empty hand waits for a first record; also how soon a stop is noticed.
+pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
+pub use breaker::BreakerConfig;
+pub(crate) use start::ConsumerSetup;
+
+/// How long an empty batch waits for its first record. It is also how soon the consumer notices a stop.
 const IDLE_POLL: Duration = Duration::from_millis(100);
-/// How long a started batch waits for more.
+/// How long a started batch waits for more records.
 const LINGER: Duration = Duration::from_millis(2);
-/// How often [`Handler::caught_up`] is told while nothing comes.
+/// How often [`Handler::caught_up`] is called while no record comes.
 const CAUGHT_UP_INTERVAL: Duration = Duration::from_secs(1);
-const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
 
-struct Running<H> {
-    setup: Consumer<H>,
-    client: BaseConsumer<Assignment>,
+/// A running consumer.
+pub(crate) struct Consumer<H> {
+    setup: ConsumerSetup<H>,
     runtime: Runtime,
-    dead_letters: DeadLetters,
-    /// In hand: polled, not yet handled.
-    batch: Vec<OwnedMessage>,
-    /// What of it is handled, if it was put off in the middle.
-    done: Done,
-    /// Partition and offset of what was in hand when the handler was found to stand elsewhere.
-    dropped: BTreeSet<(i32, i64)>,
-    breaker: Breaker,
-    /// Per placed partition the position up to which the handler has everything.
-    reached: BTreeMap<i32, i64>,
-    /// The partitions behind whose last handled record there was nothing.
-    at_end: BTreeSet<i32>,
-    /// When `caught_up` was last told; `None` when there is something new to tell.
-    told_at: Option<Instant>,
-    /// Not before this are unplaced partitions looked at.
-    place_at: Instant,
-    /// Set while every partition is paused. Polling goes on, so the group keeps us.
-    pause: Option<Pause>,
+    dead_letters: DeadLetterWriter,
+    partitions: Partitions,
+    waiting: Waiting,
+    /// When `caught_up` was last called; `None` forces a call on the next turn.
+    last_caught_up_call: Option<Instant>,
 }
 
-impl<H: Handler> Running<H> {
-    /// Crash anywhere: what was not stored, or stored and not committed, comes again.
-    fn run(mut self) -> anyhow::Result<()> {
+impl<H: Handler> Consumer<H> {
+    /// Prepares the topics, joins the group and consumes until the process stops. Blocks the calling thread.
+    ///
+    /// # Errors
+    /// The Kafka settings are invalid, Kafka does not have the offset to read from, or a topic differs from its
+    /// declaration.
+    pub fn run(setup: ConsumerSetup<H>) -> anyhow::Result<()> {
+        let runtime = Runtime::current();
+        let breaker = Breaker::new(&setup.breaker)?;
+        let dead_letters = DeadLetterWriter::new(&setup.kafka, H::GROUP, H::Event::TOPIC.kind)?;
+        let topics = setup.stop.run_until_cancelled(setup.prepare_topics(&dead_letters));
+        let Some(prepared) = runtime.block_on(topics) else { return Ok(()) };
+        prepared?;
+        let partitions = Partitions::subscribe(&setup)?;
+        let waiting = Waiting::new(breaker, setup.resumed.clone());
+        let consumer = Self { setup, runtime, dead_letters, partitions, waiting, last_caught_up_call: None };
+        consumer.consume()
+    }
+
+    /// The loop. Crash anywhere: records whose offset was not committed come again.
+    fn consume(mut self) -> anyhow::Result<()> {
+        let mut batch = Batch::new();
         while !self.setup.stop.is_cancelled() {
-            if self.pause.is_none() {
-                self.place();
+            if !self.waiting.is_paused() {
+                self.partitions.place(&self.setup, &self.runtime);
             }
-            self.collect()?;
-            if self.may_work() {
-                let result = self.work();
-                self.conclude(result)?;
+            self.fill(&mut batch)?;
+            if self.waiting.may_work(&self.setup, &self.partitions) {
+                let result = self.work(&mut batch);
+                self.finish_turn(&mut batch, result)?;
             }
         }
-        // Not an error when there is nothing to commit, or when the automatic commit was faster.
-        let _ = self.client.commit_consumer_state(CommitMode::Sync);
+        self.partitions.commit();
         Ok(())
     }
 
-    /// Polls until the batch is full or nothing more comes at once. While a batch is put off it polls all the same, else the
-    /// group would think us dead; everything is paused then, so what comes is no more than news of the group.
-    fn collect(&mut self) -> anyhow::Result<()> {
+    /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group would consider it dead.
+    /// Its partitions are paused, so a poll returns only events of the group.
+    fn fill(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
         let mut wait = IDLE_POLL;
-        let mut bytes = 0;
-        while self.pause.is_some() || (self.batch.len() < BATCH_RECORDS && bytes < BATCH_BYTES) {
-            match self.client.poll(wait) {
-                None => break,
-                Some(Ok(message)) => {
-                    self.at_end.remove(&message.partition());
-                    bytes += message.payload_len() + message.key_len();
-                    self.batch.push(message.detach());
+        while self.waiting.is_paused() || !batch.is_full() {
+            match self.partitions.poll(wait) {
+                Polled::Nothing => break,
+                Polled::Record(message) => {
+                    batch.push(message);
                     wait = LINGER;
                 }
-                Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    self.at_end.insert(partition);
-                    self.told_at = None;
+                Polled::EndOfPartition => {
+                    self.last_caught_up_call = None;
                     wait = Duration::ZERO;
                 }
-                Some(Err(error)) => {
-                    self.survive(error)?;
+                Polled::Error(error) => {
+                    self.partitions.handle_client_error(&error)?;
                     break;
                 }
             }
         }
-        let idle = self.client.context().idle();
-        if !idle.is_empty() && self.pause.is_none() {
-            tracing::warn!(group = self.setup.group, partitions = ?idle, "the client does not read them: starting them anew");
-            self.unplace(&idle)?;
+        let idle = self.partitions.idle();
+        if !idle.is_empty() && !self.waiting.is_paused() {
+            tracing::warn!(group = H::GROUP, partitions = ?idle, "the Kafka client stopped fetching; restarting partitions");
+            self.partitions.restart(&idle)?;
         }
-        if !self.batch.is_empty() {
+        if !batch.is_empty() {
             fault::point("consumer.after_poll");
         }
-        for partition in self.client.context().take_revoked() {
-            self.at_end.remove(&partition);
-            self.reached.remove(&partition);
-            self.dropped.retain(|(of, _)| *of != partition);
-        }
-        // What was polled before a revoke belongs to another consumer now, and what has no start yet is not for us to read.
-        self.batch.retain(|message| self.reached.contains_key(&message.partition()));
+        self.partitions.drop_revoked();
+        // Records that were polled before a revoke belong to another consumer now. A partition without a start is not ours
+        // to read yet.
+        let placed = &self.partitions.next_offsets;
+        batch.retain_partitions(|partition| placed.contains_key(&partition));
         Ok(())
     }
 
-    /// An error of the client: most mend themselves while we keep polling, and `/readyz` follows the statistics.
-    fn survive(&self, error: KafkaError) -> anyhow::Result<()> {
-        if let Some((code, reason)) = self.client.client().fatal_error() {
-            bail!("the Kafka client gave up: {code}: {reason}");
-        }
-        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AutoOffsetReset) {
-            bail!(
-                "group {} stands at an offset that Kafka does not have (any more); nothing was skipped. Find out what \
-                 deleted the records, then set the group's offsets by hand: {error}",
-                self.setup.group
-            );
-        }
-        tracing::debug!(group = self.setup.group, %error, "Kafka client");
-        Ok(())
-    }
-
-    /// Handles what is in hand, then tells the handler where it has caught up.
-    fn work(&mut self) -> Result<(), Halt> {
-        if !self.batch.is_empty() {
-            batch::handle(self)?;
+    /// Delivers the batch, stores its offsets, then tells the handler which partitions are read to the end.
+    fn work(&mut self, batch: &mut Batch) -> Result<(), Halt> {
+        if !batch.is_empty() {
+            // Too slow for the second time: perhaps there are too many records, and together they never finish.
+            let split_slow = if self.waiting.is_paused() { SplitSlow::Yes } else { SplitSlow::No };
+            let parts = DeliveryParts {
+                setup: &self.setup,
+                dead_letters: &self.dead_letters,
+                breaker: &mut self.waiting.breaker,
+                next_offsets: &mut self.partitions.next_offsets,
+                split_slow,
+            };
+            self.runtime.block_on(batch.deliver(parts))?;
             fault::point("consumer.after_effect");
-            let handled = self.batch.iter().map(|message| (message.partition(), message.offset() + 1));
-            self.store_offsets(handled.collect())?;
+            self.partitions.store(&batch.next_offsets())?;
             fault::point("consumer.after_store");
-            self.batch.clear();
         }
-        batch::count(self); // also where the last records of a batch were taken away while it was put off
-        if self.told_at.is_none_or(|told_at| told_at.elapsed() >= CAUGHT_UP_INTERVAL) {
-            self.tell_caught_up()?;
-            self.told_at = Some(Instant::now());
+        // Also if the last records of a batch that was retried have been revoked.
+        batch.complete(&self.setup);
+        if self.last_caught_up_call.is_none_or(|last| last.elapsed() >= CAUGHT_UP_INTERVAL) {
+            self.call_caught_up()?;
+            self.last_caught_up_call = Some(Instant::now());
         }
         Ok(())
     }
 
-    /// At the end of a partition the position lies behind the last transaction's marker, where no record will ever be: storing
-    /// it makes the lag read 0.
-    fn tell_caught_up(&mut self) -> Result<(), Failure> {
-        let positions = self.client.position()?;
-        for partition in self.at_end.clone() {
-            let Some(&after) = self.reached.get(&partition) else { continue };
-            let position =
-                match positions.find_partition(&self.setup.topic(), partition).map(|element| element.offset()) {
-                    Some(Offset::Offset(position)) => position.max(after),
-                    _ => after,
-                };
-            let told = self.setup.handler.caught_up(partition, after, position);
-            let told = self.runtime.block_on(async { timeout(self.setup.kafka.handle_timeout(), told).await })?;
-            if matches!(told, Err(Failure::Resume)) {
-                self.unplace(&[partition])?;
-                continue;
+    fn call_caught_up(&mut self) -> Result<(), Failure> {
+        for (partition, expected_position, end) in self.partitions.ends()? {
+            let limit = self.setup.kafka.handle_timeout();
+            let call = self.setup.handler.caught_up(partition, expected_position, end);
+            match self.runtime.block_on(async { timeout(limit, call).await })? {
+                Ok(()) => {
+                    self.partitions.next_offsets.insert(partition, end);
+                    self.partitions.store(&BTreeMap::from([(partition, end)]))?;
+                }
+                Err(Failure::Resume) => self.partitions.restart(&[partition])?,
+                Err(failure) => return Err(failure),
             }
-            told?;
-            self.reached.insert(partition, position);
-            self.store_offsets(BTreeMap::from([(partition, position)]))?;
         }
         Ok(())
     }
 
-    /// The next offset per partition, as it is: the other calls of this family add one.
-    fn store_offsets(&self, next: BTreeMap<i32, i64>) -> anyhow::Result<()> {
-        let topic = self.setup.topic();
-        let mut offsets = TopicPartitionList::new();
-        for (partition, offset) in next {
-            offsets.add_partition_offset(&topic, partition, Offset::Offset(offset))?;
+    /// Decides what follows from the result of a turn.
+    fn finish_turn(&mut self, batch: &mut Batch, result: Result<(), Halt>) -> anyhow::Result<()> {
+        let (setup, partitions) = (&self.setup, &mut self.partitions);
+        match result {
+            Ok(()) => self.waiting.end(setup, partitions),
+            Err(Halt::Failure(Failure::Resume)) => {
+                // The batch is dropped and read again from the handler's position. Finished records are counted now. The
+                // others are remembered: those before the new position were already applied and will not be delivered
+                // again.
+                let affected: Vec<i32> = batch.partitions().into_iter().collect();
+                tracing::info!(group = H::GROUP, partitions = ?affected, "the handler has another position; restarting there");
+                partitions.dropped.extend(batch.unfinished());
+                batch.complete(setup);
+                partitions.restart(&affected)?;
+                self.waiting.end(setup, partitions)
+            }
+            Err(Halt::Failure(Failure::Retry(error))) => {
+                self.waiting.retry_later(setup, partitions, &error, "a dependency of its handler")
+            }
+            Err(Halt::Failure(Failure::Reject(reason))) => {
+                let error = anyhow::anyhow!("the handler rejected a batch without a record: {reason}");
+                self.waiting.retry_later(setup, partitions, &error, "its handler")
+            }
+            Err(Halt::Unwritten(error)) => {
+                let topic = self.dead_letters.topic();
+                let what = format!("Kafka to accept a dead letter: check the topic {topic}");
+                self.waiting.retry_later(setup, partitions, &error, &what)
+            }
+            Err(Halt::Breaker(rejections)) => self.waiting.open_breaker(setup, partitions, &rejections),
         }
-        self.client.store_offsets(&offsets).context("cannot store offsets")
     }
 }

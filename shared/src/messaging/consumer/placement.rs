@@ -1,93 +1,103 @@
-//! Where each partition starts. It is found out here and nowhere else: at the first start, after a rebalance, after an outage,
-//! and when a handler says that its own position is another.
+//! Placement: finding out where to start reading each partition. It happens here and nowhere else: at the first start, after
+//! a rebalance, after an outage, and when a handler reports another position.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::{Offset, TopicPartitionList};
-
-use super::{KAFKA_TIMEOUT, Running};
-use crate::messaging::Handler;
+use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
 
-/// How soon a start that could not be found out is asked for again.
-const PLACE_INTERVAL: Duration = Duration::from_millis(500);
+use super::partitions::{KAFKA_TIMEOUT, Partitions};
+use super::start::ConsumerSetup;
+use crate::messaging::handler::Handler;
 
-impl<H: Handler> Running<H> {
-    /// Gives each partition that waits for one its start, and lets the client read it from there. Whatever fails here is asked
-    /// again on the next turn, and nothing is read meanwhile: a start is never guessed.
-    pub(super) fn place(&mut self) {
+/// How soon a failed lookup is repeated.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+
+impl Partitions {
+    /// Looks up the start of each partition that waits for one, and lets the client read it from there. A failed lookup is
+    /// repeated on a later turn, and the partition is not read until then: a start is never guessed.
+    pub fn place<H: Handler>(&mut self, setup: &ConsumerSetup<H>, runtime: &Runtime) {
         let unplaced = self.client.context().unplaced();
-        let part = self.setup.part("position");
+        let component = setup.component("position");
         if unplaced.is_empty() {
-            return self.setup.health.ready(&part); // those that could not be placed may have been taken away
-        }
-        if Instant::now() < self.place_at {
+            // Partitions that could not be placed may have been revoked.
+            setup.health.ready(&component);
             return;
         }
-        match self.try_place(&unplaced) {
-            Ok(()) => self.setup.health.ready(&part),
+        if Instant::now() < self.retry_placement_at {
+            return;
+        }
+        match self.try_place(setup, runtime, &unplaced) {
+            Ok(()) => setup.health.ready(&component),
             Err(error) => {
-                self.place_at = Instant::now() + PLACE_INTERVAL;
-                self.setup.health.waiting(&part, "where to start reading");
-                tracing::warn!(group = self.setup.group, error = %format!("{error:#}"), "cannot place partitions yet");
+                self.retry_placement_at = Instant::now() + RETRY_INTERVAL;
+                setup.health.waiting(&component, "the offsets at which to start reading");
+                tracing::warn!(
+                    group = self.group,
+                    error = %format!("{error:#}"),
+                    "cannot find out where to start reading; will retry"
+                );
             }
         }
     }
 
-    fn try_place(&mut self, unplaced: &[i32]) -> anyhow::Result<()> {
-        let topic = self.setup.topic();
+    fn try_place<H: Handler>(
+        &mut self,
+        setup: &ConsumerSetup<H>,
+        runtime: &Runtime,
+        unplaced: &[i32],
+    ) -> anyhow::Result<()> {
         let committed = self
             .client
             .committed_offsets(self.list(unplaced), KAFKA_TIMEOUT)
-            .context("cannot ask for committed offsets")?;
+            .context("cannot get the committed offsets from Kafka")?;
         let mut placed = Vec::new();
         let mut starts = TopicPartitionList::new();
         for element in committed.elements() {
             element.error()?;
             let partition = element.partition();
-            let limit = self.setup.kafka.handle_timeout();
-            let asked = self.setup.handler.resume_at(partition);
-            let own = self.runtime.block_on(async { timeout(limit, asked).await })?;
-            let (reached, offset) = match (own.context("cannot ask the handler for its position")?, element.offset()) {
-                (Some(own), _) if own > 0 => (own, own),
-                // Also when it is 0, of a partition that was empty: if its first records are gone by now, that must be heard.
+            let asked = setup.handler.resume_at(partition);
+            let limit = setup.kafka.handle_timeout();
+            let stored = runtime.block_on(async { timeout(limit, asked).await })?;
+            let stored = stored.context("cannot get the position that the handler has stored")?;
+            let (next_offset, start) = match (stored, element.offset()) {
+                (Some(stored), _) if stored > 0 => (stored, stored),
+                // Including offset 0 of a partition that was empty: if its first records have been deleted since, Kafka
+                // must report it.
                 (None, Offset::Offset(committed)) => (committed, committed),
-                // Never been here: what the log still has.
-                _ => (0, self.client.fetch_watermarks(&topic, partition, KAFKA_TIMEOUT)?.0),
+                // This group has never read the partition. It starts with the first record that Kafka still has.
+                _ => (0, self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT)?.0),
             };
-            starts.add_partition_offset(&topic, partition, Offset::Offset(offset))?;
-            placed.push((partition, reached));
+            starts.add_partition_offset(&self.topic, partition, Offset::Offset(start))?;
+            placed.push((partition, next_offset));
         }
-        self.client.context().read(&self.client, &starts)?;
-        for (partition, start) in placed {
-            self.reached.insert(partition, start);
+        self.client.context().start_reading(&self.client, &starts)?;
+        for (partition, next_offset) in placed {
+            self.next_offsets.insert(partition, next_offset);
             self.at_end.remove(&partition);
-            let ours = |&&(of, _): &&(i32, i64)| of == partition;
-            let behind = self.dropped.iter().filter(ours).filter(|(_, offset)| *offset < start).count();
-            self.done.found_handled(behind as u64);
-            self.dropped.retain(|(of, _)| *of != partition);
+            setup.count("duplicate", self.forget_dropped(partition, next_offset));
         }
         Ok(())
     }
 
-    /// The partitions wait for [`Running::place`].
-    pub(super) fn unplace(&mut self, partitions: &[i32]) -> anyhow::Result<()> {
-        self.client.context().unplace(&self.client, partitions)?;
+    /// Forgets the dropped records of a partition, and returns how many of them will not be read again: those before
+    /// `next_offset`, which took effect before.
+    fn forget_dropped(&mut self, partition: i32, next_offset: i64) -> u64 {
+        let before = self.dropped.range((partition, i64::MIN)..(partition, next_offset)).count();
+        self.dropped.retain(|(dropped, _)| *dropped != partition);
+        before as u64
+    }
+
+    /// Stops reading the partitions until [`Partitions::place`] has looked up their start again.
+    pub fn restart(&mut self, partitions: &[i32]) -> anyhow::Result<()> {
+        self.client.context().stop_reading(&self.client, partitions)?;
         for partition in partitions {
-            self.reached.remove(partition);
+            self.next_offsets.remove(partition);
             self.at_end.remove(partition);
         }
         Ok(())
-    }
-
-    pub(super) fn list(&self, partitions: &[i32]) -> TopicPartitionList {
-        let topic = self.setup.topic();
-        let mut list = TopicPartitionList::new();
-        for partition in partitions {
-            list.add_partition(&topic, *partition);
-        }
-        list
     }
 }

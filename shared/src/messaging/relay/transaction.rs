@@ -1,4 +1,4 @@
-//! A round as one Kafka transaction: all of its records become visible together, or none.
+//! A round of the relay as one Kafka transaction: readers see all of its records, or none.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -13,42 +13,49 @@ use uuid::Uuid;
 
 use crate::events::Envelope;
 use crate::fault;
-use crate::service::KafkaConfig;
+use crate::messaging::kafka::KafkaConfig;
 
-/// Readers of committed records wait this long (ms) for a transaction whose leader died.
+/// Readers of committed records wait at most this long (ms) for a transaction whose leader died.
 const TRANSACTION_TIMEOUT_MS: &str = "10000";
-/// Within this time (ms) a record is acknowledged or the round has failed; below the transaction's own.
+/// A round fails if a record is not acknowledged within this time (ms). Below the transaction's time-out.
 const DELIVERY_TIMEOUT_MS: &str = "8000";
-/// A topic that stays unknown this long (ms) is an answer, not a delay; below the delivery time-out.
+/// A topic that is unknown for this long (ms) does not exist. Below the delivery time-out.
 const TOPIC_UNKNOWN_MS: &str = "4000";
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The delivery reports come within the delivery time-out; this is for the case that they do not.
+/// All delivery reports arrive within the delivery time-out. This limit guards against a client that sends none.
 const REPORTS_TIMEOUT: Duration = Duration::from_secs(12);
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
 
-/// Kafka said no to these very records, and will say so again.
+/// Kafka rejected these records, and would reject them again.
 #[derive(Debug, thiserror::Error)]
-#[error("rows of {} keys are refused", keys.len())]
+#[error("Kafka rejects the rows of {} keys", keys.len())]
 pub(super) struct Refused {
     pub keys: Vec<Uuid>,
     #[source]
     pub cause: KafkaError,
 }
 
-/// The producer of one term as leader. After an error it is dropped: a transaction that is neither committed nor continued is
-/// aborted by its successor's `init_transactions`.
+/// The producer of one term as leader. After an error it is dropped. The `init_transactions` of its successor aborts the
+/// transaction that it left open.
 pub(super) struct Transactions {
     producer: ThreadedProducer<Reports>,
-    reports: Arc<State>,
+    reports: Arc<DeliveryReports>,
 }
 
-type Record = (String, Envelope, Option<Vec<u8>>);
+/// A record to be published.
+pub(super) struct Outgoing {
+    /// The topic's name on the broker.
+    pub topic: String,
+    pub envelope: Envelope,
+    /// `None` is a tombstone.
+    pub payload: Option<Vec<u8>>,
+}
 
 impl Transactions {
-    /// Fences every earlier producer of this database's relay. Takes up to two seconds on a fresh cluster.
+    /// Fences every earlier producer of this database's relay. Takes up to two seconds on a new cluster.
     pub fn begin_term(kafka: &KafkaConfig, database: &str) -> anyhow::Result<Self> {
-        let reports = Arc::new(State::default());
+        let reports = Arc::new(DeliveryReports::default());
         let producer: ThreadedProducer<Reports> = kafka
             .producer()
             .set("transactional.id", kafka.prefixed(&format!("{database}.relay")))
@@ -57,17 +64,17 @@ impl Transactions {
             .set("topic.metadata.propagation.max.ms", TOPIC_UNKNOWN_MS)
             .set("linger.ms", "1") // the round is the batch
             .create_with_context(Reports(Arc::clone(&reports)))
-            .context("the Kafka settings are wrong")?;
+            .context("librdkafka does not accept the Kafka settings")?;
         producer.init_transactions(INIT_TIMEOUT).context("cannot reach Kafka's transaction coordinator")?;
         Ok(Self { producer, reports })
     }
 
-    /// Publishes the records in order and commits. All delivery reports are awaited before the commit: librdkafka's own flush
-    /// within `commit_transaction` sleeps in slices of 100 ms (measured).
-    pub fn publish(&mut self, records: Vec<Record>) -> anyhow::Result<()> {
+    /// Publishes the records in order and commits. It waits for all delivery reports before the commit, because
+    /// librdkafka's own flush within `commit_transaction` sleeps in steps of 100 ms (measured).
+    pub fn publish(&mut self, records: &[Outgoing]) -> anyhow::Result<()> {
         let total = records.len();
-        let keys: Vec<Uuid> = records.iter().map(|(_, envelope, _)| envelope.key).collect();
-        self.producer.begin_transaction().context("cannot begin")?;
+        let keys: Vec<Uuid> = records.iter().map(|record| record.envelope.key).collect();
+        self.producer.begin_transaction().context("cannot begin a Kafka transaction")?;
         self.reports.reset();
         for (index, record) in records.iter().enumerate() {
             self.enqueue(index, record)?;
@@ -82,13 +89,14 @@ impl Transactions {
             return Err(Refused { keys: refused.iter().map(|index| keys[**index]).collect(), cause }.into());
         }
         if let Some(cause) = failures.0.into_values().next() {
-            return Err(anyhow!(cause).context("Kafka did not take the round"));
+            return Err(anyhow!(cause).context("Kafka did not acknowledge the round"));
         }
-        self.producer.commit_transaction(COMMIT_TIMEOUT).context("cannot commit")
+        self.producer.commit_transaction(COMMIT_TIMEOUT).context("cannot commit the Kafka transaction")
     }
 
-    /// A full local queue is waited out: skipping ahead would change the order.
-    fn enqueue(&self, index: usize, (topic, envelope, payload): &Record) -> anyhow::Result<()> {
+    /// Waits while the local queue is full: to skip the record would change the order.
+    fn enqueue(&self, index: usize, outgoing: &Outgoing) -> anyhow::Result<()> {
+        let Outgoing { topic, envelope, payload } = outgoing;
         let key = envelope.key.to_string();
         let headers = envelope
             .headers()
@@ -109,13 +117,13 @@ impl Transactions {
                     unsent
                 }
                 Err((cause, _)) if refuses(&cause) => return Err(Refused { keys: vec![envelope.key], cause }.into()),
-                Err((cause, _)) => return Err(cause).context("cannot hand a row to the producer"),
+                Err((cause, _)) => return Err(cause).context("cannot enqueue a row"),
             };
         }
     }
 }
 
-/// Whether the error is about this record and not about the moment.
+/// Whether the error is about this record, so that a retry would fail too.
 fn refuses(cause: &KafkaError) -> bool {
     use RDKafkaErrorCode::{
         InvalidMessage, InvalidMessageSize, InvalidRecord, MessageSizeTooLarge, TopicAuthorizationFailed, UnknownTopic,
@@ -135,18 +143,18 @@ fn refuses(cause: &KafkaError) -> bool {
     )
 }
 
-/// By the record's place in the round.
+/// The failed records, by their index in the round.
 #[derive(Default)]
 struct Failures(HashMap<usize, KafkaError>);
 
 /// The delivery reports of the current round.
 #[derive(Default)]
-struct State {
+struct DeliveryReports {
     round: Mutex<(usize, Failures)>,
     arrived: Condvar,
 }
 
-impl State {
+impl DeliveryReports {
     fn reset(&self) {
         *self.round.lock().unwrap_or_else(PoisonError::into_inner) = (0, Failures::default());
     }
@@ -158,17 +166,18 @@ impl State {
             .wait_timeout_while(round, REPORTS_TIMEOUT, |(reported, _)| *reported < total)
             .unwrap_or_else(PoisonError::into_inner);
         if round.0 < total {
-            bail!("{} of {total} delivery reports did not come", total - round.0);
+            bail!("{} of {total} delivery reports did not arrive", total - round.0);
         }
         Ok(std::mem::take(&mut round.1))
     }
 }
 
-struct Reports(Arc<State>);
+struct Reports(Arc<DeliveryReports>);
 
 impl ClientContext for Reports {
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::debug!(%error, reason, "producer"); // what matters comes back from the calls
+        // The calls return the errors that matter.
+        tracing::debug!(%error, reason, "error of the Kafka producer");
     }
 }
 

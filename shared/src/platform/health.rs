@@ -1,8 +1,10 @@
 //! The admin port: `/livez`, `/readyz`, `/metrics`.
 //!
-//! `/livez` never depends on a dependency: restarting us would not mend the database. `/readyz` says what we wait for.
+//! `/livez` does not check any dependency, because a restart would not repair the database. `/readyz` lists the components
+//! of the process that wait, and what each waits for.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, bail};
@@ -15,25 +17,25 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Duration, timeout};
 
-use super::config::ServiceConfig;
 use super::metrics::Metrics;
 
-/// Longer than any answer of a healthy process, shorter than a container platform's own patience.
+/// Longer than a healthy process needs to answer, and shorter than the health-check time-out of container platforms.
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(3);
+const LOCK: &str = "no thread panics while it holds the lock";
 
-/// What this process waits for. Empty: it is ready.
+/// The components of this process that wait, each with what it waits for. The process is ready when there are none.
 #[derive(Clone, Default)]
 pub struct Health(Arc<Mutex<BTreeMap<String, String>>>);
 
 impl Health {
-    /// `part` cannot work until `what` is there.
-    pub fn waiting(&self, part: &str, what: impl Into<String>) {
-        self.0.lock().expect("no holder panics").insert(part.to_owned(), what.into());
+    /// `component` waits for `what`.
+    pub fn waiting(&self, component: &str, what: impl Into<String>) {
+        self.0.lock().expect(LOCK).insert(component.to_owned(), what.into());
     }
 
-    /// `part` works.
-    pub fn ready(&self, part: &str) {
-        self.0.lock().expect("no holder panics").remove(part);
+    /// `component` works.
+    pub fn ready(&self, component: &str) {
+        self.0.lock().expect(LOCK).remove(component);
     }
 }
 
@@ -45,7 +47,7 @@ pub(crate) fn router(health: Health, metrics: Metrics) -> Router {
 }
 
 async fn readyz(State(health): State<Health>) -> impl IntoResponse {
-    let waiting_for = health.0.lock().expect("no holder panics").clone();
+    let waiting_for = health.0.lock().expect(LOCK).clone();
     let status = if waiting_for.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(json!({ "ready": waiting_for.is_empty(), "waiting_for": waiting_for })))
 }
@@ -54,12 +56,13 @@ async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.page())
 }
 
-/// The subcommand `healthcheck`: asks this service's own `/readyz`, for images that have no shell and no curl.
+/// The subcommand `healthcheck`: requests `/readyz` at `admin_addr`. It serves as the health check of images that have
+/// neither a shell nor curl.
 ///
 /// # Errors
-/// The service does not answer, or answers that it waits for something; the message says for what.
-pub async fn healthcheck(config: &ServiceConfig) -> anyhow::Result<()> {
-    let mut addr = config.admin_addr;
+/// The service does not answer, or it is not ready; then the message says what it waits for.
+pub async fn healthcheck(admin_addr: SocketAddr) -> anyhow::Result<()> {
+    let mut addr = admin_addr;
     if addr.ip().is_unspecified() {
         addr.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
     }
@@ -69,10 +72,13 @@ pub async fn healthcheck(config: &ServiceConfig) -> anyhow::Result<()> {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.map(|_| answer)
     });
-    let answer = answer.await.context("no answer in time")?.with_context(|| format!("cannot ask {addr}"))?;
+    let answer = answer
+        .await
+        .with_context(|| format!("{addr} did not answer within {HEALTHCHECK_TIMEOUT:?}"))?
+        .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))?;
     match answer.split_once("\r\n\r\n") {
         Some((head, _)) if head.contains(" 200 ") => Ok(()),
-        Some((_, body)) => bail!("not ready: {body}"),
-        None => bail!("not an HTTP answer"),
+        Some((_, body)) => bail!("the service is not ready: {body}"),
+        None => bail!("{addr} did not answer with HTTP: check ADMIN_ADDR"),
     }
 }

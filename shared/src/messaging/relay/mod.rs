@@ -1,11 +1,14 @@
-//! The relay: brings the outbox to Kafka, in order, every row at least once. What is published more than once has the same
+//! The relay publishes the rows of the outbox to Kafka, in order, each at least once. All copies of a row have the same
 //! event id.
 //!
-//! One leader per outbox, by a session advisory lock. Rows are read and deleted on the very connection that holds the lock, so
-//! losing it stops both. What the lock cannot stop is a frozen leader's late send: that is fenced by Kafka itself, since each
-//! round is a transaction of one `transactional.id`, and a new leader's `init_transactions` ends its predecessor's.
+//! Each outbox has one leader, chosen by a session advisory lock. The leader reads and deletes rows on the connection that
+//! holds the lock, so losing the lock stops both. The lock cannot stop records that a frozen leader sends late. Kafka
+//! fences those: each round is a transaction of one `transactional.id`, and the `init_transactions` of a new leader ends
+//! the transactions of its predecessor.
 //!
-//! It runs on a thread of its own: librdkafka's transaction calls block.
+//! The relay has its own thread, because librdkafka's transaction calls block.
+
+mod transaction;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,39 +23,40 @@ use tokio_util::sync::CancellationToken;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use uuid::Uuid;
 
+use super::kafka::KafkaConfig;
 use crate::events::Envelope;
 use crate::fault;
-use crate::service::metrics::{Metrics, Round};
-use crate::service::{KafkaConfig, bounded, telemetry};
+use crate::platform::database::bounded;
+use crate::platform::metrics::{Metrics, RoundLabels};
+use crate::platform::telemetry::{self, TraceContext};
 
-mod transaction;
+use transaction::{Outgoing, Refused, Transactions};
 
-use transaction::{Refused, Transactions};
-
-/// Rows per transaction: large enough that a transaction's cost (about 3 ms) does not count.
+/// Rows per round. With this many rows the cost of a transaction (about 3 ms) is negligible.
 const ROUND_ROWS: i64 = 500;
-/// Rows of any size that are allowed have to be read, sent and acknowledged within the time-outs of a round.
+/// Bytes per round, so that rows of the largest allowed size are read, sent and acknowledged within a round's time-outs.
 const ROUND_BYTES: i64 = 4 << 20;
-/// Rows that another replica wrote are found after this time at the latest.
+/// The longest time until the leader finds a row that another replica wrote.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a follower asks for the lock.
+/// How often a follower tries to take the lock.
 const ELECTION_INTERVAL: Duration = Duration::from_millis(500);
-/// After this time a key that Kafka refused is tried again.
+/// The time after which blocked keys are tried again.
 const BLOCKED_FOR: Duration = Duration::from_secs(30);
-/// The leader asks for rows all the time, so a session this silent belongs to a frozen process: Postgres ends it, and with it
-/// the lock.
+/// The leader polls continuously, so a session that is idle for this long belongs to a frozen process. Postgres closes it,
+/// which releases the lock.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("idle_session_timeout", "15s"), ("statement_timeout", "5s"), ("idle_in_transaction_session_timeout", "10s")];
-/// The advisory lock's key: any number, the same in every release. Locks are per database.
+/// The key of the advisory lock. Any number that is the same in every release; advisory locks are per database.
 const LEADER_LOCK: i64 = 0x6F75_7462_6F78; // "outbox"
 
-/// Tells the relay of this process that there are new rows.
+/// Notifies the relay of this process of new rows.
 #[derive(Clone, Default)]
 pub struct Wake(Arc<Notify>);
 
 impl Wake {
-    /// Call it after the commit. Losing the call (a crash, another replica leading) costs one poll interval.
+    /// Call it after the commit. If the notification is lost (a crash, or another replica leads), publishing is delayed by
+    /// one poll interval.
     pub fn notify(&self) {
         self.0.notify_one();
     }
@@ -104,29 +108,29 @@ impl EnvelopeRow {
 }
 
 impl Relay {
-    /// Leads whenever it can, until told to stop. Any error ends the term: the producer and the connection are dropped and
-    /// everything starts over, which is safe at every line.
+    /// Leads whenever it can, until the process stops. Any error ends the term: the producer and the connection are dropped
+    /// and a new term begins. This is safe at every line.
     pub fn run(self) -> anyhow::Result<()> {
         while !self.stop.is_cancelled() {
             if let Err(error) = self.lead() {
-                self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
-                tracing::warn!(error = %format!("{error:#}"), "the relay starts over");
+                self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
+                tracing::warn!(error = %format!("{error:#}"), "relay lost its term; reconnecting");
                 self.pause(RETRY_INTERVAL);
             }
         }
         Ok(())
     }
 
-    /// One term as leader. The lock is held before `init_transactions` fences the predecessor, and that before the first row is
-    /// read: so no row is read that a predecessor could still publish later.
+    /// One term as leader. It takes the lock, then fences the predecessor by `init_transactions`, then reads the first row.
+    /// So it never reads a row that a predecessor could still publish later.
     fn lead(&self) -> anyhow::Result<()> {
         let runtime = Handle::current();
-        self.metrics.outbox_blocked_keys.set(0); // another's concern while it leads
+        self.metrics.outbox_blocked_keys.set(0); // only the leader reports blocked keys
         let Some(mut db) = runtime.block_on(self.elected())? else { return Ok(()) };
         let name: String =
             runtime.block_on(bounded(sqlx::query_scalar("select current_database()").fetch_one(&mut db)))?;
         let mut transactions = Transactions::begin_term(&self.kafka, &name)?;
-        tracing::info!("this relay leads");
+        tracing::info!("became outbox relay leader");
         let mut blocked = BTreeSet::new();
         let mut blocked_since = std::time::Instant::now();
         while !self.stop.is_cancelled() {
@@ -137,7 +141,7 @@ impl Relay {
             let published = match self.round(&runtime, &mut db, &mut transactions, &blocked) {
                 Ok(published) => published,
                 Err(error) => {
-                    // The producer is dropped, never aborted and reused: nothing of the round becomes visible.
+                    // The producer is dropped, never aborted and reused. No record of the round becomes visible.
                     blocked.extend(self.refused(&error)?);
                     transactions = Transactions::begin_term(&self.kafka, &name)?;
                     0
@@ -148,20 +152,21 @@ impl Relay {
                 self.pause(POLL_INTERVAL);
             }
         }
-        runtime.block_on(db.close()).context("cannot close the relay's connection")
+        runtime.block_on(db.close()).context("cannot close the relay's database connection")
     }
 
-    /// The keys of rows that Kafka refused for themselves; any other error ends the term.
+    /// The keys of the rows that Kafka rejected. Any other error ends the term.
     fn refused(&self, error: &anyhow::Error) -> anyhow::Result<Vec<Uuid>> {
         let Some(refused) = error.downcast_ref::<Refused>() else { bail!("{error:#}") };
-        tracing::error!(keys = ?refused.keys, error = %refused.cause, "Kafka refuses outbox rows: their keys are set aside");
-        self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
+        tracing::error!(keys = ?refused.keys, error = %refused.cause, "Kafka rejects outbox rows; rows of these keys wait");
+        self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
         Ok(refused.keys.clone())
     }
 
-    /// Read → publish → delete. Crash before the Kafka commit: the transaction is aborted and nothing of it is seen; the rows
-    /// are still there. Crash between commit and delete: the rows are published again, at new offsets, with the same event
-    /// ids: consumers know them. No database transaction is open while Kafka is waited for.
+    /// Read → publish → delete. Crash before the Kafka commit: the transaction is aborted, readers see none of its records,
+    /// and the rows are still in the outbox. Crash between commit and delete: the rows are published again, at new offsets,
+    /// with the same event ids, and consumers recognise them as duplicates. No database transaction is open while the relay
+    /// waits for Kafka.
     fn round(
         &self,
         runtime: &Handle,
@@ -177,41 +182,43 @@ impl Relay {
         let span = tracing::error_span!("publish", rows = rows.len(), "otel.kind" = "producer");
         let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
         let records = rows.into_iter().map(|row| {
-            let (topic, envelope) = (self.kafka.prefixed(&row.topic), row.envelope.into_envelope(&self.source));
-            telemetry::link(&span, &telemetry::TraceContext::of(&envelope));
-            (topic, envelope, row.payload)
+            let topic = self.kafka.prefixed(&row.topic);
+            let envelope = row.envelope.into_envelope(&self.source);
+            telemetry::link(&span, &TraceContext::of(&envelope));
+            Outgoing { topic, envelope, payload: row.payload }
         });
-        transactions.publish(records.collect())?;
+        let records: Vec<Outgoing> = records.collect();
+        transactions.publish(&records)?;
         fault::point("relay.after_commit");
-        self.settle(runtime, db, &ids)?;
+        self.delete_published(runtime, db, &ids)?;
         fault::point("relay.after_delete");
         span.set_attribute("messaging.batch.message_count", ids.len() as i64);
-        self.metrics.relay_rounds.get_or_create(&Round { outcome: "published" }).inc();
+        self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "published" }).inc();
         Ok(ids.len())
     }
 
-    /// Deletes what Kafka has. Where Postgres answers that it will not (the table is locked, the database read-only), it is asked
-    /// again, by the session that holds the lock: to start over would publish the same rows again each time. Crash meanwhile: they are
-    /// published once more, by whoever leads next.
-    fn settle(&self, runtime: &Handle, db: &mut PgConnection, ids: &[i64]) -> anyhow::Result<()> {
+    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked, the database is read-only), the delete is
+    /// retried on the session that holds the lock: a new term would publish the same rows again each time. Crash before
+    /// the delete succeeds: the next leader publishes the rows again.
+    fn delete_published(&self, runtime: &Handle, db: &mut PgConnection, ids: &[i64]) -> anyhow::Result<()> {
         while let Err(error) = runtime.block_on(bounded(delete(db, ids))) {
             if error.as_database_error().is_none() || self.stop.is_cancelled() {
                 return Err(error).context("cannot delete published rows");
             }
-            self.metrics.relay_rounds.get_or_create(&Round { outcome: "failed" }).inc();
-            tracing::warn!(%error, "cannot delete published rows yet");
+            self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
+            tracing::warn!(%error, "cannot delete published rows; will retry");
             self.pause(RETRY_INTERVAL);
         }
         Ok(())
     }
 
-    /// Waits for the lock. `None`: told to stop.
+    /// Waits for the lock. `None`: the process stops.
     async fn elected(&self) -> anyhow::Result<Option<PgConnection>> {
         let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
-        let mut db = bounded(options.connect()).await.context("cannot connect to the outbox")?;
+        let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
         while !self.stop.is_cancelled() {
             let query = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(LEADER_LOCK);
-            if bounded(query.fetch_one(&mut db)).await.context("cannot ask for the lock")? {
+            if bounded(query.fetch_one(&mut db)).await.context("cannot take the advisory lock of the relay")? {
                 return Ok(Some(db));
             }
             sleep(ELECTION_INTERVAL).await;
@@ -229,9 +236,9 @@ impl Relay {
     }
 }
 
-/// As many rows as a round may have, and no more bytes than can be sent within its time-outs; but at least one row.
-/// By id, without a cursor: a row whose transaction commits late has a low id and is read in the next round. Versions of one
-/// key never swap, since the row lock on the aggregate orders their transactions.
+/// The oldest rows, up to the limits of a round, but at least one. Ordered by id and without a cursor: a row whose
+/// transaction commits late has a low id and is read in the next round. Versions of one key are always in order, because
+/// the row lock on the aggregate orders their transactions.
 async fn read(db: &mut PgConnection, blocked: &BTreeSet<Uuid>) -> sqlx::Result<Vec<Row>> {
     sqlx::query_as(
         "select id, event_id, topic, aggregateid, version, type, payload, traceparent, tracestate, occurred_at

@@ -1,4 +1,4 @@
-//! The connection pool, with the time-outs that keep a frozen process from blocking its successor.
+//! The connection pool. Its time-outs keep a frozen process from blocking the process that takes over its work.
 
 use anyhow::{Context, ensure};
 use sqlx::migrate::Migrator;
@@ -7,28 +7,30 @@ use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::Health;
+use super::health::Health;
 
-/// Set on every pooled session, so that Postgres itself ends what a frozen process left open.
+/// Set on every pooled session, so that Postgres ends the transactions and locks of a frozen process.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("statement_timeout", "5s"), ("lock_timeout", "2s"), ("idle_in_transaction_session_timeout", "5s")];
-/// Migrations may run long and must wait for another replica's, so none of the limits above; but a frozen process must not
-/// keep the migration lock.
+/// Set on the session that migrates. A migration may run long and may wait for another replica's, so the limits above do
+/// not apply. A frozen process must not keep the migration lock.
 const MIGRATION_LIMITS: [(&str, &str); 1] = [("idle_session_timeout", "15s")];
 const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A connection that idled longer is asked whether it still lives before it is used.
+/// A connection that was idle for longer is pinged before it is used.
 const TRUSTED_IDLE: Duration = Duration::from_secs(5);
-/// For the answer to that, below the time-out for acquiring: what is silent is replaced by a new connection in the same call.
+/// Time for the answer to a ping. It is below the time-out for acquiring, so that a connection that does not answer is
+/// replaced within the same call.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
-/// For one statement as we see it: longer than Postgres' own `statement_timeout`, which does not run while the server is frozen
-/// or the network gone.
+/// Time for one statement, measured by the client. It is longer than Postgres' own `statement_timeout`, which has no effect
+/// while the server is frozen or the network is down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-const PART: &str = "database";
+/// The component's name in `/readyz`.
+const COMPONENT: &str = "database";
 
-/// Waits for the database, migrates it, and hands out a pool. Any number of replicas may do so at once: the migrator takes a
-/// lock, and each migration is a transaction.
+/// Waits for the database, migrates it and returns a pool. Several replicas may do this at once: the migrator takes a lock,
+/// and each migration is a transaction.
 pub(crate) async fn connect(
     url: &str,
     migrations: &Migrator,
@@ -37,21 +39,21 @@ pub(crate) async fn connect(
 ) -> anyhow::Result<PgPool> {
     let options: PgConnectOptions =
         url.parse().context("the database URL is not postgres://user:password@host:port/name")?;
-    health.waiting(PART, "the database to answer");
-    // Given up in the middle, a migration is rolled back.
+    health.waiting(COMPONENT, "the database to answer");
+    // Postgres rolls back a migration that is cancelled.
     while let Some(Err(error)) = stop.run_until_cancelled(migrate(&options, migrations)).await {
         if !unreachable(&error) {
             return Err(error.context("cannot migrate the database"));
         }
-        tracing::warn!(error = %format!("{error:#}"), "waiting for the database");
+        tracing::warn!(error = %format!("{error:#}"), "cannot reach the database; will retry");
         stop.run_until_cancelled(sleep(RETRY_INTERVAL)).await;
     }
-    ensure!(!stop.is_cancelled(), "stopped while waiting for the database");
-    health.ready(PART);
+    ensure!(!stop.is_cancelled(), "the process was stopped while it waited for the database");
+    health.ready(COMPONENT);
     Ok(pool(options))
 }
 
-/// A pool whose sessions carry the limits above. It connects when first used.
+/// A pool whose sessions have the limits above. It connects on first use.
 pub fn pool(options: PgConnectOptions) -> PgPool {
     PgPoolOptions::new()
         .max_connections(POOL_SIZE)
@@ -65,8 +67,8 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
                 Ok(true)
             })
         })
-        // The pool itself asks again here, and would wait for ever: a connection given up because nothing came on it would keep its
-        // place, and ten of them the whole pool.
+        // By default the pool pings a returned connection without a time-out. A dead connection would keep its slot
+        // forever, and ten of them would exhaust the pool.
         .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
         .connect_lazy_with(options.options(SESSION_LIMITS))
 }
@@ -82,8 +84,8 @@ async fn migrate(options: &PgConnectOptions, migrations: &Migrator) -> anyhow::R
     Ok(())
 }
 
-/// Whether waiting can help: the server is not there, not there yet, or has too many clients. A wrong password or a
-/// migration that fails does not mend itself.
+/// Whether the error is transient: the server is down, is starting, or has too many clients. A wrong password and a failing
+/// migration are not.
 fn unreachable(error: &anyhow::Error) -> bool {
     let cause = error.downcast_ref::<sqlx::Error>().or_else(|| match error.downcast_ref() {
         Some(sqlx::migrate::MigrateError::Execute(cause)) => Some(cause),
@@ -99,21 +101,21 @@ fn unreachable(error: &anyhow::Error) -> bool {
     }
 }
 
-/// Gives a statement up when no answer comes. It may have taken effect, as when a connection breaks. HTTP handlers and consumers'
-/// handlers are bounded as a whole already; this is for loops.
+/// Cancels a statement that is not answered in time. The statement may have taken effect, as when a connection breaks.
+/// For statements in background loops; HTTP requests and event handlers have their own time-outs.
 ///
 /// # Errors
-/// The statement's own, or `PoolTimedOut`.
+/// The statement's error, or `PoolTimedOut`.
 pub async fn bounded<T>(statement: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
     timeout(ANSWER_TIMEOUT, statement).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }
 
-/// Keeps `/readyz` honest: asks the database once a second.
+/// Reports to `/readyz` whether the database answers. Checks once a second.
 pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
     loop {
         match bounded(sqlx::query("select 1").execute(&db)).await {
-            Ok(_) => health.ready(PART),
-            Err(_) => health.waiting(PART, "the database to answer"),
+            Ok(_) => health.ready(COMPONENT),
+            Err(_) => health.waiting(COMPONENT, "the database to answer"),
         }
         sleep(Duration::from_secs(1)).await;
     }

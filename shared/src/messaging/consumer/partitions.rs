@@ -1,0 +1,392 @@
+//! The partitions of a consumer: which are assigned, which of them the client reads, and the next offset of each. Rebalance
+//! callbacks run inside `poll`, on the consumer's own thread.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Message, OwnedMessage};
+use rdkafka::statistics::{Statistics, Topic};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{ClientContext, Offset, TopicPartitionList};
+
+use super::start::ConsumerSetup;
+use crate::messaging::handler::Handler;
+use crate::platform::health::Health;
+use crate::platform::metrics::{Metrics, PartitionLabels};
+
+/// Time for one request to Kafka.
+pub(super) const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
+/// A partition that the client was given and does not read for this long counts as idle. Starting to read takes
+/// milliseconds.
+const IDLE_LIMIT: Duration = Duration::from_secs(2);
+
+/// The partitions that the group assigned to this consumer, and how far each is handled. Used by the consumer's thread
+/// only.
+pub(super) struct Partitions {
+    pub(super) client: BaseConsumer<Assignment>,
+    pub(super) group: &'static str,
+    pub(super) topic: String,
+    /// Next offset to handle, per partition that the client reads.
+    pub(super) next_offsets: BTreeMap<i32, i64>,
+    /// Partitions that have been read to the end.
+    pub(super) at_end: BTreeSet<i32>,
+    /// Partition and offset of records dropped because the handler's position did not match. Those before the new position
+    /// count as duplicates.
+    pub(super) dropped: BTreeSet<(i32, i64)>,
+    /// When the starts of partitions are looked up again after a failure.
+    pub(super) retry_placement_at: Instant,
+}
+
+/// The result of a poll.
+pub(super) enum Polled {
+    Nothing,
+    Record(OwnedMessage),
+    /// A partition has been read to its end.
+    EndOfPartition,
+    Error(KafkaError),
+}
+
+impl Partitions {
+    /// Joins the group.
+    pub fn subscribe<H: Handler>(setup: &ConsumerSetup<H>) -> anyhow::Result<Self> {
+        let assignment = Assignment::new(setup);
+        let client: BaseConsumer<Assignment> = setup
+            .client_config()
+            .create_with_context(assignment)
+            .context("librdkafka does not accept the Kafka settings")?;
+        let topic = setup.topic();
+        client.subscribe(&[&topic]).context("cannot subscribe to the topic")?;
+        Ok(Self {
+            client,
+            group: H::GROUP,
+            topic,
+            next_offsets: BTreeMap::new(),
+            at_end: BTreeSet::new(),
+            dropped: BTreeSet::new(),
+            retry_placement_at: Instant::now(),
+        })
+    }
+
+    pub fn poll(&mut self, wait: Duration) -> Polled {
+        match self.client.poll(wait) {
+            None => Polled::Nothing,
+            Some(Ok(message)) => {
+                self.at_end.remove(&message.partition());
+                Polled::Record(message.detach())
+            }
+            Some(Err(KafkaError::PartitionEOF(partition))) => {
+                self.at_end.insert(partition);
+                Polled::EndOfPartition
+            }
+            Some(Err(error)) => Polled::Error(error),
+        }
+    }
+
+    /// Handles an error of the client. Most errors disappear by themselves while the consumer polls; `/readyz` reports
+    /// them by the client's statistics.
+    ///
+    /// # Errors
+    /// The client cannot recover, or Kafka does not have the offset to read from.
+    pub fn handle_client_error(&self, error: &KafkaError) -> anyhow::Result<()> {
+        if let Some((code, reason)) = self.client.client().fatal_error() {
+            bail!("the Kafka client failed and cannot recover: {code}: {reason}");
+        }
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AutoOffsetReset) {
+            bail!(
+                "Kafka does not have the offset at which group {} wants to read; no record was skipped. Find out what \
+                 deleted the records, then set the offsets of the group by hand: {error}",
+                self.group
+            );
+        }
+        tracing::debug!(group = self.group, %error, "error of the Kafka client");
+        Ok(())
+    }
+
+    /// Forgets partitions that were revoked since the last call.
+    pub fn drop_revoked(&mut self) {
+        for partition in self.client.context().take_revoked() {
+            self.at_end.remove(&partition);
+            self.next_offsets.remove(&partition);
+            self.dropped.retain(|(dropped, _)| *dropped != partition);
+        }
+    }
+
+    /// Partitions that the client silently stopped fetching.
+    pub fn idle(&self) -> Vec<i32> {
+        self.client.context().idle()
+    }
+
+    /// Stops fetching all partitions. Polling continues, so the group keeps this consumer.
+    pub fn pause(&self) -> anyhow::Result<()> {
+        self.client.context().paused.store(true, Relaxed);
+        Ok(self.client.pause(&self.list(self.next_offsets.keys()))?)
+    }
+
+    pub fn resume(&self) -> anyhow::Result<()> {
+        self.client.context().paused.store(false, Relaxed);
+        Ok(self.client.resume(&self.list(self.next_offsets.keys()))?)
+    }
+
+    /// Stores the next offset per partition. librdkafka commits stored offsets every second. Its other functions of this
+    /// kind add one to the offset.
+    pub fn store(&self, next_offsets: &BTreeMap<i32, i64>) -> anyhow::Result<()> {
+        let mut offsets = TopicPartitionList::new();
+        for (partition, offset) in next_offsets {
+            offsets.add_partition_offset(&self.topic, *partition, Offset::Offset(*offset))?;
+        }
+        self.client.store_offsets(&offsets).context("cannot store offsets")
+    }
+
+    /// Commits the stored offsets.
+    pub fn commit(&self) {
+        // Fails if there is nothing to commit, or if the automatic commit was faster.
+        let _ = self.client.commit_consumer_state(CommitMode::Sync);
+    }
+
+    /// Per partition that has been read to the end: the next offset so far, and the client's position. That is after the
+    /// marker of the last transaction, so storing it makes the lag 0.
+    pub fn ends(&self) -> Result<Vec<(i32, i64, i64)>, KafkaError> {
+        let positions = self.client.position()?;
+        let ends = self.at_end.iter().filter_map(|partition| {
+            let next_offset = *self.next_offsets.get(partition)?;
+            let position = positions.find_partition(&self.topic, *partition).map(|element| element.offset());
+            let end = match position {
+                Some(Offset::Offset(position)) => position.max(next_offset),
+                _ => next_offset,
+            };
+            Some((*partition, next_offset, end))
+        });
+        Ok(ends.collect())
+    }
+
+    /// Measures the lag of paused partitions, so that metrics show it grow. The lag is unknown while Kafka does not answer.
+    pub fn measure_lag(&self) {
+        for (partition, next_offset) in &self.next_offsets {
+            let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, *partition, KAFKA_TIMEOUT) else {
+                return;
+            };
+            self.client.context().set_lag(*partition, end - next_offset);
+        }
+    }
+
+    pub(super) fn list<'a>(&self, partitions: impl IntoIterator<Item = &'a i32>) -> TopicPartitionList {
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            list.add_partition(&self.topic, *partition);
+        }
+        list
+    }
+}
+
+/// The part of the state that rebalance callbacks and statistics change.
+pub(super) struct Assignment {
+    topic: String,
+    group: &'static str,
+    /// The component's name in `/readyz`.
+    component: String,
+    health: Health,
+    metrics: Metrics,
+    /// The consumer has paused its partitions. Then it measures the lag itself, because the client's statistics do not
+    /// change for paused partitions.
+    pub(super) paused: AtomicBool,
+    changes: Mutex<Changes>,
+}
+
+#[derive(Default)]
+struct Changes {
+    /// Assigned, and waiting for their start. The client does not have them.
+    unplaced: BTreeSet<i32>,
+    /// Assigned, and given to the client with their start.
+    reading: BTreeSet<i32>,
+    /// Revoked since the consumer last asked.
+    revoked: BTreeSet<i32>,
+    /// Partitions of `reading` that the client does not fetch, by its statistics.
+    idle_since: BTreeMap<i32, Instant>,
+    /// The client was given partitions since the consumer last asked for revoked ones.
+    just_started: bool,
+}
+
+impl Assignment {
+    fn new<H: Handler>(setup: &ConsumerSetup<H>) -> Self {
+        let component = setup.component("group");
+        setup.health.waiting(&component, "Kafka to assign partitions");
+        Self {
+            topic: setup.topic(),
+            group: H::GROUP,
+            component,
+            health: setup.health.clone(),
+            metrics: setup.metrics.clone(),
+            paused: AtomicBool::new(false),
+            changes: Mutex::default(),
+        }
+    }
+
+    pub fn unplaced(&self) -> Vec<i32> {
+        self.changes().unplaced.iter().copied().collect()
+    }
+
+    /// The client starts reading these partitions, each at its offset in the list.
+    pub fn start_reading(&self, client: &BaseConsumer<Self>, starts: &TopicPartitionList) -> Result<(), KafkaError> {
+        client.incremental_assign(starts)?;
+        client.resume(starts)?; // a partition that was paused when the client lost it is still paused
+        let mut changes = self.changes();
+        for partition in numbers(starts) {
+            changes.unplaced.remove(&partition);
+            changes.reading.insert(partition);
+        }
+        changes.just_started = true;
+        Ok(())
+    }
+
+    /// The client stops reading these partitions, and they wait for a start again.
+    pub fn stop_reading(&self, client: &BaseConsumer<Self>, partitions: &[i32]) -> Result<(), KafkaError> {
+        client.incremental_unassign(&self.take_reading(partitions))?;
+        self.changes().unplaced.extend(partitions);
+        Ok(())
+    }
+
+    /// Partitions that the client silently stopped fetching. It stops if it finds no record at the wanted offset while the
+    /// partition is paused: it discards the error together with the fetched records.
+    fn idle(&self) -> Vec<i32> {
+        let changes = self.changes();
+        let idle = changes.idle_since.iter().filter(|(_, since)| since.elapsed() > IDLE_LIMIT);
+        idle.map(|(partition, _)| *partition).collect()
+    }
+
+    fn take_revoked(&self) -> BTreeSet<i32> {
+        let mut changes = self.changes();
+        changes.just_started = false;
+        std::mem::take(&mut changes.revoked)
+    }
+
+    fn set_lag(&self, partition: i32, records: i64) {
+        self.metrics.consumer_lag.get_or_create(&self.labels(partition)).set(records);
+    }
+
+    fn changes(&self) -> MutexGuard<'_, Changes> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_reading(&self, partitions: &[i32]) -> TopicPartitionList {
+        let mut changes = self.changes();
+        let mut taken = TopicPartitionList::new();
+        for partition in partitions {
+            changes.idle_since.remove(partition);
+            if changes.reading.remove(partition) {
+                taken.add_partition(&self.topic, *partition);
+            }
+        }
+        taken
+    }
+
+    /// Accepts the assignment, but gives the client no partition before [`Partitions::place`] knows its start. So a first
+    /// start, a rebalance, a start during an outage, and a handler whose position changed all take the same path.
+    ///
+    /// The alternative, a placeholder offset and a later seek, fails: the client looks the placeholder up in the
+    /// background, and an answer that arrives after the seek moves the partition back (librdkafka 2.12 repeats the lookup
+    /// and does not check whether it is still wanted).
+    ///
+    /// A partition that was given to the client just before may have answered the group in place of this call. Then the
+    /// client leaves partitions paused that it paused for this call (also librdkafka 2.12). So all of them are restarted.
+    fn assign(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
+        client.incremental_assign(&TopicPartitionList::new())?;
+        let mut changes = self.changes();
+        changes.unplaced.extend(numbers(partitions));
+        if changes.just_started {
+            let restart: Vec<i32> = changes.reading.iter().copied().collect();
+            changes.revoked.extend(&restart);
+            drop(changes);
+            self.stop_reading(client, &restart)?;
+        }
+        Ok(())
+    }
+
+    /// Commits what was handled before the partitions go to another consumer. If they are lost already, another consumer
+    /// has them, and its commits must stay.
+    fn revoke(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
+        if !client.assignment_lost() {
+            // Fails with "no offset" if the automatic commit was faster. After any other failure records come again.
+            let _ = client.commit_consumer_state(CommitMode::Sync);
+        }
+        let partitions = numbers(partitions);
+        let mut changes = self.changes();
+        for partition in &partitions {
+            changes.unplaced.remove(partition);
+            changes.revoked.insert(*partition);
+            self.metrics.consumer_lag.remove(&self.labels(*partition));
+        }
+        drop(changes);
+        client.incremental_unassign(&self.take_reading(&partitions))
+    }
+
+    /// Notes which partitions the client does not fetch; see [`Assignment::idle`].
+    fn note_idle(&self, topic: &Topic) {
+        let mut changes = self.changes();
+        for partition in topic.partitions.values() {
+            let idle = changes.reading.contains(&partition.partition) && partition.fetch_state == "none";
+            if idle {
+                changes.idle_since.entry(partition.partition).or_insert_with(Instant::now);
+            } else {
+                changes.idle_since.remove(&partition.partition);
+            }
+        }
+    }
+
+    fn labels(&self, partition: i32) -> PartitionLabels {
+        PartitionLabels { group: self.group.to_owned(), topic: self.topic.clone(), partition }
+    }
+}
+
+fn numbers(partitions: &TopicPartitionList) -> Vec<i32> {
+    partitions.elements().iter().map(|element| element.partition()).collect()
+}
+
+impl ConsumerContext for Assignment {
+    fn rebalance(&self, client: &BaseConsumer<Self>, event: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        let (action, result) = match event {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => ("assigned", self.assign(client, partitions)),
+            _ => ("revoked", self.revoke(client, partitions)),
+        };
+        let partitions = numbers(partitions);
+        match result {
+            Ok(()) => tracing::info!(group = self.group, action, ?partitions, "partitions rebalanced"),
+            Err(error) => {
+                tracing::error!(group = self.group, action, ?partitions, %error, "cannot rebalance partitions");
+            }
+        }
+    }
+}
+
+impl ClientContext for Assignment {
+    /// Twice a second: reports the lag of the assigned partitions, and whether the consumer is in its group.
+    fn stats(&self, statistics: Statistics) {
+        let connected = statistics.brokers.values().any(|broker| broker.state == "UP");
+        let joined = statistics.cgrp.is_some_and(|group| group.state == "up" && group.join_state == "steady");
+        match (connected, joined) {
+            (true, true) => self.health.ready(&self.component),
+            (true, false) => self.health.waiting(&self.component, "Kafka to assign partitions"),
+            (false, _) => self.health.waiting(&self.component, "Kafka to answer"),
+        }
+        let Some(topic) = statistics.topics.get(&self.topic) else { return };
+        self.note_idle(topic);
+        if self.paused.load(Relaxed) {
+            return;
+        }
+        for partition in topic.partitions.values() {
+            // A negative lag is unknown, which is not the same as 0.
+            if partition.fetch_state == "active" && partition.consumer_lag_stored >= 0 {
+                self.set_lag(partition.partition, partition.consumer_lag_stored);
+            }
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(group = self.group, %error, reason, "error of the Kafka client");
+    }
+}

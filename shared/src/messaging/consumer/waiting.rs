@@ -1,0 +1,150 @@
+//! Why a consumer waits, and when it resumes. While it waits all partitions are paused, including those assigned in the
+//! meantime, and it polls, so the group keeps it. It stores no offsets.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::batch::TooManyRejections;
+use super::breaker::Breaker;
+use super::partitions::Partitions;
+use super::start::ConsumerSetup;
+use crate::messaging::handler::Handler;
+
+const MIN_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// How often the lag is measured while the breaker is open.
+const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why and until when a consumer waits.
+pub(super) struct Waiting {
+    /// Set while all partitions are paused.
+    pause: Option<Pause>,
+    pub(super) breaker: Breaker,
+    /// Changes when an operator resumes the consumers whose breaker is open.
+    resumed: watch::Receiver<()>,
+}
+
+enum Pause {
+    /// A dependency is down. The batch is retried when it is due.
+    Retry { due: Instant, backoff: Duration },
+    /// The breaker is open until an operator closes it.
+    Breaker { measure_at: Instant },
+}
+
+impl Waiting {
+    pub fn new(breaker: Breaker, resumed: watch::Receiver<()>) -> Self {
+        Self { pause: None, breaker, resumed }
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.pause.is_some()
+    }
+
+    /// Whether the consumer may work on its batch now.
+    pub fn may_work<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions) -> bool {
+        match self.pause {
+            None => true,
+            Some(Pause::Retry { due, .. }) => due <= Instant::now(),
+            // `has_changed` fails only when the sender is gone, that is, during shutdown.
+            Some(Pause::Breaker { .. }) if self.resumed.has_changed().unwrap_or(false) => {
+                self.close_breaker(setup);
+                true
+            }
+            Some(Pause::Breaker { measure_at }) => {
+                if measure_at <= Instant::now() {
+                    partitions.measure_lag();
+                    self.pause = Some(Pause::Breaker { measure_at: Instant::now() + MEASURE_INTERVAL });
+                }
+                false
+            }
+        }
+    }
+
+    /// Pauses all partitions until the batch is due again. `what` is what the consumer waits for, as `/readyz` shows it.
+    pub fn retry_later<H: Handler>(
+        &mut self,
+        setup: &ConsumerSetup<H>,
+        partitions: &Partitions,
+        error: &anyhow::Error,
+        what: &str,
+    ) -> anyhow::Result<()> {
+        let backoff = next_backoff(match self.pause {
+            Some(Pause::Retry { backoff, .. }) => Some(backoff),
+            Some(Pause::Breaker { .. }) | None => None,
+        });
+        partitions.pause()?;
+        setup.health.waiting(&setup.component("dependency"), what);
+        tracing::warn!(group = H::GROUP, error = %format!("{error:#}"), "batch failed; consumer paused, will retry");
+        setup.metrics.consumer_retries.get_or_create(&setup.labels()).inc();
+        // Half of the wait is random, so that consumers of one dependency do not all return at the same time.
+        let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
+        self.pause = Some(Pause::Retry { due, backoff });
+        partitions.measure_lag();
+        Ok(())
+    }
+
+    /// Pauses all partitions until an operator resumes the consumer. The batch is kept, and the record that would be one too
+    /// many gets no dead letter: it is tried again. Crash or restart: the batch comes again from Kafka, and its dead
+    /// letters are written again with the same keys.
+    pub fn open_breaker<H: Handler>(
+        &mut self,
+        setup: &ConsumerSetup<H>,
+        partitions: &Partitions,
+        rejections: &TooManyRejections,
+    ) -> anyhow::Result<()> {
+        let TooManyRejections { rejected, of, reason } = rejections;
+        partitions.pause()?;
+        self.resumed.mark_unchanged(); // earlier signals do not count
+        tracing::error!(
+            group = H::GROUP,
+            reason,
+            rejected,
+            of,
+            "breaker opened: too many of the last records were rejected, consumer paused. Fix the cause, then send SIGUSR1 to \
+             this process or restart it"
+        );
+        let what =
+            format!("an operator: {rejected} of the last {of} records were rejected; fix the cause, then send SIGUSR1");
+        setup.health.waiting(&setup.component("breaker"), what);
+        setup.health.ready(&setup.component("dependency"));
+        setup.metrics.consumer_breaker_open.get_or_create(&setup.labels()).inc();
+        self.pause = Some(Pause::Breaker { measure_at: Instant::now() });
+        Ok(())
+    }
+
+    /// The partitions stay paused until the batch has been handled.
+    fn close_breaker<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
+        tracing::info!(group = H::GROUP, "breaker closed by an operator: retrying the batch");
+        self.breaker.close();
+        setup.health.ready(&setup.component("breaker"));
+        setup.metrics.consumer_breaker_open.get_or_create(&setup.labels()).dec();
+    }
+
+    /// Resumes the partitions if they are paused.
+    pub fn end<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions) -> anyhow::Result<()> {
+        if self.pause.take().is_some() {
+            setup.health.ready(&setup.component("dependency"));
+            tracing::info!(group = H::GROUP, "dependency is back: consumer resumed");
+            partitions.resume()?;
+        }
+        Ok(())
+    }
+}
+
+/// The wait after `previous`, which is `None` for the first wait.
+fn next_backoff(previous: Option<Duration>) -> Duration {
+    previous.map_or(MIN_BACKOFF, |previous| (previous * 2).min(MAX_BACKOFF))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_backoff_doubles_up_to_five_seconds() {
+        let waits = std::iter::successors(Some(next_backoff(None)), |previous| Some(next_backoff(Some(*previous))));
+        let waits: Vec<u128> = waits.take(8).map(|wait| wait.as_millis()).collect();
+        assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+    }
+}

@@ -1,0 +1,173 @@
+//! A dead letter, and how it is written.
+
+use anyhow::Context;
+use futures::future::try_join_all;
+use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use std::time::Duration;
+
+use crate::events::Kind;
+use crate::fault;
+use crate::messaging::kafka::{KafkaConfig, create};
+use crate::messaging::record::{self, Coordinates};
+
+/// Bytes. The largest record that a topic accepts by default has 1 MiB; its letter has some headers more.
+const MAX_BYTES: &str = "2097152";
+/// The settings of the topic that holds the letters.
+pub const SETTINGS: &[(&str, &str)] = &[
+    ("cleanup.policy", "compact"),
+    ("max.message.bytes", MAX_BYTES),
+    // As for every other topic: the broker would reject letters of a consumer whose clock is ahead.
+    ("message.timestamp.type", "LogAppendTime"),
+];
+/// After this many attempts a letter is parked: it is kept and counted, and tried only when it is named.
+const MAX_ATTEMPTS: u32 = 5;
+/// How long a letter may take to be acknowledged (ms).
+const ACK_TIMEOUT_MS: &str = "10000";
+/// How long to wait for an unknown topic before failing (ms). The client's default of 30 s allows for a topic that was just
+/// created.
+const MISSING_TOPIC_MS: &str = "2000";
+/// How long to wait for room in the producer's queue.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One dead-lettered record, and the reason.
+#[derive(Clone)]
+pub struct DeadLetter {
+    pub coordinates: Coordinates,
+    pub reason: String,
+    /// How often the record was tried.
+    pub attempts: u32,
+    /// When it was first dead-lettered, by the broker's clock, in milliseconds since 1970. `None`: now.
+    pub since: Option<i64>,
+    /// The record, or the letter that holds it. Of a record of a compacted topic only the key is written: a copy would
+    /// remain after the original is erased.
+    pub message: OwnedMessage,
+}
+
+impl DeadLetter {
+    /// Reads what [`DeadLetterWriter::write`] wrote. `None`: another client wrote this record.
+    pub fn parse(letter: &OwnedMessage) -> Option<Self> {
+        let text = |name| header(letter, name).and_then(|value| std::str::from_utf8(value).ok());
+        let coordinates = Coordinates {
+            topic: text("dlq-topic")?.to_owned(),
+            partition: text("dlq-partition")?.parse().ok()?,
+            offset: text("dlq-offset")?.parse().ok()?,
+        };
+        Some(Self {
+            coordinates,
+            reason: text("dlq-reason")?.to_owned(),
+            attempts: text("dlq-attempts")?.parse().ok()?,
+            since: text("dlq-since").and_then(|since| since.parse().ok()).or_else(|| letter.timestamp().to_millis()),
+            message: letter.clone(),
+        })
+    }
+
+    pub fn is_parked(&self) -> bool {
+        self.attempts >= MAX_ATTEMPTS
+    }
+
+    /// The key of the dead-lettered record, as its letter holds it.
+    pub fn record_key(&self) -> Option<&[u8]> {
+        header(&self.message, "dlq-key")
+    }
+
+    /// Appends the letter's own headers.
+    fn append_headers(&self, mut headers: OwnedHeaders) -> OwnedHeaders {
+        let own = [
+            ("dlq-topic", self.coordinates.topic.clone()),
+            ("dlq-partition", self.coordinates.partition.to_string()),
+            ("dlq-offset", self.coordinates.offset.to_string()),
+            ("dlq-reason", self.reason.clone()),
+            ("dlq-attempts", self.attempts.to_string()),
+        ];
+        for (key, value) in &own {
+            headers = headers.insert(Header { key, value: Some(value) });
+        }
+        if let Some(since) = self.since {
+            headers = headers.insert(Header { key: "dlq-since", value: Some(&since.to_string()) });
+        }
+        headers
+    }
+}
+
+/// The value of a header of a letter. The last header of a name counts: the writer appends its own.
+fn header<'a>(letter: &'a OwnedMessage, name: &str) -> Option<&'a [u8]> {
+    record::headers(letter).flatten().filter(|header| header.key == name).last()?.value
+}
+
+/// The name of the topic that holds a group's letters.
+pub fn topic(kafka: &KafkaConfig, group: &str) -> String {
+    kafka.prefixed(&format!("{group}.dlq"))
+}
+
+/// Writes the dead letters of one group. The producer is idempotent and not transactional: a letter that is written twice
+/// is one letter.
+pub struct DeadLetterWriter {
+    topic: String,
+    /// What the records' topic holds.
+    kind: Kind,
+    producer: FutureProducer,
+}
+
+impl DeadLetterWriter {
+    pub fn new(kafka: &KafkaConfig, group: &str, kind: Kind) -> anyhow::Result<Self> {
+        let mut config = kafka.producer();
+        config
+            .set("message.timeout.ms", ACK_TIMEOUT_MS)
+            .set("topic.metadata.propagation.max.ms", MISSING_TOPIC_MS)
+            .set("message.max.bytes", MAX_BYTES)
+            // The writer waits for each letter, so there are no others to send with it.
+            .set("linger.ms", "0");
+        Ok(Self { topic: topic(kafka, group), kind, producer: create(&config)? })
+    }
+
+    pub fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    /// Returns when Kafka has acknowledged the letter. Only then may the record's offset be stored. Crash in between: the
+    /// record comes again and its letter is written again, with the same key.
+    ///
+    /// # Errors
+    /// Kafka did not accept the letter, or not in time: the topic is missing, denied, or does not accept a record of this
+    /// size. The batch is retried, so nothing is lost and no offset is stored.
+    pub async fn write(&self, letter: &DeadLetter) -> anyhow::Result<()> {
+        let message = &letter.message;
+        // A letter that is written again already has `dlq-` headers. They are replaced; all other headers are kept.
+        let mut headers = OwnedHeaders::new();
+        if self.kind == Kind::Facts {
+            for kept in record::headers(message).flatten().filter(|header| !header.key.starts_with("dlq-")) {
+                headers = headers.insert(kept);
+            }
+        }
+        // Recognised by the topic, because another client's record may have any headers.
+        let is_letter = message.topic() == self.topic;
+        let key = if is_letter { letter.record_key() } else { message.key() };
+        // A malformed key may contain anything, so of a compacted topic's record only a UUID is kept.
+        let key = key.filter(|key| self.kind == Kind::Facts || uuid::Uuid::try_parse_ascii(key).is_ok());
+        if key.is_some() {
+            headers = headers.insert(Header { key: "dlq-key", value: key });
+        }
+        let headers = letter.append_headers(headers);
+        fault::point("dead_letters.before_write");
+        let id = letter.coordinates.to_string();
+        let mut record = FutureRecord::to(&self.topic).key(&id).headers(headers);
+        if let (Kind::Facts, Some(payload)) = (self.kind, message.payload()) {
+            record = record.payload(payload);
+        }
+        self.send(record).await
+    }
+
+    /// Marks the letters as settled.
+    pub async fn tombstone(&self, letters: &[Coordinates]) -> anyhow::Result<()> {
+        let keys: Vec<String> = letters.iter().map(ToString::to_string).collect();
+        try_join_all(keys.iter().map(|key| self.send(FutureRecord::to(&self.topic).key(key)))).await?;
+        Ok(())
+    }
+
+    async fn send(&self, record: FutureRecord<'_, String, [u8]>) -> anyhow::Result<()> {
+        let sent = self.producer.send(record, QUEUE_TIMEOUT).await;
+        let sent = sent.map(|_| ()).map_err(|(error, _)| error);
+        sent.with_context(|| format!("cannot write to the dead letters {}", self.topic))
+    }
+}

@@ -1,0 +1,14 @@
+//! Dead letters: records that a consumer group could not handle, kept until a [redrive] settles them.
+//!
+//! `<group>.dlq` is a table and not a queue. It is compacted and keyed by the coordinates of the record, so a record has one
+//! letter however often it is dead-lettered, and a settled letter is a tombstone.
+
+mod letter;
+mod table;
+mod list;
+mod redrive;
+
+pub(super) use letter::{DeadLetter, DeadLetterWriter, SETTINGS};
+pub use list::{ListDeadLetters, list_dead_letters};
+pub use redrive::{Redrive, redrive};
+pub(crate) use table::count_open_dead_letters;

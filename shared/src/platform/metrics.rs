@@ -1,0 +1,144 @@
+//! All metrics of the messaging and HTTP layers, with their names. The admin port serves them as OpenMetrics text at
+//! `/metrics`. No label has a value that a user chooses: no id, no address, no type of an unknown event.
+
+use std::sync::{Arc, Mutex};
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Metric, Registry};
+
+/// Upper bounds in seconds, from a cache hit to a request that is about to time out.
+const LATENCY_BUCKETS: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0];
+/// Upper bounds in seconds, from a live event to one that waited a night for a dependency.
+const AGE_BUCKETS: [f64; 10] = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 60.0, 3600.0, 86400.0];
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RequestLabels {
+    pub method: String,
+    pub route: String,
+    pub status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ConsumedLabels {
+    pub group: String,
+    /// `applied`, `duplicate`, `stale`, `skipped` or `dead_lettered`. Every delivered record has exactly one outcome.
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct GroupLabels {
+    pub group: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct PartitionLabels {
+    pub group: String,
+    pub topic: String,
+    pub partition: i32,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RoundLabels {
+    /// `published` or `failed`.
+    pub outcome: &'static str,
+}
+
+pub type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// The metrics of the messaging layer and the HTTP layer. Clones share one registry.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Arc<Mutex<Registry>>,
+    pub http_requests: Histograms<RequestLabels>,
+    pub events_consumed: Family<ConsumedLabels, Counter>,
+    pub event_age: Histograms<GroupLabels>,
+    pub consumer_retries: Family<GroupLabels, Counter>,
+    pub consumer_lag: Family<PartitionLabels, Gauge>,
+    pub consumer_breaker_open: Family<GroupLabels, Gauge>,
+    pub dead_letters_open: Family<GroupLabels, Gauge>,
+    pub outbox_rows: Gauge,
+    pub outbox_oldest_age: Gauge,
+    pub outbox_dead_rows: Gauge,
+    pub outbox_blocked_keys: Gauge,
+    pub relay_rounds: Family<RoundLabels, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let metrics = Self {
+            registry: Arc::default(),
+            http_requests: Family::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS)),
+            events_consumed: Family::default(),
+            event_age: Family::new_with_constructor(|| Histogram::new(AGE_BUCKETS)),
+            consumer_retries: Family::default(),
+            consumer_lag: Family::default(),
+            consumer_breaker_open: Family::default(),
+            dead_letters_open: Family::default(),
+            outbox_rows: Gauge::default(),
+            outbox_oldest_age: Gauge::default(),
+            outbox_dead_rows: Gauge::default(),
+            outbox_blocked_keys: Gauge::default(),
+            relay_rounds: Family::default(),
+        };
+        metrics.register("http_request_duration_seconds", "Time to answer a request", &metrics.http_requests);
+        metrics.register(
+            "events_consumed",
+            "Records that a consumer group finished, by outcome",
+            &metrics.events_consumed,
+        );
+        metrics.register(
+            "event_age_seconds",
+            "Time from an event to its effect, by the clocks of two services",
+            &metrics.event_age,
+        );
+        metrics.register("consumer_retries", "Batches that failed and are retried later", &metrics.consumer_retries);
+        metrics.register(
+            "consumer_lag",
+            "Records of the partition that the group has not handled yet",
+            &metrics.consumer_lag,
+        );
+        metrics.register(
+            "consumer_breaker_open",
+            "Consumers that are paused because they rejected too many records",
+            &metrics.consumer_breaker_open,
+        );
+        metrics.register("dead_letters_open", "Dead letters that are not settled yet", &metrics.dead_letters_open);
+        metrics.register("outbox_rows", "Outbox rows that are not published yet", &metrics.outbox_rows);
+        metrics.register(
+            "outbox_oldest_age_seconds",
+            "Age of the oldest outbox row that is not published yet",
+            &metrics.outbox_oldest_age,
+        );
+        metrics.register(
+            "outbox_dead_rows",
+            "Deleted outbox rows that Postgres has not vacuumed yet",
+            &metrics.outbox_dead_rows,
+        );
+        metrics.register(
+            "outbox_blocked_keys",
+            "Keys whose rows wait because Kafka rejected one of them",
+            &metrics.outbox_blocked_keys,
+        );
+        metrics.register("relay_rounds", "Rounds of the outbox relay, by outcome", &metrics.relay_rounds);
+        metrics
+    }
+}
+
+impl Metrics {
+    /// Registers a metric of a service.
+    pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: &M) {
+        self.registry.lock().expect("no thread panics while it holds the lock").register(name, help, metric.clone());
+    }
+
+    /// The page at `/metrics`.
+    pub(crate) fn page(&self) -> String {
+        let mut page = String::new();
+        text::encode(&mut page, &self.registry.lock().expect("no thread panics while it holds the lock"))
+            .expect("writing to a string does not fail");
+        page
+    }
+}

@@ -1,0 +1,165 @@
+//! Logs and traces. A trace starts at the HTTP request. Its context is stored in the outbox row, travels in the record's
+//! headers, and is continued by each consumer: see [`current`] and [`continue_from`].
+
+use std::collections::HashMap;
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use opentelemetry::propagation::TextMapPropagator;
+use opentelemetry::trace::{TraceContextExt, TraceId, TracerProvider};
+use opentelemetry::{Context, KeyValue};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::{EnvFilter, Layer};
+
+use crate::events::Envelope;
+
+/// The modules that log each handled event at the level debug.
+const EVENT_LOG: &str = "shared::messaging::consumer::batch=debug";
+
+/// What is logged and traced, and where to.
+#[derive(Args, Clone, Debug)]
+pub struct TelemetryConfig {
+    /// Which log lines are written, as a filter of tracing-subscriber's EnvFilter. Default: our own messages at info,
+    /// libraries at warn.
+    #[arg(long, env)]
+    pub rust_log: Option<String>,
+    /// Write a log line for every handled event, with its event id, type, user id and trace id.
+    #[arg(long, env, default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub log_events: bool,
+    /// The format of log lines.
+    #[arg(long, env, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// The collector for traces, by OTLP over gRPC, for example http://localhost:4317. Without it traces are dropped.
+    #[arg(long, env)]
+    pub otel_exporter_otlp_endpoint: Option<String>,
+}
+
+impl TelemetryConfig {
+    fn filter(&self, service: &str) -> anyhow::Result<EnvFilter> {
+        let default = || format!("warn,rdkafka=off,{service}=info,shared=info");
+        let mut directives = self.rust_log.clone().unwrap_or_else(default);
+        if self.log_events {
+            directives = format!("{directives},{EVENT_LOG}");
+        }
+        EnvFilter::try_new(directives).context("RUST_LOG is not a valid filter, for example info,shared=debug")
+    }
+}
+
+/// The format of log lines.
+#[derive(ValueEnum, Clone, Copy, Debug, Default)]
+pub enum LogFormat {
+    /// One JSON object per line.
+    #[default]
+    Json,
+    /// Text for people.
+    Pretty,
+}
+
+/// A W3C trace context as text: `traceparent` and `tracestate`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TraceContext {
+    pub traceparent: Option<String>,
+    pub tracestate: Option<String>,
+}
+
+impl TraceContext {
+    /// The context of the request that caused the event.
+    pub fn of(envelope: &Envelope) -> Self {
+        Self { traceparent: envelope.traceparent.clone(), tracestate: envelope.tracestate.clone() }
+    }
+}
+
+/// Installs logging and tracing for the whole process. `service` is the service's name, which is also the name of its
+/// crate. Without an OTLP endpoint spans are created all the same, so that log lines and records carry a trace id, and then
+/// dropped.
+///
+/// # Errors
+/// The OTLP endpoint is not a URL, or RUST_LOG is not a valid filter.
+pub(crate) fn init(service: &'static str, config: &TelemetryConfig) -> anyhow::Result<SdkTracerProvider> {
+    let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
+    let mut provider = SdkTracerProvider::builder().with_resource(resource);
+    if let Some(endpoint) = &config.otel_exporter_otlp_endpoint {
+        let exporter = SpanExporter::builder()
+            .with_tonic()
+            .with_endpoint(endpoint)
+            .build()
+            .context("OTEL_EXPORTER_OTLP_ENDPOINT is not a URL such as http://localhost:4317")?;
+        provider = provider.with_batch_exporter(exporter);
+    }
+    let provider = provider.build();
+    let filter = config.filter(service)?;
+    let lines = match config.log_format {
+        LogFormat::Json => tracing_subscriber::fmt::layer().json().flatten_event(true).boxed(),
+        LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
+    };
+    let traces = tracing_opentelemetry::layer().with_tracer(provider.tracer(service));
+    // One filter for the whole subscriber, not one per layer. sqlx asks `enabled!`; with per-layer filters the answer stays
+    // in thread-local state and is applied to the next span. Our spans use level ERROR so that no filter drops them and
+    // traces have no gaps.
+    let subscriber = tracing_subscriber::registry().with(filter).with(lines).with(traces);
+    tracing::subscriber::set_global_default(subscriber).context("a tracing subscriber is already installed")?;
+    hide_panic_messages();
+    Ok(provider)
+}
+
+/// Logs a panic by its location only: its message may quote the data that the code was working on.
+pub(crate) fn hide_panic_messages() {
+    std::panic::set_hook(Box::new(|panic| {
+        let location = panic.location().map(ToString::to_string);
+        tracing::error!(location, "panicked");
+    }));
+}
+
+/// The trace context of the current span, to be stored with work that is done later.
+pub fn current() -> TraceContext {
+    let mut carrier = HashMap::new();
+    TraceContextPropagator::new().inject_context(&Span::current().context(), &mut carrier);
+    TraceContext {
+        traceparent: carrier.remove("traceparent"),
+        tracestate: carrier.remove("tracestate").filter(|state| !state.is_empty()),
+    }
+}
+
+/// Makes `span` a child of the span that `origin` names, which may be in another process. Records the trace's id in the
+/// span's field `trace.id`, so that every log line within the span carries it. An absent or invalid context starts a new
+/// trace.
+pub fn continue_from(span: &Span, origin: &TraceContext) {
+    let parent = remote(origin);
+    if parent.span().span_context().is_valid() {
+        // Fails only if the span is disabled or was entered before: then it starts its own trace.
+        let _ = span.set_parent(parent);
+    }
+    span.record("trace.id", tracing::field::display(trace_id(span)));
+}
+
+/// The id of the span's trace.
+pub(crate) fn trace_id(span: &Span) -> TraceId {
+    span.context().span().span_context().trace_id()
+}
+
+/// Links `span` to the span that `origin` names. `span` does not become part of that trace.
+pub(crate) fn link(span: &Span, origin: &TraceContext) {
+    let other = remote(origin);
+    if other.span().span_context().is_valid() {
+        span.add_link(other.span().span_context().clone());
+    }
+}
+
+/// Links `span` to another span of this process.
+pub(crate) fn link_to(span: &Span, other: &Span) {
+    let context = other.context();
+    span.add_link(context.span().span_context().clone());
+}
+
+fn remote(origin: &TraceContext) -> Context {
+    let fields = [("traceparent", &origin.traceparent), ("tracestate", &origin.tracestate)];
+    let carrier: HashMap<String, String> =
+        fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value.clone()?))).collect();
+    TraceContextPropagator::new().extract_with_context(&Context::new(), &carrier)
+}
