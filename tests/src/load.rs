@@ -8,11 +8,14 @@ use fastrand::Rng;
 use reqwest::{Client, Method, RequestBuilder};
 use serde_json::json;
 use tokio::task::JoinSet;
+use topology::{CACHE, USER};
 use uuid::Uuid;
 
-use crate::api::{address, send};
 use crate::checker::{Asked, Operation, Outcome};
-use crate::{Part, System};
+use crate::http::send;
+use crate::system::System;
+use crate::users::address;
+use crate::waiting::eventually;
 
 /// The pace of a client: it leaves the two cores of a small machine to those who are tested.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -56,8 +59,8 @@ impl System {
         for number in 0..clients {
             let client = OneClient {
                 http: Client::builder().timeout(PATIENCE).build().unwrap(),
-                users: self.url(Part::User, "/users"),
-                profiles: self.was_started(Part::Cache).then(|| self.url(Part::Cache, "/profiles")),
+                users: self.users.url(USER, "/users"),
+                profiles: self.processes.was_started(CACHE).then(|| self.users.url(CACHE, "/profiles")),
                 answered: load.answered.clone(),
             };
             let (over, mut random) = (load.over.clone(), Rng::with_seed(self.seed.wrapping_add(number)));
@@ -80,7 +83,7 @@ impl Load {
     /// Waits until so many more registrations were accepted.
     pub async fn until_accepted(&self, more: usize) {
         let enough = self.accepted() + more;
-        crate::eventually("registrations are accepted", async || (self.accepted() >= enough).then_some(())).await;
+        eventually("registrations are accepted", async || (self.accepted() >= enough).then_some(())).await;
     }
 
     /// Lets every client finish what it has begun.

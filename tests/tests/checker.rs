@@ -10,7 +10,8 @@ use testbed::smtp_sink::{Mail, Outcome as Answer};
 use tests::checker::{
     Analytics, Asked, Delivery, Email, History, Inserted, Known, Operation, Outcome, Person, violations,
 };
-use tests::log::{Draft, Raw};
+use tests::record::{Draft, Record};
+use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_EVENTS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
 use uuid::Uuid;
 
 /// 2026-11-22 12:00 UTC, the time of every event here.
@@ -19,10 +20,10 @@ const ADA: Uuid = Uuid::from_u128(1);
 const BOB: Uuid = Uuid::from_u128(2);
 
 /// Appends a record to a log, with its time; its event's id.
-fn append(log: &mut Vec<Raw>, draft: Draft) -> Uuid {
-    let draft = draft.instead("ce_time", b"2026-11-22T12:00:00Z");
+fn append(log: &mut Vec<Record>, draft: Draft) -> Uuid {
+    let draft = draft.replace_header("ce_time", b"2026-11-22T12:00:00Z");
     let offset = i64::try_from(log.len()).unwrap();
-    let record = Raw { partition: 0, offset, key: draft.key, value: draft.value, headers: draft.headers };
+    let record = Record { partition: 0, offset, key: draft.key, value: draft.value, headers: draft.headers };
     let id = record.header("ce_id").unwrap().parse().unwrap();
     log.push(record);
     id
@@ -35,17 +36,17 @@ fn person(version: i64) -> Person {
 /// Ada registers, changes and is read; Bob registers, gets a second copy of his mail after an unknown answer, and is erased.
 fn clean() -> History {
     let mut history = History { email: Some(Email::default()), ..History::default() };
-    let mut inbox = BTreeMap::from([("user.events.v1", vec![]), ("email.events.v1", vec![])]);
+    let mut inbox = BTreeMap::from([(USER_EVENTS, vec![]), (EMAIL_EVENTS, vec![])]);
     for (user, kinds) in
         [(ADA, ["user.registered", "user.profile_changed"]), (BOB, ["user.registered", "user.deleted"])]
     {
         for (version, kind) in (1..).zip(kinds) {
             let fact = append(&mut history.facts, Draft::user_event(kind, user, version));
-            history.inserted.push(Inserted { event_id: fact, topic: "user.events.v1" });
-            inbox.get_mut("user.events.v1").unwrap().push(fact);
+            history.inserted.push(Inserted { event_id: fact, topic: USER_EVENTS });
+            inbox.get_mut(USER_EVENTS).unwrap().push(fact);
             let email = (kind != "user.deleted").then_some("ada@example.com");
             let state = append(&mut history.states, Draft::user_state(user, version, email));
-            history.inserted.push(Inserted { event_id: state, topic: "user.state.v1" });
+            history.inserted.push(Inserted { event_id: state, topic: USER_STATE });
             let asked = match kind {
                 "user.registered" => Asked::Register { email: "ada@example.com".to_owned() },
                 "user.deleted" => Asked::Erase,
@@ -71,7 +72,7 @@ fn clean() -> History {
         funnel: BTreeMap::from([(ADA, (time, time)), (BOB, (time, time))]),
         inbox: inbox.into_iter().map(|(topic, ids)| (topic, ids.into_iter().collect())).collect(),
     });
-    history.counted = BTreeMap::from([("analytics.users", 4)]);
+    history.counted = BTreeMap::from([(ANALYTICS_USERS, 4)]);
     history
 }
 
@@ -85,8 +86,8 @@ fn mail(
     let (id, email) = (Uuid::from_u128(user.as_u128() + 16), history.email.as_mut().unwrap());
     let fact = Draft::user_event("email.sent", user, 1);
     let fact = append(&mut email.facts, Draft { key: Some(id.to_string().into_bytes()), ..fact });
-    email.inserted.push(Inserted { event_id: fact, topic: "email.events.v1" });
-    inbox.get_mut("email.events.v1").unwrap().push(fact);
+    email.inserted.push(Inserted { event_id: fact, topic: EMAIL_EVENTS });
+    inbox.get_mut(EMAIL_EVENTS).unwrap().push(fact);
     email.deliveries.push(Delivery { id, user, states: states.iter().map(|state| (*state).to_owned()).collect() });
     email.mails.extend((0..copies).map(|_| accepted(id)));
 }
@@ -106,9 +107,9 @@ fn accepted(id: Uuid) -> Mail {
 }
 
 /// A letter of `analytics.users` about the fact at this place of the log.
-fn letter(history: &History, place: usize) -> Raw {
+fn letter(history: &History, place: usize) -> Record {
     let source = &history.facts[place];
-    Raw { key: Some(format!("t.user.events.v1-0-{place}").into_bytes()), ..source.clone() }
+    Record { key: Some(format!("t.user.events.v1-0-{place}").into_bytes()), ..source.clone() }
 }
 
 /// The clean history with one thing wrong is noticed, as a violation of this invariant.
@@ -141,11 +142,11 @@ fn a_clean_history_has_no_violation() {
 #[test]
 fn copies_at_new_offsets_and_a_state_published_anew_are_no_violations() {
     let mut history = clean();
-    let copy = Raw { offset: 9, ..history.facts[0].clone() };
+    let copy = Record { offset: 9, ..history.facts[0].clone() };
     history.facts.push(copy);
     let anew = append(&mut history.states, Draft::user_state(BOB, 2, None));
-    history.inserted.push(Inserted { event_id: anew, topic: "user.state.v1" });
-    history.counted.insert("analytics.users", 5);
+    history.inserted.push(Inserted { event_id: anew, topic: USER_STATE });
+    history.counted.insert(ANALYTICS_USERS, 5);
     assert_eq!(violations(&history), []);
 }
 
@@ -153,9 +154,9 @@ fn copies_at_new_offsets_and_a_state_published_anew_are_no_violations() {
 fn a_dead_letter_of_a_fact_without_effect_is_no_violation() {
     let mut history = clean();
     let fact = letter(&history, 1);
-    analytics(&mut history).inbox.get_mut("user.events.v1").unwrap().remove(&history_id(&fact));
-    history.letters = BTreeMap::from([("analytics.users", vec![fact.clone()])]);
-    history.open = BTreeMap::from([("analytics.users", vec![fact])]);
+    analytics(&mut history).inbox.get_mut(USER_EVENTS).unwrap().remove(&history_id(&fact));
+    history.letters = BTreeMap::from([(ANALYTICS_USERS, vec![fact.clone()])]);
+    history.open = BTreeMap::from([(ANALYTICS_USERS, vec![fact])]);
     assert_eq!(violations(&history), []);
 }
 
@@ -163,15 +164,15 @@ fn a_dead_letter_of_a_fact_without_effect_is_no_violation() {
 fn a_registration_that_is_set_aside_is_not_counted() {
     let mut history = clean();
     let fact = letter(&history, 0);
-    history.open = BTreeMap::from([("analytics.users", vec![fact.clone()])]);
+    history.open = BTreeMap::from([(ANALYTICS_USERS, vec![fact.clone()])]);
     let mailed = history.analytics.as_ref().unwrap().funnel[&ADA].1;
     analytics(&mut history).funnel.insert(ADA, (None, mailed));
     analytics(&mut history).registrations.insert(NOON, 1);
-    analytics(&mut history).inbox.get_mut("user.events.v1").unwrap().remove(&history_id(&fact));
+    analytics(&mut history).inbox.get_mut(USER_EVENTS).unwrap().remove(&history_id(&fact));
     assert_eq!(violations(&history), []);
 }
 
-fn history_id(record: &Raw) -> Uuid {
+fn history_id(record: &Record) -> Uuid {
     record.header("ce_id").unwrap().parse().unwrap()
 }
 
@@ -211,10 +212,10 @@ fn a_log_out_of_order() {
     noticed("I4", |history| history.facts.swap(0, 1));
     noticed("I4", |history| history.facts[1].partition = 1);
     // An old state behind the tombstone: compaction would bring Bob back.
-    noticed("I4", |history| history.states.push(Raw { offset: 9, ..history.states[2].clone() }));
+    noticed("I4", |history| history.states.push(Record { offset: 9, ..history.states[2].clone() }));
     noticed("I4", |history| {
         let copy =
-            Raw { offset: 9, value: Some(json!({ "user_id": BOB }).to_string().into()), ..history.facts[0].clone() };
+            Record { offset: 9, value: Some(json!({ "user_id": BOB }).to_string().into()), ..history.facts[0].clone() };
         history.facts.push(copy);
     });
 }
@@ -250,7 +251,7 @@ fn a_read_model_that_is_not_the_fold_of_the_log() {
     noticed("I7", |history| analytics(history).funnel.insert(ADA, (Some(NOON * 1_000_000), None)));
     noticed("I7", |history| analytics(history).funnel.insert(Uuid::from_u128(3), (Some(0), None)));
     noticed("I7", |history| {
-        analytics(history).inbox.get_mut("user.events.v1").unwrap().insert(Uuid::from_u128(3));
+        analytics(history).inbox.get_mut(USER_EVENTS).unwrap().insert(Uuid::from_u128(3));
     });
 }
 
@@ -270,14 +271,14 @@ fn a_view_that_is_behind_or_went_backwards() {
 fn an_offset_that_passed_an_effect() {
     noticed("I9", |history| {
         let id = history_id(&history.facts[1]);
-        analytics(history).inbox.get_mut("user.events.v1").unwrap().remove(&id);
+        analytics(history).inbox.get_mut(USER_EVENTS).unwrap().remove(&id);
     });
     // Another group's letter is no excuse, and neither is one that was settled.
     noticed("I9", |history| {
         let fact = letter(history, 1);
-        analytics(history).inbox.get_mut("user.events.v1").unwrap().remove(&history_id(&fact));
-        history.letters = BTreeMap::from([("analytics.users", vec![fact.clone()])]);
-        history.open = BTreeMap::from([("email.welcome", vec![fact])]);
+        analytics(history).inbox.get_mut(USER_EVENTS).unwrap().remove(&history_id(&fact));
+        history.letters = BTreeMap::from([(ANALYTICS_USERS, vec![fact.clone()])]);
+        history.open = BTreeMap::from([(EMAIL_WELCOME, vec![fact])]);
     });
 }
 
@@ -290,22 +291,22 @@ fn a_recipient_who_is_not_the_newest_state() {
 
 #[test]
 fn a_record_that_nobody_counted() {
-    noticed("I11", |history| history.counted.insert("analytics.users", 3));
+    noticed("I11", |history| history.counted.insert(ANALYTICS_USERS, 3));
 }
 
 #[test]
 fn a_run_that_does_not_drain_or_a_process_that_ended() {
     noticed("I12", |history| history.behind.push("email.welcome 0: 3 of 4".to_owned()));
-    noticed("I12", |history| history.ended.push("Email: exit status 1".to_owned()));
+    noticed("I12", |history| history.ended.push("email: exit status 1".to_owned()));
 }
 
 #[test]
 fn a_dead_letter_that_points_nowhere_or_says_too_much() {
-    let with = |spoil: fn(&mut Raw)| {
+    let with = |spoil: fn(&mut Record)| {
         move |history: &mut History| {
             let mut wrong = letter(history, 1);
             spoil(&mut wrong);
-            history.letters = BTreeMap::from([("analytics.users", vec![wrong])]);
+            history.letters = BTreeMap::from([(ANALYTICS_USERS, vec![wrong])]);
         }
     };
     noticed("I13", with(|letter| letter.key = Some(b"t.user.events.v1-0-99".to_vec())));
@@ -317,12 +318,12 @@ fn a_dead_letter_that_points_nowhere_or_says_too_much() {
     );
     noticed("I13", |history| {
         let key = Some(b"t.user.state.v1-0-1".to_vec());
-        let profile = Raw { key, ..history.states[1].clone() };
-        history.letters = BTreeMap::from([("cache.profiles", vec![profile])]);
+        let profile = Record { key, ..history.states[1].clone() };
+        history.letters = BTreeMap::from([(CACHE_PROFILES, vec![profile])]);
     });
 }
 
 #[test]
 fn personal_data_out_of_place() {
-    noticed("I14", |history| history.leaks.push("log of Email".to_owned()));
+    noticed("I14", |history| history.leaks.push("log of email".to_owned()));
 }

@@ -4,15 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::{Analytics, Asked, Fact, Found, History, Known, Outcome};
+use super::history::{Analytics, Asked, Fact, History, Known, Outcome};
+use super::violation::Found;
+use crate::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, EMAIL_EVENTS, USER_EVENTS};
 
 pub fn check(history: &History, found: &mut Found) {
     if let Some(analytics) = &history.analytics {
-        let users = history.facts_for("analytics.users", &history.facts);
+        let users = history.facts_for(ANALYTICS_USERS, &history.facts);
         let mailed = history.email.as_ref().map_or(&[][..], |email| &email.facts);
-        let emails = history.facts_for("analytics.emails", mailed);
-        in_inbox(analytics, "user.events.v1", &users, found);
-        in_inbox(analytics, "email.events.v1", &emails, found);
+        let emails = history.facts_for(ANALYTICS_EMAILS, mailed);
+        in_inbox(analytics, USER_EVENTS, &users, found);
+        in_inbox(analytics, EMAIL_EVENTS, &emails, found);
         folded(analytics, &users, &emails, found);
     }
     let newest = Known::newest(&history.states);

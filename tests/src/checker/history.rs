@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-use crate::log::Raw;
+use crate::record::Record;
 
 #[derive(Clone, Debug, Default)]
 pub struct History {
@@ -21,9 +21,9 @@ pub struct History {
     /// The events that a test wrote without an outbox.
     pub by_hand: BTreeSet<Uuid>,
     /// `user.events.v1`, per partition in the order of the log, as all topics here.
-    pub facts: Vec<Raw>,
+    pub facts: Vec<Record>,
     /// `user.state.v1`.
-    pub states: Vec<Raw>,
+    pub states: Vec<Record>,
     /// Whether `user.state.v1` was compacted: then it lacks what was superseded.
     pub compacted: bool,
     pub email: Option<Email>,
@@ -31,9 +31,9 @@ pub struct History {
     /// The profiles in Valkey.
     pub cache: Option<BTreeMap<Uuid, Known>>,
     /// By consumer group: every letter ever written, tombstones left out.
-    pub letters: BTreeMap<&'static str, Vec<Raw>>,
+    pub letters: BTreeMap<&'static str, Vec<Record>>,
     /// The letters that are open at the end.
-    pub open: BTreeMap<&'static str, Vec<Raw>>,
+    pub open: BTreeMap<&'static str, Vec<Record>>,
     /// By consumer group: how many records its process counted as delivered. Only of processes that ran from the start to the end.
     pub counted: BTreeMap<&'static str, u64>,
     /// What was still under way when the run was over.
@@ -46,7 +46,7 @@ pub struct History {
 
 impl History {
     /// The facts of a topic, each once, without those that the group has set aside and not taken since.
-    pub fn facts_for(&self, group: &str, records: &[Raw]) -> Vec<Fact> {
+    pub fn facts_for(&self, group: &str, records: &[Record]) -> Vec<Fact> {
         let aside: BTreeSet<Uuid> =
             self.open.get(group).into_iter().flatten().filter_map(Fact::of).map(|fact| fact.id).collect();
         Fact::distinct(records).into_iter().filter(|fact| !aside.contains(&fact.id)).collect()
@@ -116,7 +116,7 @@ pub struct Email {
     pub recipients: BTreeMap<Uuid, Known>,
     pub inserted: Vec<Inserted>,
     /// `email.events.v1`.
-    pub facts: Vec<Raw>,
+    pub facts: Vec<Record>,
     /// What the mail server accepted.
     pub mails: Vec<Mail>,
 }
@@ -170,7 +170,7 @@ pub struct Fact {
 
 impl Fact {
     /// `None`: not a fact that any of the services writes, so a dead letter or skipped.
-    pub fn of(record: &Raw) -> Option<Self> {
+    pub fn of(record: &Record) -> Option<Self> {
         let data: Value = serde_json::from_slice(record.value.as_deref()?).ok()?;
         let time = OffsetDateTime::parse(record.header("ce_time")?, &Rfc3339).ok()?;
         Some(Self {
@@ -182,7 +182,7 @@ impl Fact {
     }
 
     /// Each fact once, though the log may hold copies.
-    pub fn distinct(records: &[Raw]) -> Vec<Self> {
+    pub fn distinct(records: &[Record]) -> Vec<Self> {
         let facts = records.iter().filter_map(Self::of).map(|fact| (fact.id, fact));
         facts.collect::<BTreeMap<_, _>>().into_values().collect()
     }
@@ -195,7 +195,7 @@ impl Fact {
 
 impl Known {
     /// From a record of `user.state.v1`: whose, and what it says. `None`: malformed.
-    pub fn of(record: &Raw) -> Option<(Uuid, Self)> {
+    pub fn of(record: &Record) -> Option<(Uuid, Self)> {
         let person = match record.value.as_deref() {
             None => None,
             Some(value) => Some(Person::of(&serde_json::from_slice(value).ok()?)?),
@@ -205,7 +205,7 @@ impl Known {
     }
 
     /// The log of states folded: of each user what the highest version says.
-    pub fn newest(states: &[Raw]) -> BTreeMap<Uuid, Self> {
+    pub fn newest(states: &[Record]) -> BTreeMap<Uuid, Self> {
         let mut newest: BTreeMap<Uuid, Self> = BTreeMap::new();
         for (user, known) in states.iter().filter_map(Self::of) {
             let slot = newest.entry(user).or_insert_with(|| known.clone());

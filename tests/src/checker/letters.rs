@@ -1,8 +1,9 @@
 //! What was set aside: I11 and I13.
 
-use super::{Found, History};
-use crate::consume::topic_of;
-use crate::log::Raw;
+use super::history::History;
+use super::violation::Found;
+use crate::record::Record;
+use crate::services::{USER_EVENTS, USER_STATE, topic_of};
 
 pub fn check(history: &History, found: &mut Found) {
     for (group, counted) in &history.counted {
@@ -18,15 +19,15 @@ pub fn check(history: &History, found: &mut Found) {
 
 /// I13: a letter names a record that exists, in its key. Of a fact it has the bytes; of a state none, for they could not be
 /// erased there.
-fn points_to_its_source(history: &History, group: &str, letter: &Raw, found: &mut Found) {
+fn points_to_its_source(history: &History, group: &str, letter: &Record, found: &mut Found) {
     let key = letter.key_text();
     let mut parts = key.rsplitn(3, '-');
     let offset = parts.next().and_then(|offset| offset.parse().ok());
     let partition = parts.next().and_then(|partition| partition.parse().ok());
     let topic = parts.next().is_some_and(|topic| topic.ends_with(topic_of(group)));
-    let at = |record: &&Raw| Some(record.partition) == partition && Some(record.offset) == offset;
+    let at = |record: &&Record| Some(record.partition) == partition && Some(record.offset) == offset;
     let source = records(history, group).iter().find(at);
-    if topic_of(group) == "user.state.v1" {
+    if topic_of(group) == USER_STATE {
         let there = source.is_some() || history.compacted;
         found.expect(topic && there, "I13", || format!("a letter of {group} points nowhere: {key}"));
         found.expect(letter.value.is_none(), "I13", || format!("a letter about a state has its value: {key}"));
@@ -42,10 +43,10 @@ fn points_to_its_source(history: &History, group: &str, letter: &Raw, found: &mu
 }
 
 /// The log that a group reads.
-fn records<'a>(history: &'a History, group: &str) -> &'a [Raw] {
+fn records<'a>(history: &'a History, group: &str) -> &'a [Record] {
     match topic_of(group) {
-        "user.events.v1" => &history.facts,
-        "user.state.v1" => &history.states,
+        USER_EVENTS => &history.facts,
+        USER_STATE => &history.states,
         _ => history.email.as_ref().map_or(&[], |email| &email.facts),
     }
 }

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::{Asked, Fact, Found, History, Inserted, Known, Operation, Outcome};
-use crate::log::Raw;
+use super::history::{Asked, Fact, History, Inserted, Known, Operation, Outcome};
+use super::violation::Found;
+use crate::record::Record;
+use crate::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE};
 
 pub fn check(history: &History, found: &mut Found) {
     let told: BTreeMap<(Uuid, i64), Known> =
@@ -16,10 +18,10 @@ pub fn check(history: &History, found: &mut Found) {
     }
     not_more_than_asked(history, found);
     let user = &history.inserted;
-    published(history, "user.events.v1", &history.facts, user, false, found);
-    published(history, "user.state.v1", &history.states, user, history.compacted, found);
+    published(history, USER_EVENTS, &history.facts, user, false, found);
+    published(history, USER_STATE, &history.states, user, history.compacted, found);
     if let Some(email) = &history.email {
-        published(history, "email.events.v1", &email.facts, &email.inserted, false, found);
+        published(history, EMAIL_EVENTS, &email.facts, &email.inserted, false, found);
     }
     newest_is_last(&history.states, found);
     state_is_the_table(history, found);
@@ -85,7 +87,7 @@ fn not_more_than_asked(history: &History, found: &mut Found) {
 fn published(
     history: &History,
     topic: &'static str,
-    records: &[Raw],
+    records: &[Record],
     inserted: &[Inserted],
     compacted: bool,
     found: &mut Found,
@@ -105,19 +107,19 @@ fn published(
 
 /// I4: the first occurrences of a key's events are the versions 1, 2, 3, … in one partition, and every later copy is exact. A
 /// state may be published anew, as a new event of the version that is current.
-fn ordered(topic: &str, key: &str, records: &[&Raw], compacted: bool, found: &mut Found) {
-    let mut first: BTreeMap<Uuid, &Raw> = BTreeMap::new();
+fn ordered(topic: &str, key: &str, records: &[&Record], compacted: bool, found: &mut Found) {
+    let mut first: BTreeMap<Uuid, &Record> = BTreeMap::new();
     let mut last = 0;
     for record in records {
         let Some(event) = id(record) else { continue };
         if let Some(original) = first.get(&event) {
-            let copy = Raw { offset: original.offset, ..(*record).clone() };
+            let copy = Record { offset: original.offset, ..(*record).clone() };
             found.expect(copy == **original, "I4", || format!("in {topic} a copy differs: {original:?}, {record:?}"));
             continue;
         }
         first.insert(event, record);
         let version = record.version();
-        let anew = topic == "user.state.v1" && version == last;
+        let anew = topic == USER_STATE && version == last;
         let follows = anew || version == last + 1 || (compacted && version > last);
         found.expect(follows, "I4", || format!("in {topic} version {version} of {key} follows {last}"));
         last = version;
@@ -127,7 +129,7 @@ fn ordered(topic: &str, key: &str, records: &[&Raw], compacted: bool, found: &mu
 }
 
 /// I4: whoever reads the last record of a key, as compaction does, has its newest state.
-fn newest_is_last(states: &[Raw], found: &mut Found) {
+fn newest_is_last(states: &[Record], found: &mut Found) {
     for (key, records) in by_key(states) {
         let highest = records.iter().map(|record| record.version()).max();
         let last = records.last().map(|record| record.version());
@@ -160,13 +162,13 @@ fn commands_are_facts(history: &History, found: &mut Found) {
     }
 }
 
-fn id(record: &Raw) -> Option<Uuid> {
+fn id(record: &Record) -> Option<Uuid> {
     record.header("ce_id")?.parse().ok()
 }
 
 /// In the order of the log, which per key is that of its one partition.
-fn by_key(records: &[Raw]) -> BTreeMap<String, Vec<&Raw>> {
-    let mut keys: BTreeMap<String, Vec<&Raw>> = BTreeMap::new();
+fn by_key(records: &[Record]) -> BTreeMap<String, Vec<&Record>> {
+    let mut keys: BTreeMap<String, Vec<&Record>> = BTreeMap::new();
     for record in records {
         keys.entry(record.key_text()).or_default().push(record);
     }

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::{Delivery, Email, Found, History, Known};
+use super::history::{Delivery, Email, History, Known};
+use super::violation::Found;
+use crate::services::EMAIL_WELCOME;
 
 /// What a delivery may end in.
 const SETTLED: [&str; 3] = ["sent", "failed", "cancelled"];
@@ -20,7 +22,7 @@ pub fn check(history: &History, email: &Email, found: &mut Found) {
 
 /// I5: one intent per registration in the log, and none besides.
 fn one_intent_each(history: &History, email: &Email, found: &mut Found) {
-    let facts = history.facts_for("email.welcome", &history.facts);
+    let facts = history.facts_for(EMAIL_WELCOME, &history.facts);
     let registered: BTreeSet<Uuid> =
         facts.iter().filter(|fact| fact.kind == "user.registered").map(|fact| fact.user).collect();
     let mut intents: BTreeMap<Uuid, usize> = BTreeMap::new();

@@ -8,26 +8,14 @@ mod history;
 mod letters;
 mod log;
 mod mail;
+mod violation;
 
-use std::fmt;
+use violation::Found;
 
 pub use history::{
     Analytics, Asked, Delivery, Email, Fact, Funnel, History, Inserted, Known, Operation, Outcome, Person,
 };
-
-/// A broken promise and what shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Violation {
-    /// `I1` to `I14`.
-    pub invariant: &'static str,
-    pub evidence: String,
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.invariant, self.evidence)
-    }
-}
+pub use violation::Violation;
 
 /// Every violation in a run that was healed and drained; none is what the project promises.
 pub fn violations(history: &History) -> Vec<Violation> {
@@ -47,22 +35,5 @@ pub fn violations(history: &History) -> Vec<Violation> {
     for leak in &history.leaks {
         found.add("I14", format!("personal data in {leak}"));
     }
-    found.0
-}
-
-/// The violations found so far.
-#[derive(Default)]
-struct Found(Vec<Violation>);
-
-impl Found {
-    fn add(&mut self, invariant: &'static str, evidence: String) {
-        self.0.push(Violation { invariant, evidence });
-    }
-
-    /// A violation unless `holds`.
-    fn expect(&mut self, holds: bool, invariant: &'static str, evidence: impl FnOnce() -> String) {
-        if !holds {
-            self.add(invariant, evidence());
-        }
-    }
+    found.into_violations()
 }

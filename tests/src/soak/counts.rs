@@ -7,7 +7,8 @@ use std::time::Duration;
 use reqwest::Client;
 use tokio::task::JoinSet;
 
-use crate::{Part, System};
+use crate::services::CONSUMERS;
+use crate::system::System;
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -19,8 +20,8 @@ pub struct Redelivered {
 impl Redelivered {
     pub fn watch(system: &System) -> Self {
         let (seen, mut readers) = (Arc::new(AtomicU64::new(0)), JoinSet::new());
-        for part in [Part::Email, Part::Analytics, Part::Cache] {
-            readers.spawn(read(system.admin_url(part, "/metrics"), seen.clone()));
+        for service in CONSUMERS {
+            readers.spawn(read(system.processes.admin(service).url("/metrics"), seen.clone()));
         }
         Self { seen, readers }
     }

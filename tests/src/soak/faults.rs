@@ -1,11 +1,14 @@
 //! What a soak does to the system. Each fault is healed before the next one strikes.
 
+use std::fmt;
 use std::time::Duration;
 
 use fastrand::Rng;
 use testbed::smtp_sink::{Fault as MailFault, Stage};
+use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 
-use crate::{Part, System};
+use crate::system::System;
+use crate::waiting::POLL;
 
 /// Longer than Kafka's session time-out and Postgres' for an idle transaction: a frozen process loses both.
 const LONG: Duration = Duration::from_secs(12);
@@ -14,18 +17,18 @@ const SHORT: Duration = Duration::from_secs(3);
 /// For a fault point to be met under load. Not all are, for example one about an answer that takes a fault to be unknown.
 const MET: Duration = Duration::from_secs(10);
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub enum Fault {
     /// SIGKILL.
-    Kill(Part),
+    Kill(Service),
     /// SIGTERM, as a roll-out does.
-    Restart(Part),
+    Restart(Service),
     /// SIGKILL between two chosen effects.
-    CrashAt(Part, &'static str),
+    CrashAt(Service, &'static str),
     /// SIGSTOP, and SIGCONT after this time.
-    Freeze(Part, Duration),
+    Freeze(Service, Duration),
     /// A second process of a service joins, and is killed.
-    SecondCopy(Part),
+    SecondCopy(Service),
     KillKafka,
     FreezeKafka(Duration),
     KillPostgres,
@@ -37,39 +40,39 @@ pub enum Fault {
 }
 
 /// The crashes between two effects, and whose they are.
-const CRASHES: [(Part, &str); 17] = [
-    (Part::User, "user.before_commit"),
-    (Part::User, "user.after_commit"),
-    (Part::User, "relay.after_read"),
-    (Part::User, "relay.after_enqueue"),
-    (Part::User, "relay.after_ack"),
-    (Part::User, "relay.after_commit"),
-    (Part::User, "relay.after_delete"),
-    (Part::Email, "relay.after_commit"),
-    (Part::Email, "email.after_claim"),
-    (Part::Email, "email.after_answer"),
-    (Part::Email, "email.before_commit"),
-    (Part::Email, "consumer.after_effect"),
-    (Part::Analytics, "inbox.before_commit"),
-    (Part::Analytics, "inbox.after_commit"),
-    (Part::Analytics, "consumer.after_store"),
-    (Part::Cache, "cache.before_script"),
-    (Part::Cache, "cache.after_script"),
+const CRASHES: [(Service, &str); 17] = [
+    (USER, "user.before_commit"),
+    (USER, "user.after_commit"),
+    (USER, "relay.after_read"),
+    (USER, "relay.after_enqueue"),
+    (USER, "relay.after_ack"),
+    (USER, "relay.after_commit"),
+    (USER, "relay.after_delete"),
+    (EMAIL, "relay.after_commit"),
+    (EMAIL, "email.after_claim"),
+    (EMAIL, "email.after_answer"),
+    (EMAIL, "email.before_commit"),
+    (EMAIL, "consumer.after_effect"),
+    (ANALYTICS, "inbox.before_commit"),
+    (ANALYTICS, "inbox.after_commit"),
+    (ANALYTICS, "consumer.after_store"),
+    (CACHE, "cache.before_script"),
+    (CACHE, "cache.after_script"),
 ];
 
 impl Fault {
     pub fn any(random: &mut Rng) -> Self {
-        let part = Part::ALL[random.usize(..Part::ALL.len())];
+        let service = SERVICES[random.usize(..SERVICES.len())];
         let time = if random.bool() { SHORT } else { LONG };
         match random.u8(..11) {
-            0 => Self::Kill(part),
-            1 => Self::Restart(part),
+            0 => Self::Kill(service),
+            1 => Self::Restart(service),
             2 | 3 => {
-                let (part, point) = CRASHES[random.usize(..CRASHES.len())];
-                Self::CrashAt(part, point)
+                let (service, point) = CRASHES[random.usize(..CRASHES.len())];
+                Self::CrashAt(service, point)
             }
-            4 => Self::Freeze(part, time),
-            5 => Self::SecondCopy(part),
+            4 => Self::Freeze(service, time),
+            5 => Self::SecondCopy(service),
             6 => Self::KillKafka,
             7 => Self::FreezeKafka(time),
             8 => Self::KillPostgres,
@@ -82,49 +85,65 @@ impl Fault {
     /// Injects the fault and heals it.
     pub async fn strike(self, system: &mut System) {
         match self {
-            Self::Kill(part) => system.kill(part),
-            Self::Restart(part) => system.stop(part).await,
-            Self::CrashAt(part, point) => crash_at(system, part, point).await,
-            Self::Freeze(part, time) => {
-                system.freeze(part);
+            Self::Kill(service) => system.processes.kill(service),
+            Self::Restart(service) => system.processes.stop(service).await,
+            Self::CrashAt(service, point) => crash_at(system, service, point).await,
+            Self::Freeze(service, time) => {
+                system.processes.freeze(service);
                 tokio::time::sleep(time).await; // the fault itself, no condition
-                system.thaw(part);
+                system.processes.thaw(service);
             }
-            Self::SecondCopy(part) => second_copy(system, part).await,
-            Self::KillKafka => system.stack.as_mut().unwrap().kafka.restart().await.unwrap(),
+            Self::SecondCopy(service) => second_copy(system, service).await,
+            Self::KillKafka => system.components().kafka.restart().await.unwrap(),
             Self::FreezeKafka(time) => {
-                system.stack.as_mut().unwrap().kafka.process.freeze();
+                system.components().kafka.process.freeze();
                 tokio::time::sleep(time).await;
-                system.stack.as_mut().unwrap().kafka.process.thaw();
+                system.components().kafka.process.thaw();
             }
-            Self::KillPostgres => system.stack.as_mut().unwrap().postgres.restart().await.unwrap(),
-            Self::KillValkey => system.stack.as_mut().unwrap().redis.restart().await.unwrap(),
-            Self::FlushValkey => {
-                redis::cmd("FLUSHALL").query_async::<()>(&mut system.valkey().await).await.unwrap();
-            }
-            Self::Mail(how) => system.sink.set(mail_fault(how).times(5)),
+            Self::KillPostgres => system.components().postgres.restart().await.unwrap(),
+            Self::KillValkey => system.components().redis.restart().await.unwrap(),
+            Self::FlushValkey => system.stores.flush_valkey().await,
+            Self::Mail(how) => system.mail.fail(mail_fault(how).times(5)),
         }
-        if let Self::Kill(part) | Self::Restart(part) | Self::CrashAt(part, _) = self {
-            system.spawn(part, &[]);
+        if let Self::Kill(service) | Self::Restart(service) | Self::CrashAt(service, _) = self {
+            system.processes.spawn(service);
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kill(service) => write!(f, "Kill {}", service.name),
+            Self::Restart(service) => write!(f, "Restart {}", service.name),
+            Self::CrashAt(service, point) => write!(f, "CrashAt {} {point}", service.name),
+            Self::Freeze(service, time) => write!(f, "Freeze {} for {time:?}", service.name),
+            Self::SecondCopy(service) => write!(f, "SecondCopy {}", service.name),
+            Self::KillKafka => write!(f, "KillKafka"),
+            Self::FreezeKafka(time) => write!(f, "FreezeKafka for {time:?}"),
+            Self::KillPostgres => write!(f, "KillPostgres"),
+            Self::KillValkey => write!(f, "KillValkey"),
+            Self::FlushValkey => write!(f, "FlushValkey"),
+            Self::Mail(how) => write!(f, "Mail {how}"),
         }
     }
 }
 
 /// The service dies when it meets the point under load; one that never does dies of an ordinary kill.
-async fn crash_at(system: &mut System, part: Part, point: &str) {
-    system.spawn(part, &[("FAULT_AT", &format!("{point}:2:kill"))]);
+async fn crash_at(system: &mut System, service: Service, point: &str) {
+    system.processes.spawn_with(service, &[("FAULT_AT", &format!("{point}:2:kill"))]);
     let deadline = tokio::time::Instant::now() + MET;
-    while !system.has_ended(part) && tokio::time::Instant::now() < deadline {
-        tokio::time::sleep(crate::POLL).await;
+    while !system.processes.has_ended(service) && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(POLL).await;
     }
-    system.kill(part);
+    system.processes.kill(service);
 }
 
 /// Takes some of the partitions, or the relay when its leader dies, and is gone again.
-async fn second_copy(system: &System, part: Part) {
-    let mut copy = system.spawn_another(part, &[]);
-    copy.until_ready().await.unwrap();
-    copy.process.kill();
+async fn second_copy(system: &System, service: Service) {
+    let mut copy = system.processes.spawn_another(service);
+    copy.until_ready().await;
+    copy.kill();
 }
 
 fn mail_fault(how: &str) -> MailFault {

@@ -14,10 +14,12 @@ use fastrand::Rng;
 use futures::FutureExt;
 use sqlx::PgPool;
 use testbed::say::say;
+use topology::{ANALYTICS, SERVICES};
 
 use crate::checker::{History, Outcome, Violation};
-use crate::watch::copies;
-use crate::{DEADLINE, Part, System};
+use crate::record::copies;
+use crate::system::System;
+use crate::waiting::{DEADLINE, eventually_eq};
 
 use counts::Redelivered;
 pub use faults::Fault;
@@ -51,10 +53,10 @@ pub struct Summary {
 pub async fn run(lasting: Duration, seed: u64) -> Summary {
     let mut system = System::empty_on_own_components().await;
     // A sender may die with a mail in hand: its lease must end before the run is judged.
-    system.set("LEASE_MS", "15000");
+    system.processes.set("LEASE_MS", "15000");
     system.seed = seed;
-    system.start_all().await;
-    let watch = system.watch().await;
+    system.processes.start_all().await;
+    let judge = system.judge().await;
     let (load, redelivered) = (system.load(CLIENTS), Redelivered::watch(&system));
     let (begin, mut random) = (Instant::now(), Rng::with_seed(seed));
     let (mut faults, mut recoveries, mut violations) = (BTreeMap::new(), vec![], vec![]);
@@ -62,7 +64,7 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
         tokio::time::sleep(PEACE.mul_f64(random.f64())).await;
         let fault = Fault::any(&mut random);
         *faults.entry(name(fault)).or_insert(0) += 1;
-        say(format_args!("{:>5.1} s  {fault:?}", begin.elapsed().as_secs_f64()));
+        say(format_args!("{:>5.1} s  {fault}", begin.elapsed().as_secs_f64()));
         // What panics in here waited in vain, for a process that does not come back or an answer that no client expects.
         let survived = async {
             fault.strike(&mut system).await;
@@ -72,7 +74,7 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
         match AssertUnwindSafe(survived).catch_unwind().await {
             Ok(Some(time)) => recoveries.push((time, fault)),
             _ => {
-                let evidence = format!("not recovered from {fault:?} within {DEADLINE:?}");
+                let evidence = format!("not recovered from {fault} within {DEADLINE:?}");
                 violations.push(Violation { invariant: "I12", evidence });
             }
         }
@@ -80,9 +82,9 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
     let answered = load.end().await;
     let lasted = begin.elapsed();
     let redelivered = redelivered.end().await;
-    let (history, found) = system.judge(&watch, &answered).await;
+    let (history, found) = judge.violations(&mut system, &answered).await;
     violations.extend(found);
-    let evidence = system.evidence("history.txt");
+    let evidence = system.processes.file("history.txt");
     std::fs::write(&evidence, format!("{history:#?}")).unwrap();
     Summary {
         seed,
@@ -101,14 +103,14 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
 /// Waits until all services are ready and somebody who registers now has reached everybody; `false`: not within [`DEADLINE`].
 async fn recovered(system: &mut System) -> bool {
     let journey = async {
-        system.ready(&Part::ALL).await;
-        let user = system.register().await;
-        system.until_cached(user, 1).await;
-        system.until_mailed(user).await;
-        let db: PgPool = system.database(Part::Analytics).await;
+        system.processes.until_ready(&SERVICES).await;
+        let user = system.users.register().await;
+        system.users.until_cached(user, 1).await;
+        system.users.until_mailed(user).await;
+        let db: PgPool = system.stores.database(ANALYTICS).await;
         let counted =
             "select count(*) from funnel where user_id = $1 and registered_at is not null and mailed_at is not null";
-        crate::eventually_eq("the user is in the funnel", 1_i64, async || {
+        eventually_eq("the user is in the funnel", 1_i64, async || {
             sqlx::query_scalar(counted).bind(user).fetch_one(&db).await.unwrap()
         })
         .await;
@@ -117,7 +119,7 @@ async fn recovered(system: &mut System) -> bool {
 }
 
 fn name(fault: Fault) -> String {
-    format!("{fault:?}").chars().take_while(|c| c.is_alphanumeric()).collect()
+    fault.to_string().chars().take_while(|c| c.is_alphanumeric()).collect()
 }
 
 fn copied(history: &History) -> u64 {
@@ -146,7 +148,7 @@ impl fmt::Display for Summary {
         times.sort_by_key(|(time, _)| *time);
         if let (Some((median, _)), Some((worst, fault))) = (times.get(times.len() / 2), times.last()) {
             let (median, worst) = (median.as_secs_f64(), worst.as_secs_f64());
-            writeln!(f, "recovery                  median {median:.1} s, worst {worst:.1} s after {fault:?}")?;
+            writeln!(f, "recovery                  median {median:.1} s, worst {worst:.1} s after {fault}")?;
         }
         writeln!(f, "evidence                  {}", self.evidence)?;
         for violation in &self.violations {

@@ -1,72 +1,35 @@
-//! One Waybill for one test: services of its own on the shared components, kept apart by topic prefix, databases and key
-//! prefix; or on components of its own, where the test breaks those.
+//! One Waybill for one test: its own services on the shared components. The tests are isolated by topic prefix, database and key
+//! prefix. A test that breaks a component starts its own.
 
-mod processes;
-mod run;
+mod drain;
+mod own;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::collections::BTreeMap;
 
-use sqlx::PgPool;
 use testbed::process::{Logs, Scratch};
-use testbed::services::{ANALYTICS, CACHE, EMAIL, Running, Service, USER};
-use testbed::smtp_sink::SmtpSink;
 use testbed::stack::{Ports, Stack};
 use testbed::testing;
-use uuid::Uuid;
+use topology::{EMAIL, Service, USER};
 
-pub use processes::is_frozen;
+use crate::kafka::Kafka;
+use crate::mail::Mail;
+use crate::processes::Processes;
+use crate::stores::Stores;
+use crate::users::Users;
 
-use crate::proxy::Proxy;
+pub use own::Own;
 
-/// A service's name, as in `services/<name>`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Part {
-    User,
-    Email,
-    Analytics,
-    Cache,
-}
-
-impl Part {
-    pub const ALL: [Self; 4] = [Self::User, Self::Email, Self::Analytics, Self::Cache];
-
-    fn service(self) -> Service {
-        match self {
-            Self::User => USER,
-            Self::Email => EMAIL,
-            Self::Analytics => ANALYTICS,
-            Self::Cache => CACHE,
-        }
-    }
-}
-
+/// Its facets are fields, so a test can wait on one of them while it changes another.
 pub struct System {
-    services: BTreeMap<Part, Running>,
-    ports: BTreeMap<Part, Service>,
-    /// How often each service was started, and which of them ended by themselves.
-    starts: BTreeMap<Part, usize>,
-    ended: Vec<String>,
-    /// Started with a fault point, so that their end is wanted.
-    expected_to_end: BTreeSet<Part>,
-    /// Killed or stopped, and not started again.
-    stopped: BTreeSet<Part>,
-    copies: AtomicBool,
-    copies_logs: Mutex<Vec<Logs>>,
-    compacted: AtomicBool,
-    by_hand: Mutex<BTreeSet<Uuid>>,
-    /// What is random in a test follows from it. Set `WAYBILL_SEED` to repeat a run.
+    pub users: Users,
+    pub kafka: Kafka,
+    pub mail: Mail,
+    pub stores: Stores,
+    pub processes: Processes,
+    /// The random choices of a test follow from the seed. Set `WAYBILL_SEED` to repeat a run.
     pub seed: u64,
-    environment: Vec<(String, String)>,
-    logs: Logs,
-    pub prefix: String,
-    pub kafka: String,
-    pub valkey: String,
-    pub sink: SmtpSink,
-    /// Only of a system on components of its own.
-    pub stack: Option<Stack>,
+    /// The components of this system. `None` on the shared components.
+    stack: Option<Stack>,
     _scratch: Option<Scratch>,
 }
 
@@ -74,27 +37,45 @@ impl System {
     /// All four services, ready, on the shared components.
     pub async fn start() -> Self {
         let mut system = Self::empty().await;
-        system.start_all().await;
+        system.processes.start_all().await;
+        system
+    }
+
+    /// These services, ready, on the shared components.
+    pub async fn start_only(services: &[Service]) -> Self {
+        let mut system = Self::empty().await;
+        system.processes.start(services).await;
+        system
+    }
+
+    /// The user service and the email service, ready, the latter with further variables. Every state of every delivery is
+    /// recorded.
+    pub async fn start_mailing(settings: &[(&str, &str)]) -> Self {
+        let mut system = Self::start_only(&[USER, EMAIL]).await;
+        system.stores.record_deliveries().await;
+        // A second start, because the recording needs the tables and must begin before a fault point is reached.
+        if !settings.is_empty() {
+            system.processes.start_with(EMAIL, settings).await;
+        }
         system
     }
 
     /// No service yet, on the shared components.
     pub async fn empty() -> Self {
         let shared = testing::stack();
-        let databases = [
-            ("USER_DATABASE_URL", testing::database("user").await),
-            ("EMAIL_DATABASE_URL", testing::database("email").await),
-            ("ANALYTICS_DATABASE_URL", testing::database("analytics").await),
-        ];
-        Self::new(shared.kafka, shared.valkey, databases.into(), None, None).await
+        let mut databases = BTreeMap::new();
+        for service in topology::with_database() {
+            databases.insert(service.name, testing::database(service.name).await);
+        }
+        Self::new(shared.kafka, shared.valkey, databases, None, None).await
     }
 
-    /// No service yet, on a Kafka, a Postgres and a Valkey of this test's own.
+    /// No service yet, on a Kafka, a Postgres and a Valkey of its own.
     pub async fn empty_on_own_components() -> Self {
         Self::empty_on(Ports::free()).await
     }
 
-    /// The same with three brokers.
+    /// No service yet, on three Kafka brokers, a Postgres and a Valkey of its own.
     pub async fn empty_on_three_brokers() -> Self {
         Self::empty_on(Ports::free_three()).await
     }
@@ -105,111 +86,47 @@ impl System {
         let fetched = testbed::fetch::fetch().await.unwrap();
         let durability = testbed::postgres::Durability::Process;
         let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
-        let databases = [
-            ("USER_DATABASE_URL", stack.postgres.service_url("user")),
-            ("EMAIL_DATABASE_URL", stack.postgres.service_url("email")),
-            ("ANALYTICS_DATABASE_URL", stack.postgres.service_url("analytics")),
-        ];
-        let (kafka, valkey) = (stack.kafka_addresses(), stack.redis.url());
-        Self::new(kafka, valkey, databases.into(), Some(stack), Some(scratch)).await
-    }
-
-    /// All four services, ready, on components of this test's own.
-    pub async fn start_on_own_components() -> Self {
-        let mut system = Self::empty_on_own_components().await;
-        system.start_all().await;
-        system
+        let url = |service: Service| (service.name, stack.postgres.service_url(service.name));
+        let databases = topology::with_database().map(url).collect();
+        Self::new(stack.kafka_addresses(), stack.redis.url(), databases, Some(stack), Some(scratch)).await
     }
 
     async fn new(
         kafka: String,
         valkey: String,
-        databases: Vec<(&str, String)>,
+        databases: BTreeMap<&'static str, String>,
         stack: Option<Stack>,
         scratch: Option<Scratch>,
     ) -> Self {
         let prefix = testing::prefix();
-        let sink = SmtpSink::start(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
-        let settings = [
-            ("KAFKA_BROKERS", kafka.clone()),
-            ("TOPIC_PREFIX", prefix.clone()),
-            ("VALKEY_URL", valkey.clone()),
-            ("SMTP_HOST", sink.address().ip().to_string()),
-            ("SMTP_PORT", sink.address().port().to_string()),
-            ("IDEMPOTENCY_SECRET", "a secret of the tests, long enough for a secret".to_owned()),
-            ("BACKOFF_MS", "200".to_owned()),
+        let mail = Mail::start().await;
+        let mut environment = vec![
+            ("KAFKA_BROKERS".to_owned(), kafka.clone()),
+            ("TOPIC_PREFIX".to_owned(), prefix.clone()),
+            ("VALKEY_URL".to_owned(), valkey.clone()),
+            ("SMTP_HOST".to_owned(), mail.address().ip().to_string()),
+            ("SMTP_PORT".to_owned(), mail.address().port().to_string()),
+            ("IDEMPOTENCY_SECRET".to_owned(), "a secret of the tests, long enough for a secret".to_owned()),
+            ("BACKOFF_MS".to_owned(), "200".to_owned()),
         ];
-        let environment = settings.into_iter().chain(databases);
+        for service in topology::with_database() {
+            environment.push((service.database_url_setting(), databases[service.name].clone()));
+        }
+        let processes = Processes::new(environment, Logs::fresh(&format!("tests/{prefix}"), false).unwrap());
         Self {
-            services: BTreeMap::new(),
-            ports: Part::ALL.map(|part| (part, part.service().on_free_ports())).into(),
-            starts: BTreeMap::new(),
-            ended: vec![],
-            expected_to_end: BTreeSet::new(),
-            stopped: BTreeSet::new(),
-            copies: AtomicBool::new(false),
-            copies_logs: Mutex::default(),
-            compacted: AtomicBool::new(false),
-            by_hand: Mutex::default(),
+            users: Users::new(processes.addresses()),
+            kafka: Kafka::new(kafka, prefix.clone()),
+            mail,
+            stores: Stores::new(databases, valkey, prefix),
+            processes,
             seed: seed(),
-            environment: environment.map(|(name, value)| (name.to_owned(), value)).collect(),
-            logs: Logs::fresh(&format!("tests/{prefix}"), false).unwrap(),
-            prefix,
-            kafka,
-            valkey,
-            sink,
             stack,
             _scratch: scratch,
         }
     }
-
-    /// Replaces a setting for every service that is started from now on.
-    pub fn set(&mut self, name: &str, value: &str) {
-        self.environment.retain(|(known, _)| known != name);
-        self.environment.push((name.to_owned(), value.to_owned()));
-    }
-
-    /// What the services are told under this name.
-    pub fn setting(&self, name: &str) -> &str {
-        let (_, value) = self.environment.iter().find(|(known, _)| known == name).unwrap();
-        value
-    }
-
-    /// A proxy before the service's database, and the settings with which a copy of the service goes through it.
-    pub async fn proxied_database(&self, part: Part) -> (Proxy, (String, String)) {
-        let name = database_url(part);
-        let (proxy, through) = Proxy::before_url(self.setting(&name)).await;
-        (proxy, (name, through))
-    }
-
-    /// The service's database, with the service's own rights.
-    pub async fn database(&self, part: Part) -> PgPool {
-        PgPool::connect(self.setting(&database_url(part))).await.unwrap()
-    }
-
-    pub async fn valkey(&self) -> redis::aio::MultiplexedConnection {
-        redis::Client::open(self.valkey.as_str()).unwrap().get_multiplexed_async_connection().await.unwrap()
-    }
-
-    /// A topic's or group's name on the broker.
-    pub fn prefixed(&self, name: &str) -> String {
-        format!("{}{name}", self.prefix)
-    }
-
-    pub fn url(&self, part: Part, path: &str) -> String {
-        format!("{}{path}", self.ports[&part].url())
-    }
-
-    pub fn admin_url(&self, part: Part, path: &str) -> String {
-        format!("{}{path}", self.ports[&part].admin_url())
-    }
-
-    fn running(&mut self, part: Part) -> &mut Running {
-        self.services.get_mut(&part).unwrap_or_else(|| panic!("{part:?} was not started"))
-    }
 }
 
-/// `WAYBILL_SEED`, or another one each time.
+/// `WAYBILL_SEED`, or a random number.
 fn seed() -> u64 {
     match std::env::var("WAYBILL_SEED") {
         Ok(seed) => seed.parse().expect("WAYBILL_SEED is a number"),
@@ -217,14 +134,10 @@ fn seed() -> u64 {
     }
 }
 
-fn database_url(part: Part) -> String {
-    format!("{}_DATABASE_URL", part.service().name.to_uppercase())
-}
-
 impl Drop for System {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let logs = self.logs.folder().display();
+            let logs = self.processes.folder().display();
             eprintln!("the logs of this test's services: {logs}; to repeat it: WAYBILL_SEED={}", self.seed);
         }
     }

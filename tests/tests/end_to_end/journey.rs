@@ -3,8 +3,12 @@
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
-use tests::log::{Draft, GROUPS};
-use tests::{Part, System, api, eventually, eventually_eq};
+use tests::http::{send, send_with_retries};
+use tests::record::Draft;
+use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_RECIPIENTS, USER_EVENTS, USER_STATE, groups};
+use tests::users::address;
+use tests::{System, eventually, eventually_eq};
+use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
 
 /// Somebody, before and after a change of address and name. No other text of a system is like these.
@@ -17,7 +21,7 @@ struct Person {
 impl Person {
     fn new() -> Self {
         let name = || format!("Ada {}", Uuid::now_v7().simple());
-        Self { id: Uuid::nil(), addresses: [api::address(), api::address()], names: [name(), name()] }
+        Self { id: Uuid::nil(), addresses: [address(), address()], names: [name(), name()] }
     }
 
     fn personal_data(&self) -> [&str; 4] {
@@ -30,33 +34,34 @@ impl Person {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registration_reaches_everybody_and_its_erasure_too() {
     let mut system = System::empty().await;
-    let user_relay = Held::relay(&system, Part::User).await;
-    let email_relay = Held::relay(&system, Part::Email).await;
-    system.start_all().await;
+    let user_relay = Held::relay(&system, USER).await;
+    let email_relay = Held::relay(&system, EMAIL).await;
+    system.processes.start_all().await;
+    let judge = system.judge().await;
     let mut person = Person::new();
 
     register(&system, &mut person).await;
-    waits_in_the_outbox(&system, Part::User, 2.0).await;
-    let funnel = Held::table(&system, Part::Analytics, "funnel").await;
+    waits_in_the_outbox(&system, USER, 2.0).await;
+    let funnel = Held::table(&system, ANALYTICS, "funnel").await;
     user_relay.release().await;
     is_mailed(&system, &person).await;
-    waits_in_the_outbox(&system, Part::Email, 1.0).await;
-    is_tried_again(&system, "analytics.users").await;
+    waits_in_the_outbox(&system, EMAIL, 1.0).await;
+    is_tried_again(&system, ANALYTICS_USERS).await;
     funnel.release().await;
     email_relay.release().await;
-    eventually_eq("the registration and its mail are counted", (1, 1), async || system.funnel().await).await;
+    eventually_eq("the registration and its mail are counted", (1, 1), async || system.users.funnel().await).await;
 
     change(&system, &person).await;
     leave_a_dead_letter(&system, &person).await;
     // What is searched for can be found: where it belongs, and nowhere else.
-    let holders = ["Email public.recipients", "User public.users", "cache", "topic user.state.v1"];
-    assert_eq!(system.places_of(&person.personal_data()).await, holders, "who holds personal data");
+    let holders = ["cache", "email public.recipients", "topic user.state.v1", "user public.users"];
+    assert_eq!(judge.places_of(&system, &person.personal_data()).await, holders, "who holds personal data");
 
     erase(&system, &person).await;
-    system.force_compaction().await;
+    system.kafka.force_compaction().await;
     let places = async || {
-        system.roll_states().await;
-        system.places_of(&person.personal_data()).await
+        system.kafka.roll_states().await;
+        judge.places_of(&system, &person.personal_data()).await
     };
     eventually_eq("nothing of the person is left", Vec::<String>::new(), places).await;
     settle_the_dead_letters(&system).await;
@@ -67,27 +72,27 @@ async fn a_registration_reaches_everybody_and_its_erasure_too() {
 /// registration of the address is refused, so that refusals are searched too.
 async fn register(system: &System, person: &mut Person) {
     let body = json!({ "email": person.addresses[0], "display_name": person.names[0] });
-    let post = || Client::new().post(system.url(Part::User, "/users")).json(&body);
-    let answer = api::answered(|| post().header("idempotency-key", &person.addresses[0])).await;
+    let post = || Client::new().post(system.users.url(USER, "/users")).json(&body);
+    let answer = send_with_retries(|| post().header("idempotency-key", &person.addresses[0])).await;
     assert_eq!((answer.status, answer.etag.as_deref()), (StatusCode::CREATED, Some("\"1\"")));
     person.id = answer.id();
     assert_eq!(answer.body, json!({ "id": person.id, "version": 1 }));
-    let again = api::send(post()).await.unwrap();
+    let again = send(post()).await.unwrap();
     assert_eq!(again.status, StatusCode::CONFLICT, "{again:?}");
 }
 
 /// With the relay held, the outbox shows what it has and how long it has had it.
-async fn waits_in_the_outbox(system: &System, part: Part, rows: f64) {
-    eventually(&format!("{part:?} shows what waits in its outbox"), async || {
-        let age = system.metric(part, "outbox_oldest_age_seconds", &[]).await?;
-        (system.metric(part, "outbox_rows", &[]).await? == rows && age >= 1.0).then_some(())
+async fn waits_in_the_outbox(system: &System, service: Service, rows: f64) {
+    eventually(&format!("{} shows what waits in its outbox", service.name), async || {
+        let age = system.processes.metric(service, "outbox_oldest_age_seconds", &[]).await?;
+        (system.processes.metric(service, "outbox_rows", &[]).await? == rows && age >= 1.0).then_some(())
     })
     .await;
 }
 
 async fn is_mailed(system: &System, person: &Person) {
-    system.until_mailed(person.id).await;
-    let mails = system.sink.mails();
+    system.users.until_mailed(person.id).await;
+    let mails = system.mail.all();
     assert_eq!(mails.len(), 1);
     assert_eq!(mails[0].to, [person.addresses[0].clone()]);
     assert!(mails[0].text.as_ref().unwrap().contains(&person.names[0]));
@@ -97,18 +102,18 @@ async fn is_mailed(system: &System, person: &Person) {
 async fn is_tried_again(system: &System, group: &str) {
     let label = format!("group=\"{group}\"");
     eventually("the batch was put off", async || {
-        system.metric(Part::Analytics, "consumer_retries_total", &[&label]).await.filter(|retries| *retries >= 1.0)
+        system.processes.metric(ANALYTICS, "consumer_retries_total", &[&label]).await.filter(|retries| *retries >= 1.0)
     })
     .await;
 }
 
 /// Another name, another address; the readers have them as soon as they ask for that version.
 async fn change(system: &System, person: &Person) {
-    assert_eq!(system.until_cached(person.id, 1).await.body["email"], person.addresses[0]);
-    assert_eq!(system.rename(person.id, &person.names[1]).await.unwrap().version(), 2);
-    assert_eq!(system.until_cached(person.id, 2).await.body["display_name"], person.names[1]);
-    assert_eq!(system.change_email(person.id, &person.addresses[1]).await.unwrap().version(), 3);
-    assert_eq!(system.until_cached(person.id, 3).await.body["email"], person.addresses[1]);
+    assert_eq!(system.users.until_cached(person.id, 1).await.body["email"], person.addresses[0]);
+    assert_eq!(system.users.rename(person.id, &person.names[1]).await.unwrap().version(), 2);
+    assert_eq!(system.users.until_cached(person.id, 2).await.body["display_name"], person.names[1]);
+    assert_eq!(system.users.change_email(person.id, &person.addresses[1]).await.unwrap().version(), 3);
+    assert_eq!(system.users.until_cached(person.id, 3).await.body["email"], person.addresses[1]);
     system.until_drained().await;
 }
 
@@ -116,32 +121,32 @@ async fn change(system: &System, person: &Person) {
 async fn leave_a_dead_letter(system: &System, person: &Person) {
     let value = json!({ "email": person.addresses[1], "display_name": person.names[1] }).to_string();
     let whole = Draft { value: Some(value.into_bytes()), ..Draft::envelope("user.state", person.id, 4) };
-    system.write("user.state.v1", &whole.without("ce_id")).await;
+    system.kafka.write(USER_STATE, &whole.without_header("ce_id")).await;
     until_dead_letters(system, 1.0).await;
 }
 
 async fn until_dead_letters(system: &System, open: f64) {
-    for (part, label) in [(Part::Email, "group=\"email.recipients\""), (Part::Cache, "group=\"cache.profiles\"")] {
-        let count = async || system.metric(part, "dead_letters_open", &[label]).await;
-        eventually_eq(&format!("open dead letters of {part:?}"), Some(open), count).await;
+    for (service, label) in [(EMAIL, "group=\"email.recipients\""), (CACHE, "group=\"cache.profiles\"")] {
+        let count = async || system.processes.metric(service, "dead_letters_open", &[label]).await;
+        eventually_eq(&format!("open dead letters of {}", service.name), Some(open), count).await;
     }
 }
 
 async fn erase(system: &System, person: &Person) {
-    assert_eq!(system.erase(person.id).await.unwrap().status, StatusCode::NO_CONTENT);
-    let status = async || system.profile(person.id, Some(4)).await.unwrap().status.as_u16();
+    assert_eq!(system.users.erase(person.id).await.unwrap().status, StatusCode::NO_CONTENT);
+    let status = async || system.users.profile(person.id, Some(4)).await.unwrap().status.as_u16();
     eventually_eq("the cache has forgotten", 404, status).await;
-    assert_eq!(system.get(Part::User, &format!("/users/{}", person.id)).await.unwrap().status, StatusCode::NOT_FOUND);
+    assert_eq!(system.users.get(USER, &format!("/users/{}", person.id)).await.unwrap().status, StatusCode::NOT_FOUND);
     let again = [
-        system.erase(person.id).await,
-        system.rename(person.id, &person.names[0]).await,
-        system.change_email(person.id, &person.addresses[0]).await,
+        system.users.erase(person.id).await,
+        system.users.rename(person.id, &person.names[0]).await,
+        system.users.change_email(person.id, &person.addresses[0]).await,
     ];
     for answer in again {
         assert_eq!(answer.unwrap().status, StatusCode::NOT_FOUND, "of somebody who is not there any more");
     }
     system.until_drained().await;
-    let facts = system.read("user.events.v1").into_iter();
+    let facts = system.kafka.read(USER_EVENTS).into_iter();
     let facts: Vec<_> = facts.map(|fact| (fact.version(), fact.header("ce_type").unwrap().to_owned())).collect();
     let expected = ["user.registered", "user.profile_changed", "user.email_changed", "user.deleted"];
     assert_eq!(facts, (1..).zip(expected.map(str::to_owned)).collect::<Vec<_>>());
@@ -149,8 +154,8 @@ async fn erase(system: &System, person: &Person) {
 
 /// The letters point to a record that the compaction took.
 async fn settle_the_dead_letters(system: &System) {
-    for part in [Part::Email, Part::Cache] {
-        let printed = system.run(part, &["redrive"]).await.unwrap();
+    for service in [EMAIL, CACHE] {
+        let printed = system.processes.run(service, &["redrive"]).await.unwrap();
         assert!(printed.contains("0 settled, 1 superseded, 0 failed"), "{printed}");
     }
     until_dead_letters(system, 0.0).await;
@@ -160,60 +165,60 @@ async fn settle_the_dead_letters(system: &System) {
 /// came back, as seen above.
 async fn every_metric_has_moved(system: &System) {
     let requests = [
-        (Part::User, "route=\"/users\",status=\"201\""),
-        (Part::User, "route=\"/users\",status=\"409\""),
-        (Part::Email, "route=\"/users/{id}/emails\",status=\"200\""),
-        (Part::Analytics, "route=\"/funnel\",status=\"200\""),
-        (Part::Cache, "route=\"/profiles/{id}\",status=\"200\""),
+        (USER, "route=\"/users\",status=\"201\""),
+        (USER, "route=\"/users\",status=\"409\""),
+        (EMAIL, "route=\"/users/{id}/emails\",status=\"200\""),
+        (ANALYTICS, "route=\"/funnel\",status=\"200\""),
+        (CACHE, "route=\"/profiles/{id}\",status=\"200\""),
     ];
     let mut moved = vec![];
-    for (part, label) in requests {
-        moved.push((part, "http_request_duration_seconds_count", label.to_owned()));
+    for (service, label) in requests {
+        moved.push((service, "http_request_duration_seconds_count", label.to_owned()));
     }
-    for part in [Part::User, Part::Email] {
-        moved.push((part, "relay_rounds_total", "outcome=\"published\"".to_owned()));
+    for service in [USER, EMAIL] {
+        moved.push((service, "relay_rounds_total", "outcome=\"published\"".to_owned()));
     }
-    moved.push((Part::Email, "deliveries_settled_total", "state=\"sent\"".to_owned()));
-    for (group, _) in GROUPS {
+    moved.push((EMAIL, "deliveries_settled_total", "state=\"sent\"".to_owned()));
+    for group in groups() {
         let label = format!("group=\"{group}\"");
         moved.push((owner(group), "event_age_seconds_count", label.clone()));
         moved.push((owner(group), "events_consumed_total", format!("{label},outcome=\"applied\"")));
     }
-    for group in ["email.recipients", "cache.profiles"] {
+    for group in [EMAIL_RECIPIENTS, CACHE_PROFILES] {
         let label = format!("group=\"{group}\",outcome=\"dead_lettered\"");
         moved.push((owner(group), "events_consumed_total", label));
     }
-    for (part, name, label) in moved {
-        let value = system.metric(part, name, &[&label]).await;
-        assert!(value.is_some_and(|value| value >= 1.0), "{part:?} {name} {label}: {value:?}");
+    for (service, name, label) in moved {
+        let value = system.processes.metric(service, name, &[&label]).await;
+        assert!(value.is_some_and(|value| value >= 1.0), "{} {name} {label}: {value:?}", service.name);
     }
     every_gauge_is_back_at_zero(system).await;
 }
 
 async fn every_gauge_is_back_at_zero(system: &System) {
     let mut gauges = vec![];
-    for part in [Part::User, Part::Email] {
-        gauges.extend([(part, "outbox_rows", String::new()), (part, "outbox_oldest_age_seconds", String::new())]);
+    for service in [USER, EMAIL] {
+        gauges.extend([(service, "outbox_rows", String::new()), (service, "outbox_oldest_age_seconds", String::new())]);
     }
     for state in ["pending", "sending", "unknown", "unaddressed"] {
-        gauges.push((Part::Email, "deliveries_open", format!("state=\"{state}\"")));
+        gauges.push((EMAIL, "deliveries_open", format!("state=\"{state}\"")));
     }
-    for (group, _) in GROUPS {
+    for group in groups() {
         let label = format!("group=\"{group}\"");
         gauges.push((owner(group), "consumer_lag", label.clone()));
         gauges.push((owner(group), "dead_letters_open", label));
     }
-    for (part, name, label) in gauges {
-        let value = async || system.metric(part, name, &[&label]).await;
-        eventually_eq(&format!("{part:?} {name} {label}"), Some(0.0), value).await;
+    for (service, name, label) in gauges {
+        let value = async || system.processes.metric(service, name, &[&label]).await;
+        eventually_eq(&format!("{} {name} {label}", service.name), Some(0.0), value).await;
     }
 }
 
-fn owner(group: &str) -> Part {
+fn owner(group: &str) -> Service {
     match group.split('.').next() {
-        Some("email") => Part::Email,
-        Some("analytics") => Part::Analytics,
-        _ => Part::Cache,
+        Some("email") => EMAIL,
+        Some("analytics") => ANALYTICS,
+        _ => CACHE,
     }
 }
 
@@ -222,16 +227,16 @@ struct Held(PgConnection);
 
 impl Held {
     /// The lock that the leading relay of an outbox holds.
-    async fn relay(system: &System, part: Part) -> Self {
-        Self::by(system, part, "select pg_advisory_lock(x'6f7574626f78'::bigint)").await
+    async fn relay(system: &System, service: Service) -> Self {
+        Self::by(system, service, "select pg_advisory_lock(x'6f7574626f78'::bigint)").await
     }
 
-    async fn table(system: &System, part: Part, table: &str) -> Self {
-        Self::by(system, part, &format!("begin; lock table {table}")).await
+    async fn table(system: &System, service: Service, table: &str) -> Self {
+        Self::by(system, service, &format!("begin; lock table {table}")).await
     }
 
-    async fn by(system: &System, part: Part, statement: &str) -> Self {
-        let mut connection = system.database(part).await.acquire().await.unwrap().detach();
+    async fn by(system: &System, service: Service, statement: &str) -> Self {
+        let mut connection = system.stores.database(service).await.acquire().await.unwrap().detach();
         sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut connection).await.unwrap();
         Self(connection)
     }

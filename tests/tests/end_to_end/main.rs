@@ -1,31 +1,31 @@
 //! The end-to-end tests: real services on real components. `cargo xtask test` starts what they need.
 
-#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod analytics_queries;
+mod analytics_rebuild;
+mod bad_requests;
 mod breaker;
-mod brokers;
-mod clocks;
-mod consuming;
-mod counting;
-mod cut_off;
+mod broker_failures;
+mod cache_view;
+mod consumer_crashes;
 mod dead_letters;
-mod deleted;
-mod held;
+mod deleted_records;
+mod effects;
+mod email;
 mod journey;
-mod leases;
 mod local_stack;
-mod mailing;
-mod malformed;
-mod outage;
-mod problems;
-mod queries;
+mod malformed_records;
+mod network_faults;
+mod outages;
+mod outbox;
+mod outcome_counters;
 mod rebalancing;
-mod rebuild;
-mod redriving;
-mod registering;
-mod relay;
-mod relaying;
+mod registration;
+mod relay_crashes;
+mod relay_leadership;
 mod republishing;
+mod startup;
+mod topics;
 mod tracing;
-mod unwritable;
-mod view;
+mod wrong_clocks;

@@ -4,8 +4,12 @@ use std::collections::BTreeSet;
 
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
+use tests::http::send_with_retries;
 use tests::otlp::{Otlp, Span};
-use tests::{Part, System, api, eventually_eq};
+use tests::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE};
+use tests::users::address;
+use tests::{System, eventually_eq};
+use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
 
 /// A caller's context, as in the W3C recommendation.
@@ -15,19 +19,19 @@ const CALLER: &str = "b7ad6b7169203331";
 /// All four services, which send their spans to `otlp` ten times a second and log each record that they handle.
 async fn traced(otlp: &Otlp) -> System {
     let mut system = System::empty().await;
-    system.set("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp.url());
-    system.set("OTEL_BSP_SCHEDULE_DELAY", "100");
-    system.set("RUST_LOG", "warn,user=info,email=info,analytics=info,cache=info,shared=debug");
-    system.start_all().await;
+    system.processes.set("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp.url());
+    system.processes.set("OTEL_BSP_SCHEDULE_DELAY", "100");
+    system.processes.set("RUST_LOG", "warn,user=info,email=info,analytics=info,cache=info,shared=debug");
+    system.processes.start_all().await;
     system
 }
 
 async fn register(system: &System, email: &str, traceparent: &str) -> Uuid {
     let body = json!({ "email": email, "display_name": "Ada Lovelace" });
-    let request = || Client::new().post(system.url(Part::User, "/users")).header("tracestate", "vendor=1").json(&body);
-    let answer = api::answered(|| request().header("traceparent", traceparent)).await;
+    let request = || Client::new().post(system.users.url(USER, "/users")).header("tracestate", "vendor=1").json(&body);
+    let answer = send_with_retries(|| request().header("traceparent", traceparent)).await;
     assert_eq!(answer.status, StatusCode::CREATED, "{traceparent}: {answer:?}");
-    system.until_mailed(answer.id()).await;
+    system.users.until_mailed(answer.id()).await;
     answer.id()
 }
 
@@ -71,8 +75,8 @@ fn linked(spans: &[Span], service: &str, name: &str, to: &str) -> BTreeSet<Strin
 }
 
 /// Whether a service has a log line, in JSON, with all of these texts in it.
-fn logs_a_line_with(system: &System, part: Part, texts: &[&str]) -> bool {
-    let log = system.log_of(part);
+fn logs_a_line_with(system: &System, service: Service, texts: &[&str]) -> bool {
+    let log = system.processes.log(service);
     log.lines().any(|line| {
         serde_json::from_str::<Value>(line).is_ok() && texts.iter().all(|text| line.contains(&format!("\"{text}\"")))
     })
@@ -84,7 +88,7 @@ fn logs_a_line_with(system: &System, part: Part, texts: &[&str]) -> bool {
 async fn one_registration_is_one_trace_across_the_four_services() {
     let otlp = Otlp::start().await;
     let system = traced(&otlp).await;
-    let email = api::address();
+    let email = address();
     let id = register(&system, &email, &format!("00-{TRACE}-{CALLER}-01")).await;
     let found = async || tree(&otlp.spans(), TRACE);
     eventually_eq("the spans of the caller's trace", registration("the caller"), found).await;
@@ -97,23 +101,23 @@ async fn one_registration_is_one_trace_across_the_four_services() {
     assert!(received.contains("user.registered"), "spans have their names and attributes");
     assert!(!received.contains(&email) && !received.contains("Ada Lovelace"), "personal data in a span");
 
-    let facts = system.read("user.events.v1");
+    let facts = system.kafka.read(USER_EVENTS);
     let fact = facts.iter().find(|fact| fact.key_text() == id.to_string()).unwrap();
-    let mailed = system.read("email.events.v1").remove(0);
+    let mailed = system.kafka.read(EMAIL_EVENTS).remove(0);
     assert_eq!(
         [fact.header("tracestate"), mailed.header("tracestate")],
         [Some("vendor=1"); 2],
         "as the caller sent it"
     );
     let event = fact.header("ce_id").unwrap();
-    assert!(logs_a_line_with(&system, Part::User, &[TRACE]), "{}", system.log_of(Part::User));
-    for part in [Part::Email, Part::Analytics] {
-        assert!(logs_a_line_with(&system, part, &[TRACE, event]), "{}", system.log_of(part));
+    assert!(logs_a_line_with(&system, USER, &[TRACE]), "{}", system.processes.log(USER));
+    for service in [EMAIL, ANALYTICS] {
+        assert!(logs_a_line_with(&system, service, &[TRACE, event]), "{}", system.processes.log(service));
     }
-    let states = system.read("user.state.v1");
+    let states = system.kafka.read(USER_STATE);
     let state = states.iter().find(|state| state.key_text() == id.to_string()).unwrap();
     let event = state.header("ce_id").unwrap();
-    assert!(logs_a_line_with(&system, Part::Cache, &[TRACE, event]), "{}", system.log_of(Part::Cache));
+    assert!(logs_a_line_with(&system, CACHE, &[TRACE, event]), "{}", system.processes.log(CACHE));
 }
 
 /// T44: a malformed context is nobody's: the request succeeds and begins a trace of its own, which goes as far as any other.
@@ -125,8 +129,8 @@ async fn a_malformed_traceparent_is_ignored() {
     let nobodys_span = format!("00-{TRACE}-{}-01", "0".repeat(16));
     let cut_off = format!("00-{TRACE}-{CALLER}");
     for traceparent in ["nonsense", &nobodys_trace, &nobodys_span, &cut_off] {
-        let id = register(&system, &api::address(), traceparent).await;
-        let facts = system.read("user.events.v1");
+        let id = register(&system, &address(), traceparent).await;
+        let facts = system.kafka.read(USER_EVENTS);
         let fact = facts.iter().find(|fact| fact.key_text() == id.to_string()).unwrap();
         let trace = fact.header("traceparent").unwrap().split('-').nth(1).unwrap().to_owned();
         assert_ne!(trace, TRACE, "{traceparent}");

@@ -1,0 +1,44 @@
+//! The facet `mail`: the mail server, and the mails that it accepted.
+
+use std::net::SocketAddr;
+
+use testbed::smtp_sink::{Behaviour, Fault, Mail as Accepted, SmtpSink};
+
+pub struct Mail {
+    sink: SmtpSink,
+}
+
+impl Mail {
+    pub(crate) async fn start() -> Self {
+        Self { sink: SmtpSink::start(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap() }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.sink.address()
+    }
+
+    /// From now on the server fails in this way: until [`Mail::recover`], or as often as `Fault::times` says.
+    pub fn fail(&self, fault: impl Into<Behaviour>) {
+        self.sink.set(fault);
+    }
+
+    /// From now on the server works.
+    pub fn recover(&self) {
+        self.sink.set(Fault::None);
+    }
+
+    /// Every mail that the server accepted, each copy.
+    pub fn all(&self) -> Vec<Accepted> {
+        self.sink.mails()
+    }
+
+    /// The mails to one address.
+    pub fn to(&self, email: &str) -> Vec<Accepted> {
+        self.sink.mails().into_iter().filter(|mail| mail.to == [email]).collect()
+    }
+
+    /// The Message-IDs of the mails to one address, one for each copy.
+    pub fn message_ids_to(&self, email: &str) -> Vec<String> {
+        self.to(email).into_iter().map(|mail| mail.message_id.expect("a mail has a Message-ID")).collect()
+    }
+}

@@ -1,0 +1,70 @@
+//! Readiness and metrics of the services' first processes.
+
+use serde_json::Value;
+use topology::Service;
+
+use super::Processes;
+use super::admin::Admin;
+use crate::services::service_of;
+use crate::waiting::eventually;
+
+/// The outcomes of a delivered record. Each record has exactly one.
+pub const OUTCOMES: [&str; 5] = ["applied", "duplicate", "stale", "skipped", "dead_lettered"];
+
+impl Processes {
+    pub fn admin(&self, service: Service) -> Admin {
+        self.addresses.admin(service)
+    }
+
+    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no answer.
+    pub async fn readiness(&self, service: Service) -> Option<(bool, Value)> {
+        self.admin(service).readiness().await
+    }
+
+    /// Waits until `/readyz` answers that the service is not ready. Panics if `/livez` fails meanwhile.
+    pub async fn until_not_ready(&self, service: Service) {
+        let admin = self.admin(service);
+        eventually(&format!("{} is not ready", service.name), async || {
+            assert!(admin.is_alive().await, "/livez of {} fails: a supervisor would restart it", service.name);
+            let (ready, _) = admin.readiness().await?;
+            (!ready).then_some(())
+        })
+        .await;
+    }
+
+    /// The sum of a metric's series whose labels contain all of `labels` (`group="…"`). `None` if there is no such series, or no
+    /// answer.
+    pub async fn metric(&self, service: Service, name: &str, labels: &[&str]) -> Option<f64> {
+        self.admin(service).metric(name, labels).await
+    }
+
+    /// A metric of a consumer group.
+    pub async fn group_metric(&self, group: &str, name: &str) -> Option<f64> {
+        self.metric(service_of(group), name, &[&format!("group=\"{group}\"")]).await
+    }
+
+    /// How many records of a group the running process has counted under an outcome.
+    pub async fn counted(&self, group: &str, outcome: &str) -> f64 {
+        let labels = [&*format!("group=\"{group}\""), &*format!("outcome=\"{outcome}\"")];
+        self.metric(service_of(group), "events_consumed_total", &labels).await.unwrap_or(0.0)
+    }
+
+    /// How many records of a group the running process has counted, under any outcome.
+    pub async fn counted_in_all(&self, group: &str) -> f64 {
+        let mut all = 0.0;
+        for outcome in OUTCOMES {
+            all += self.counted(group, outcome).await;
+        }
+        all
+    }
+
+    /// How often the running process has retried batches of a group.
+    pub async fn retries(&self, group: &str) -> f64 {
+        self.group_metric(group, "consumer_retries_total").await.unwrap_or(0.0)
+    }
+
+    /// The number of a group's open dead letters, by the metric of the running process.
+    pub async fn dead_letters_open(&self, group: &str) -> Option<f64> {
+        self.group_metric(group, "dead_letters_open").await
+    }
+}

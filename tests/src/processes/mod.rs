@@ -1,0 +1,185 @@
+//! The facet `processes`: the services' processes, which a test starts, kills, freezes and observes.
+
+mod admin;
+mod instance;
+mod logs;
+mod metrics;
+mod run;
+mod subcommands;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use testbed::process::Logs;
+use topology::{SERVICES, Service};
+use uuid::Uuid;
+
+pub use instance::{Addresses, Instance, is_frozen};
+pub use metrics::OUTCOMES;
+
+/// The variables with which every service is started, and the first process of each service. A service is started with the same
+/// ports each time.
+pub struct Processes {
+    environment: Vec<(String, String)>,
+    addresses: Addresses,
+    running: BTreeMap<&'static str, Instance>,
+    logs: Logs,
+    copies_logs: Mutex<Vec<Logs>>,
+    /// Number of starts per service.
+    starts: BTreeMap<&'static str, usize>,
+    /// Services that were killed or stopped, and not started again.
+    stopped: BTreeSet<&'static str>,
+    /// Services that were started with a fault point, which may end them.
+    expected_to_end: BTreeSet<&'static str>,
+    /// Processes that ended by themselves and were replaced.
+    ended: Vec<String>,
+    /// Whether any service ever had a second process.
+    had_copies: AtomicBool,
+}
+
+impl Processes {
+    pub(crate) fn new(environment: Vec<(String, String)>, logs: Logs) -> Self {
+        Self {
+            environment,
+            addresses: Addresses::on_free_ports(),
+            running: BTreeMap::new(),
+            logs,
+            copies_logs: Mutex::default(),
+            starts: BTreeMap::new(),
+            stopped: BTreeSet::new(),
+            expected_to_end: BTreeSet::new(),
+            ended: vec![],
+            had_copies: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn addresses(&self) -> Addresses {
+        self.addresses.clone()
+    }
+
+    /// Sets a variable for every service that is started from now on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    pub fn setting(&self, name: &str) -> &str {
+        let (_, value) = self.environment.iter().find(|(known, _)| known == name).unwrap();
+        value
+    }
+
+    /// Starts a service without waiting until it is ready. If it runs, it is killed first.
+    pub fn spawn(&mut self, service: Service) {
+        self.spawn_with(service, &[]);
+    }
+
+    /// As [`Processes::spawn`], with further variables such as `FAULT_AT`.
+    pub fn spawn_with(&mut self, service: Service, settings: &[(&str, &str)]) {
+        let name = service.name;
+        self.note_replaced(service);
+        let instance = Instance::spawn(service, &self.addresses, &self.environment_with(settings), &self.logs);
+        self.running.insert(name, instance);
+        *self.starts.entry(name).or_default() += 1;
+        self.stopped.remove(name);
+        self.expected_to_end.remove(name);
+        if settings.iter().any(|(name, _)| *name == "FAULT_AT") {
+            self.expected_to_end.insert(name);
+        }
+    }
+
+    /// Starts services, or starts them again, and waits until all are ready.
+    pub async fn start(&mut self, services: &[Service]) {
+        for service in services {
+            self.spawn(*service);
+        }
+        self.until_ready(services).await;
+    }
+
+    /// Starts a service, or starts it again, with further variables, and waits until it is ready.
+    pub async fn start_with(&mut self, service: Service, settings: &[(&str, &str)]) {
+        self.spawn_with(service, settings);
+        self.until_ready(&[service]).await;
+    }
+
+    /// Starts all services and waits until they are ready.
+    pub async fn start_all(&mut self) {
+        self.start(&SERVICES).await;
+    }
+
+    pub async fn until_ready(&mut self, services: &[Service]) {
+        for service in services {
+            self.instance(*service).until_ready().await;
+        }
+    }
+
+    /// Starts one more process of a service, on ports of its own.
+    pub fn spawn_another(&self, service: Service) -> Instance {
+        self.spawn_another_with(service, &[])
+    }
+
+    /// As [`Processes::spawn_another`], with further variables.
+    pub fn spawn_another_with(&self, service: Service, settings: &[(&str, &str)]) -> Instance {
+        self.had_copies.store(true, Ordering::Relaxed);
+        let folder = self.logs.folder().file_name().unwrap().to_string_lossy();
+        let logs = Logs::fresh(&format!("tests/{folder}-{}", Uuid::now_v7().simple()), false).unwrap();
+        self.copies_logs.lock().unwrap().push(logs.clone());
+        Instance::spawn(service, &Addresses::on_free_ports(), &self.environment_with(settings), &logs)
+    }
+
+    /// SIGKILL. The process has ended when this returns.
+    pub fn kill(&mut self, service: Service) {
+        self.stopped.insert(service.name);
+        self.instance(service).kill();
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&mut self, service: Service) {
+        self.instance(service).freeze();
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&mut self, service: Service) {
+        self.instance(service).thaw();
+    }
+
+    /// SIGUSR1: consumers that the breaker has paused resume.
+    pub fn resume_consumers(&mut self, service: Service) {
+        self.instance(service).resume_consumers();
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub async fn stop(&mut self, service: Service) {
+        self.stopped.insert(service.name);
+        self.instance(service).stop().await;
+    }
+
+    /// Waits until the process has ended by itself or by a fault point. Its log is complete then.
+    pub async fn until_ended(&mut self, service: Service) {
+        self.instance(service).until_ended().await;
+    }
+
+    /// Whether the process has ended, by itself or by a fault point.
+    pub fn has_ended(&mut self, service: Service) -> bool {
+        self.instance(service).exit_status().is_some()
+    }
+
+    /// Waits until the process is stopped by a fault point. Linux only.
+    pub async fn until_frozen(&mut self, service: Service) {
+        self.instance(service).until_frozen().await;
+    }
+
+    pub fn pid(&mut self, service: Service) -> u32 {
+        self.instance(service).pid()
+    }
+
+    fn instance(&mut self, service: Service) -> &mut Instance {
+        let running = self.running.get_mut(service.name);
+        running.unwrap_or_else(|| panic!("{} was not started", service.name))
+    }
+
+    fn environment_with(&self, settings: &[(&str, &str)]) -> Vec<(String, String)> {
+        let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        self.environment.iter().cloned().chain(further).collect()
+    }
+}

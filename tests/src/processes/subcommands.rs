@@ -1,0 +1,34 @@
+//! Subcommands of the services, such as `analytics redrive`.
+
+use testbed::process::Process;
+use testbed::testing;
+use topology::Service;
+
+use super::{Processes, instance};
+use crate::waiting::DEADLINE;
+
+impl Processes {
+    /// Runs a subcommand to its end and returns its output. Fails with the output if the exit status is not 0.
+    pub async fn run(&self, service: Service, arguments: &[&str]) -> anyhow::Result<String> {
+        let program = testing::stack().programs.join(service.name);
+        let mut command = tokio::process::Command::new(program);
+        command.args(arguments).envs(self.environment.iter().cloned()).kill_on_drop(true);
+        let output = tokio::time::timeout(DEADLINE, command.output()).await??;
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        anyhow::ensure!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+        Ok(printed)
+    }
+
+    /// Starts a subcommand with further variables, to be killed, frozen or waited for. [`Processes::printed`] returns its output.
+    pub fn spawn_subcommand(
+        &self,
+        service: Service,
+        name: &str,
+        arguments: &[&str],
+        settings: &[(&str, &str)],
+    ) -> Process {
+        let mut command = instance::command(service);
+        command.arg(name).args(arguments).envs(self.environment_with(settings));
+        Process::spawn(name, command, &self.logs).unwrap()
+    }
+}

@@ -1,0 +1,85 @@
+//! Components of the test's own, which it may break.
+
+use testbed::kafka::Kafka;
+use testbed::postgres::{Durability, Postgres};
+use testbed::process::{Logs, Scratch};
+use testbed::redis::Redis;
+use testbed::stack::Stack;
+use testbed::testing::{free_port, prefix};
+use topology::Service;
+
+use super::System;
+use crate::proxy::Proxy;
+
+/// A component of the test's own. The other components are shared.
+pub struct Own<T> {
+    pub component: T,
+    _scratch: Scratch,
+}
+
+impl System {
+    /// The components of a system that has its own.
+    pub fn components(&mut self) -> &mut Stack {
+        self.stack.as_mut().expect("a system on components of its own")
+    }
+
+    /// A broker of a system on three brokers. They are numbered from 1.
+    pub fn broker(&mut self, id: i32) -> &mut Kafka {
+        self.components().brokers().find(|broker| broker.id == id).expect("brokers are numbered from 1")
+    }
+
+    /// Gives the cache a Valkey of its own.
+    pub async fn own_valkey(&mut self) -> Own<Redis> {
+        let scratch = Scratch::create("own-valkey").unwrap();
+        let logs = Logs::fresh(&format!("tests/valkey-{}", prefix()), false).unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
+        let component = Redis::start(&fetched, scratch.path(), free_port(), &logs).await.unwrap();
+        self.stores.set_valkey(component.url());
+        self.processes.set("VALKEY_URL", &component.url());
+        Own { component, _scratch: scratch }
+    }
+
+    /// Gives the services a Postgres of their own.
+    pub async fn own_postgres(&mut self) -> Own<Postgres> {
+        let scratch = Scratch::create("own-postgres").unwrap();
+        let logs = Logs::fresh(&format!("tests/postgres-{}", prefix()), false).unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
+        let component =
+            Postgres::start(&fetched, scratch.path(), free_port(), Durability::Process, &logs).await.unwrap();
+        for service in topology::with_database() {
+            let url = component.service_url(service.name);
+            self.processes.set(&service.database_url_setting(), &url);
+            self.stores.set_database(service, url);
+        }
+        Own { component, _scratch: scratch }
+    }
+
+    /// Gives the services a Kafka of their own. It has a second listener, behind the proxy: a broker directs its clients to the
+    /// listener that they used first.
+    pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
+        let scratch = Scratch::create("own-kafka").unwrap();
+        let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
+        let (direct, proxied, controller) = (free_port(), free_port(), free_port());
+        let proxy = Proxy::before(&format!("127.0.0.1:{proxied}")).await;
+        let settings = format!(
+            "listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://127.0.0.1:{proxied},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://{}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+controller.quorum.voters=1@127.0.0.1:{controller}",
+            proxy.address()
+        );
+        let component = Kafka::start(&fetched, scratch.path(), direct, &settings, &logs).await.unwrap();
+        self.kafka.address = component.address();
+        self.processes.set("KAFKA_BROKERS", &component.address());
+        (Own { component, _scratch: scratch }, proxy)
+    }
+
+    /// A proxy in front of a service's database, and the setting that makes the service use it.
+    pub async fn proxied_database(&self, service: Service) -> (Proxy, (String, String)) {
+        let name = service.database_url_setting();
+        let (proxy, through) = Proxy::before_url(self.processes.setting(&name)).await;
+        (proxy, (name, through))
+    }
+}

@@ -1,0 +1,52 @@
+//! The welcome mail.
+
+mod held;
+mod leases;
+mod sending;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tests::record::Draft;
+use tests::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE};
+use tests::{System, eventually_eq};
+use uuid::Uuid;
+
+/// What `email.events.v1` says about a user's mails. A process that is killed may leave a copy of an event, with the same id.
+fn told(system: &System, user: Uuid) -> Vec<(String, Value)> {
+    let mut seen = BTreeSet::new();
+    let events = system.kafka.read(EMAIL_EVENTS).into_iter();
+    let events = events.filter(|event| seen.insert(event.header("ce_id").unwrap().to_owned()));
+    let events = events.map(|event| {
+        let data: Value = serde_json::from_slice(event.value.as_deref().unwrap()).unwrap();
+        (event.header("ce_type").unwrap().to_owned(), data)
+    });
+    events.filter(|(_, data)| data["user_id"] == user.to_string()).collect()
+}
+
+/// Waits until exactly these types of event were published about the user's mails.
+async fn until_told(system: &System, user: Uuid, kinds: &[&str]) {
+    let kinds: Vec<String> = kinds.iter().map(|kind| (*kind).to_owned()).collect();
+    let found = async || told(system, user).into_iter().map(|(kind, _)| kind).collect();
+    eventually_eq("what is told of the mail", kinds, found).await;
+}
+
+/// Somebody else's mail goes through: what was not sent by then will not be sent.
+async fn one_more_is_mailed(system: &System) {
+    let id = system.users.register().await;
+    system.users.until_mailed(id).await;
+}
+
+/// Writes a fact about `user` that happened this long ago.
+async fn write_fact(system: &System, kind: &str, user: Uuid, version: i64, age: Duration) {
+    let fact = Draft::user_event(kind, user, version).happened_before(age);
+    system.kafka.write(USER_EVENTS, &fact).await;
+}
+
+/// Writes a state of `user`.
+async fn write_state(system: &System, user: Uuid, version: i64, email: &str) {
+    let value = json!({ "email": email, "display_name": "Ada Lovelace" }).to_string();
+    let state = Draft::envelope("user.state", user, version).with_value(value.as_bytes());
+    system.kafka.write(USER_STATE, &state).await;
+}
