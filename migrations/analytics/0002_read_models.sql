@@ -1,13 +1,13 @@
--- Registrations per hour (UTC); days are sums of hours.
+-- Registrations per hour (UTC). A day is the sum of its hours.
 create table registrations (
     hour timestamptz primary key,
     registrations bigint not null check (registrations > 0)
 );
 
--- How far each user came. The two facts come from two topics, in any order, so either may make the row.
+-- How far each user got. The two facts come from two topics, in any order, so either of them may create the row.
 create table funnel (
     user_id uuid primary key,
     registered_at timestamptz,
-    -- The first mail that a server took over.
+    -- When a mail server first accepted a mail to the user.
     mailed_at timestamptz
 );

@@ -1,4 +1,4 @@
--- Where each user can be reached now: folded from user.state.v1 by version, erased by its tombstone or by user.deleted.
+-- The current address of each user: the highest version from user.state.v1, erased by its tombstone or by user.deleted.
 create table recipients (
     user_id uuid primary key,
     -- The highest version seen. An erased recipient keeps it, so that a late update cannot bring the address back.
@@ -9,10 +9,10 @@ create table recipients (
     check ((email is null) = (display_name is null))
 );
 
--- The intent to send a mail, and what became of it:
--- pending → sending → sent | failed | cancelled, and unknown where the server's last answer never came.
+-- The intent to send a mail, and its progress: pending → sending → sent, failed or cancelled; unknown if no answer came
+-- after the mail was sent.
 create table deliveries (
-    -- Also the Message-ID, so that a mailbox shows copies as one.
+    -- Also the Message-ID, by which mailboxes recognise copies.
     id uuid primary key,
     user_id uuid not null,
     template text not null,
@@ -21,23 +21,23 @@ create table deliveries (
     status text not null default 'pending'
         check (status in ('pending', 'sending', 'unknown', 'sent', 'failed', 'cancelled')),
     attempt int not null default 0,
-    -- Who is sending, and until when nobody else may. By this database's clock only.
+    -- Identifies the sender that has the delivery, and until when no other sender may take it. By this database's clock.
     token uuid,
     lease_until timestamptz,
     next_attempt_at timestamptz not null default now(),
-    -- The code of the server's last answer.
+    -- The code of the mail server's last reply.
     smtp_code smallint,
-    -- When the cause happened. Mails of a replayed history are recognised by it.
+    -- When the event that caused the mail happened. Mails of a replayed history are recognised by it.
     requested_at timestamptz not null,
-    -- The cause's trace, so that the mail and what follows from it belong to it.
+    -- The trace of that event, which the mail and its own events continue.
     traceparent text,
     tracestate text,
     updated_at timestamptz not null default now(),
-    -- The business key that makes this service idempotent: one intent per cause, however often the event comes.
+    -- The business key that makes this service idempotent: one intent per cause, however often the event arrives.
     unique (user_id, template, version),
-    -- Nobody sends without a token and a lease.
+    -- A sender needs a token and a lease.
     check ((status = 'sending') = (token is not null and lease_until is not null))
 );
 
--- What the sender looks for. Settled deliveries, which will be nearly all, are not in it.
+-- For the sender's query. Ended deliveries, which are nearly all, are not in the index.
 create index deliveries_open on deliveries (next_attempt_at) where status in ('pending', 'unknown', 'sending');

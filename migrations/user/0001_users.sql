@@ -1,31 +1,32 @@
--- The record of who the users are. Kafka has the record of what happened.
+-- The current state of all users. Kafka records what happened to them.
 create table users (
-    -- UUIDv7, made by the service: rows made one after another are neighbours in the index.
+    -- A UUIDv7, created by the service: rows that are created one after another are adjacent in the index.
     id uuid primary key,
-    -- 1 at registration, one more with every command. It comes from this row alone, so the row lock orders the versions.
+    -- 1 at registration, incremented by every command. It is computed only from this row, so the row's lock orders the
+    -- versions.
     version bigint not null check (version > 0),
-    -- As typed, without surrounding blanks. Null once the user is erased; the row stays, for its version.
+    -- As typed, without surrounding blanks. Null once the user is erased. The row stays, because it holds the version.
     email text check (length(email) between 3 and 254),
     display_name text check (length(display_name) between 1 and 100),
-    -- Personal data is there as a whole, or gone as a whole.
+    -- Personal data is either complete or completely erased.
     check ((email is null) = (display_name is null))
 );
 
--- One account per mailbox. Mail hosts do not tell upper from lower case in practice, so neither do we.
+-- One account per mailbox. In practice mail servers do not distinguish upper and lower case, so neither does this index.
 create unique index users_email on users (lower(email));
 
--- The answers to requests that carried an Idempotency-Key, written in the transaction of what they answer.
+-- The answers to requests with an Idempotency-Key, written in the transaction of the request.
 create table idempotency_keys (
-    -- A keyed hash of the caller's key: callers put anything into it, addresses too.
+    -- A keyed hash of the caller's key: callers may put anything into it, including addresses.
     key bytea primary key,
-    -- A keyed hash of the request. A bare hash of an address would be personal data: anybody can hash addresses.
+    -- A keyed hash of the request. A plain hash of an address would be personal data, because anybody can hash addresses.
     request bytea not null,
-    -- Null only within the transaction that is making the answer.
+    -- Null only within the transaction that creates the answer.
     status smallint,
-    -- Carries an id and a version, never personal data.
+    -- Contains an id and a version, never personal data.
     answer jsonb,
     created_at timestamptz not null default now()
 );
 
--- For the hourly removal of answers older than a day.
+-- For the hourly deletion of answers that are older than a day.
 create index idempotency_keys_age on idempotency_keys (created_at);

@@ -1,7 +1,8 @@
--- Events that are committed here and not yet in Kafka: written in the transaction of the change they tell of, read and
--- deleted by the relay. Insert and delete only. Columns as Debezium's EventRouter reads them, so that it could take over.
+-- Events that are committed and not published to Kafka yet. They are written in the transaction of the change that they are
+-- about. The relay publishes and deletes them. Rows are only inserted and deleted. The columns are those that Debezium's
+-- EventRouter expects, so that Debezium could replace the relay.
 create table outbox (
-    -- The order of publishing. Cached blocks of ids would hand out 1, 21, 2.
+    -- The order of publishing. A sequence with a larger cache would hand out 1, 21, 2.
     id bigint generated always as identity (cache 1) primary key,
     event_id uuid not null,
     topic text not null,
@@ -11,15 +12,15 @@ create table outbox (
     -- The aggregate's version after the event.
     version bigint not null,
     type text not null,
-    -- Null is a tombstone. The bound is below the 1 MiB that a broker takes: what is too large must fail here, where the
-    -- caller still hears of it.
+    -- Null is a tombstone. The limit is below the 1 MiB that a broker accepts, so that a larger event fails here, where the
+    -- caller gets the error.
     payload bytea check (octet_length(payload) <= 900000),
     -- W3C trace context of the request that caused the event.
     traceparent text,
     tracestate text,
     occurred_at timestamptz not null
 ) with (
-    -- Every row dies young. Without this the dead ones make each read slower.
+    -- Every row is deleted soon. Without these settings the dead rows would slow down each read.
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold = 1000,
     autovacuum_vacuum_cost_delay = 0
