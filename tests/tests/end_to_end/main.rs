@@ -20,6 +20,7 @@ mod network_faults;
 mod outages;
 mod outbox;
 mod outcome_counters;
+mod readme;
 mod rebalancing;
 mod registration;
 mod relay_crashes;

@@ -166,7 +166,8 @@ impl<H: Handler> Consumer<H> {
 
     /// Decides what follows from the result of a turn.
     fn finish_turn(&mut self, batch: &mut Batch, result: Result<(), Halt>) -> anyhow::Result<()> {
-        let (setup, partitions) = (&self.setup, &mut self.partitions);
+        let setup = &self.setup;
+        let partitions = &mut self.partitions;
         match result {
             Ok(()) => self.waiting.end(setup, partitions),
             Err(Halt::Failure(Failure::Resume)) => {
