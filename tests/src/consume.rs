@@ -80,7 +80,7 @@ impl System {
     /// A Valkey of this test's own for the cache, to be killed and emptied.
     pub async fn own_valkey(&mut self) -> Own<Redis> {
         let scratch = Scratch::create("own-valkey").unwrap();
-        let logs = Logs::fresh(&format!("tests/valkey-{}", prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/valkey-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let component = Redis::start(&fetched, scratch.path(), free_port(), &logs).await.unwrap();
         self.valkey = component.url();
@@ -91,12 +91,12 @@ impl System {
     /// A Postgres of this test's own for all services, to be killed.
     pub async fn own_postgres(&mut self) -> Own<Postgres> {
         let scratch = Scratch::create("own-postgres").unwrap();
-        let logs = Logs::fresh(&format!("tests/postgres-{}", prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/postgres-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let component =
             Postgres::start(&fetched, scratch.path(), free_port(), Durability::Process, &logs).await.unwrap();
-        for service in ["user", "email", "analytics"] {
-            self.set(&format!("{}_DATABASE_URL", service.to_uppercase()), &component.service_url(service));
+        for (setting, url) in component.database_urls() {
+            self.set(&setting, &url);
         }
         Own { component, _scratch: scratch }
     }
@@ -105,7 +105,7 @@ impl System {
     /// by the way that they came.
     pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
         let scratch = Scratch::create("own-kafka").unwrap();
-        let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/kafka-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let (direct, proxied, controller) = (free_port(), free_port(), free_port());
         let proxy = Proxy::before(&format!("127.0.0.1:{proxied}")).await;

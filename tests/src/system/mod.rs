@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use sqlx::PgPool;
 use testbed::process::{Logs, Scratch};
-use testbed::services::{ANALYTICS, CACHE, EMAIL, Running, Service, USER};
+use testbed::services::{ANALYTICS, CACHE, EMAIL, Instance, RunningService, SERVICES, Service, USER};
 use testbed::smtp_sink::SmtpSink;
 use testbed::stack::{Ports, Stack};
 use testbed::testing;
@@ -44,8 +44,8 @@ impl Part {
 }
 
 pub struct System {
-    services: BTreeMap<Part, Running>,
-    ports: BTreeMap<Part, Service>,
+    services: BTreeMap<Part, RunningService>,
+    ports: BTreeMap<Part, Instance>,
     /// How often each service was started, and which of them ended by themselves.
     starts: BTreeMap<Part, usize>,
     ended: Vec<String>,
@@ -81,12 +81,11 @@ impl System {
     /// No service yet, on the shared components.
     pub async fn empty() -> Self {
         let shared = testing::stack();
-        let databases = [
-            ("USER_DATABASE_URL", testing::database("user").await),
-            ("EMAIL_DATABASE_URL", testing::database("email").await),
-            ("ANALYTICS_DATABASE_URL", testing::database("analytics").await),
-        ];
-        Self::new(shared.kafka, shared.valkey, databases.into(), None, None).await
+        let mut databases = vec![];
+        for service in SERVICES.into_iter().filter(|service| service.has_database) {
+            databases.push((service.database_url_setting(), testing::database(service).await));
+        }
+        Self::new(shared.kafka, shared.valkey, databases, None, None).await
     }
 
     /// No service yet, on a Kafka, a Postgres and a Valkey of this test's own.
@@ -101,17 +100,13 @@ impl System {
 
     async fn empty_on(ports: Ports) -> Self {
         let scratch = Scratch::create("own-components").unwrap();
-        let logs = Logs::fresh(&format!("tests/components-{}", testing::prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/components-{}", testing::prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let durability = testbed::postgres::Durability::Process;
         let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
-        let databases = [
-            ("USER_DATABASE_URL", stack.postgres.service_url("user")),
-            ("EMAIL_DATABASE_URL", stack.postgres.service_url("email")),
-            ("ANALYTICS_DATABASE_URL", stack.postgres.service_url("analytics")),
-        ];
+        let databases = stack.postgres.database_urls().collect();
         let (kafka, valkey) = (stack.kafka_addresses(), stack.redis.url());
-        Self::new(kafka, valkey, databases.into(), Some(stack), Some(scratch)).await
+        Self::new(kafka, valkey, databases, Some(stack), Some(scratch)).await
     }
 
     /// All four services, ready, on components of this test's own.
@@ -124,7 +119,7 @@ impl System {
     async fn new(
         kafka: String,
         valkey: String,
-        databases: Vec<(&str, String)>,
+        databases: Vec<(String, String)>,
         stack: Option<Stack>,
         scratch: Option<Scratch>,
     ) -> Self {
@@ -139,10 +134,11 @@ impl System {
             ("IDEMPOTENCY_SECRET", "a secret of the tests, long enough for a secret".to_owned()),
             ("BACKOFF_MS", "200".to_owned()),
         ];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value));
         let environment = settings.into_iter().chain(databases);
         Self {
             services: BTreeMap::new(),
-            ports: Part::ALL.map(|part| (part, part.service().on_free_ports())).into(),
+            ports: Part::ALL.map(|part| (part, Instance::on_free_ports(part.service()))).into(),
             starts: BTreeMap::new(),
             ended: vec![],
             expected_to_end: BTreeSet::new(),
@@ -152,8 +148,8 @@ impl System {
             compacted: AtomicBool::new(false),
             by_hand: Mutex::default(),
             seed: seed(),
-            environment: environment.map(|(name, value)| (name.to_owned(), value)).collect(),
-            logs: Logs::fresh(&format!("tests/{prefix}"), false).unwrap(),
+            environment: environment.collect(),
+            logs: Logs::to_files(&format!("tests/{prefix}")).unwrap(),
             prefix,
             kafka,
             valkey,
@@ -204,7 +200,7 @@ impl System {
         format!("{}{path}", self.ports[&part].admin_url())
     }
 
-    fn running(&mut self, part: Part) -> &mut Running {
+    fn running(&mut self, part: Part) -> &mut RunningService {
         self.services.get_mut(&part).unwrap_or_else(|| panic!("{part:?} was not started"))
     }
 }
@@ -218,7 +214,7 @@ fn seed() -> u64 {
 }
 
 fn database_url(part: Part) -> String {
-    format!("{}_DATABASE_URL", part.service().name.to_uppercase())
+    part.service().database_url_setting()
 }
 
 impl Drop for System {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use testbed::process::{Logs, Process};
-use testbed::services::Running;
+use testbed::services::{Instance, RunningService};
 use testbed::testing;
 use uuid::Uuid;
 
@@ -123,13 +123,13 @@ impl System {
     }
 
     /// A further copy of a service, beside the first, on ports of its own.
-    pub fn spawn_another(&self, part: Part, settings: &[(&str, &str)]) -> Running {
+    pub fn spawn_another(&self, part: Part, settings: &[(&str, &str)]) -> RunningService {
         self.copies.store(true, Ordering::Relaxed);
-        let logs = Logs::fresh(&format!("tests/{}-{}", self.prefix, Uuid::now_v7().simple()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/{}-{}", self.prefix, Uuid::now_v7().simple())).unwrap();
         let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let environment: Vec<_> = self.environment.iter().cloned().chain(further).collect();
         self.copies_logs.lock().unwrap().push(logs.clone());
-        part.service().on_free_ports().spawn(&testing::stack().programs, &environment, &logs).unwrap()
+        Instance::on_free_ports(part.service()).spawn(&testing::stack().programs, &environment, &logs).unwrap()
     }
 
     /// What all processes have logged and printed, copies and subcommands too: the file's name and its text.

@@ -95,7 +95,7 @@ async fn partitions_assigned_while_it_is_open_wait_as_well() {
     system.write_all(TOPIC, &registrations(60, None)).await;
     until_open(&system).await;
     let mut another = system.spawn_another(Part::Analytics, &[]);
-    let readyz = format!("{}/readyz", another.service.admin_url());
+    let readyz = format!("{}/readyz", another.instance.admin_url());
     eventually("the second copy stops as well", async || {
         let page = reqwest::get(&readyz).await.ok()?.text().await.ok()?;
         page.contains(&format!("{USERS} 0 breaker")).then_some(())

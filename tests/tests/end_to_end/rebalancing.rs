@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use testbed::services::Running;
+use testbed::services::RunningService;
 use tests::log::Draft;
 use tests::proxy::Request;
 use tests::{Part, System, eventually, eventually_eq, throughout};
@@ -21,7 +21,7 @@ const COPIES: usize = 3;
 async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
     let mut system = System::start().await;
     let watch = system.watch().await;
-    let mut others: Vec<Running> = vec![];
+    let mut others: Vec<RunningService> = vec![];
     for part in CONSUMERS {
         others.extend((1..COPIES).map(|_| system.spawn_another(part, &[])));
     }
@@ -35,7 +35,7 @@ async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
     }
     for other in &mut others {
         other.stop().await;
-        assert!(other.process.ended().unwrap().success(), "{} ends as it is asked to", other.service.name);
+        assert!(other.process.ended().unwrap().success(), "{} ends as it is asked to", other.instance.service.name);
     }
     let parts = CONSUMERS.into_iter().flat_map(|part| [part; COPIES - 1]);
     others = parts.map(|part| system.spawn_another(part, &[])).collect();
@@ -212,9 +212,9 @@ async fn until_registered(system: &System, users: i64) {
 }
 
 /// The same, as a further copy tells it.
-async fn until_registered_at(copy: &Running, users: i64) {
+async fn until_registered_at(copy: &RunningService, users: i64) {
     eventually_eq("registered, says the other copy", Some(users), async || {
-        let answer = tests::api::send(reqwest::Client::new().get(format!("{}/funnel", copy.service.url()))).await;
+        let answer = tests::api::send(reqwest::Client::new().get(format!("{}/funnel", copy.instance.url()))).await;
         answer.ok()?.body["registered"].as_i64()
     })
     .await;

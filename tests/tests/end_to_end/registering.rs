@@ -150,7 +150,7 @@ async fn a_service_frozen_inside_a_registration_holds_its_successor_up_only_for_
 
     // Postgres ends the frozen transaction after 5 s. Until then it holds the key, and the answer is to try again.
     let registered = within(Duration::from_secs(15), "the successor registers the user", async || {
-        let answer = registration(&successor.service.url(), &email, &key).await;
+        let answer = registration(&successor.instance.url(), &email, &key).await;
         assert!([201, 409, 503].contains(&answer.status.as_u16()), "{answer:?}");
         (answer.status == 201).then_some(answer)
     });

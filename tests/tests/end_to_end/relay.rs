@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 use sqlx::PgConnection;
-use testbed::services::Running;
+use testbed::services::RunningService;
 use tests::api::{self, Answer, send};
 use tests::checker::{Asked, Outcome};
 use tests::load::Answered;
@@ -99,8 +99,8 @@ async fn a_backlog_of_large_rows_goes_out_in_rounds_that_can_succeed() {
 }
 
 /// `PATCH` or `DELETE` of a user, sent to any process of the service.
-async fn change(process: &Running, id: Uuid, display_name: Option<&str>) -> Answer {
-    let url = format!("{}/users/{id}", process.service.url());
+async fn change(process: &RunningService, id: Uuid, display_name: Option<&str>) -> Answer {
+    let url = format!("{}/users/{id}", process.instance.url());
     let request = match display_name {
         Some(name) => Client::new().patch(url).json(&json!({ "display_name": name })),
         None => Client::new().delete(url),
@@ -344,7 +344,7 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
         (system.spawn_another(Part::Email, &[]), system.spawn_another(Part::Analytics, &[]));
     email.until_ready().await.unwrap();
     analytics.until_ready().await.unwrap();
-    let funnel = format!("{}/funnel", analytics.service.url());
+    let funnel = format!("{}/funnel", analytics.instance.url());
     eventually_eq("the copies have done all the work", json!({ "registered": 5, "mailed": 5 }), async || {
         send(Client::new().get(&funnel)).await.unwrap().body
     })

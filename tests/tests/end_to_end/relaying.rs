@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use reqwest::Client;
 use serde_json::json;
-use testbed::services::Running;
+use testbed::services::RunningService;
 use tests::api::send;
 use tests::load::Answered;
 use tests::watch::Watch;
@@ -25,7 +25,7 @@ async fn of_several_relays_one_leads_and_another_takes_over_when_it_dies() {
     let mut system = System::empty().await;
     system.restart(Part::User, &[]).await;
     let watch = system.watch().await;
-    let mut copies: Vec<Running> = (0..3).map(|_| system.spawn_another(Part::User, &[])).collect();
+    let mut copies: Vec<RunningService> = (0..3).map(|_| system.spawn_another(Part::User, &[])).collect();
     for copy in &mut copies {
         copy.until_ready().await.unwrap();
     }
@@ -71,7 +71,7 @@ async fn rows_that_postgres_will_not_delete_are_published_once() {
 }
 
 /// Waits until somebody publishes, and watches for a while that nobody else does.
-async fn the_one_that_publishes(copies: &[Running]) -> Option<usize> {
+async fn the_one_that_publishes(copies: &[RunningService]) -> Option<usize> {
     let published = async || {
         let mut rounds = vec![];
         for copy in copies {
@@ -98,9 +98,9 @@ async fn the_one_that_publishes(copies: &[Running]) -> Option<usize> {
     Some(leader)
 }
 
-async fn rounds_of(copy: &Running) -> f64 {
+async fn rounds_of(copy: &RunningService) -> f64 {
     let page =
-        Client::new().get(format!("{}/metrics", copy.service.admin_url())).send().await.unwrap().text().await.unwrap();
+        Client::new().get(format!("{}/metrics", copy.instance.admin_url())).send().await.unwrap().text().await.unwrap();
     let series = page.lines().find_map(|line| line.strip_prefix("relay_rounds_total{outcome=\"published\"} "));
     series.map_or(0.0, |rounds| rounds.parse().unwrap())
 }
@@ -112,8 +112,8 @@ struct Writers {
 }
 
 impl Writers {
-    fn begin(copies: &[Running], users: &[Uuid]) -> Self {
-        let urls: Vec<String> = copies.iter().map(|copy| copy.service.url()).collect();
+    fn begin(copies: &[RunningService], users: &[Uuid]) -> Self {
+        let urls: Vec<String> = copies.iter().map(|copy| copy.instance.url()).collect();
         let mut writers = Self { tasks: JoinSet::new(), over: Arc::default() };
         for &id in users {
             let (urls, over) = (urls.clone(), writers.over.clone());

@@ -126,7 +126,7 @@ async fn a_consumer_that_wakes_up_after_another_took_over_takes_no_version_back(
     let mut successor = mine.spawn_another(Part::Cache, &[]);
     successor.until_ready().await.unwrap();
     let seen = async || {
-        let url = format!("{}/profiles/{}", successor.service.url(), users[0]);
+        let url = format!("{}/profiles/{}", successor.instance.url(), users[0]);
         let answer = api::send(reqwest::Client::new().get(url)).await.unwrap();
         (answer.status == StatusCode::OK).then(|| answer.version())
     };
