@@ -116,9 +116,7 @@ mod tests {
     const FIRST_HOUR: OffsetDateTime = datetime!(2026-11-22 12:00 UTC);
 
     async fn database() -> PgPool {
-        let db = PgPool::connect(&testbed::testing::database("analytics").await).await.unwrap();
-        crate::MIGRATIONS.run(&db).await.unwrap();
-        db
+        testbed::testing::migrated_database(testbed::services::ANALYTICS, &crate::MIGRATIONS).await
     }
 
     fn record<E: Event>(key: Uuid, id: Uuid, minutes: u8, event: E) -> Record<E> {

@@ -143,9 +143,7 @@ mod tests {
     const CASES: u32 = 32;
 
     async fn database() -> PgPool {
-        let db = PgPool::connect(&testbed::testing::database("email").await).await.unwrap();
-        crate::MIGRATIONS.run(&db).await.unwrap();
-        db
+        testbed::testing::migrated_database(testbed::services::EMAIL, &crate::MIGRATIONS).await
     }
 
     fn state(user: Uuid, version: i64, erased: bool) -> Record<UserState> {

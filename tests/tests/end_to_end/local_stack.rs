@@ -1,5 +1,6 @@
-//! The local stack's promise to a developer's machine: what `kill -9` of xtask leaves running is ended by the next run, and only
-//! that.
+//! The local stack on a developer's machine. The demo runs to its end, and no process or data
+//! outlives a run of xtask: a run that is killed with `kill -9` leaves children, which the next run
+//! ends, and only those.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,62 +8,108 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use sqlx::{Connection, PgConnection};
+use testbed::services::SERVICES;
 use testbed::{paths, testing};
 use tests::{eventually_eq, within};
 
-/// A run of xtask. For what it builds it calls the cargo that `cargo` stands in for: the programs are there already.
+/// How long the demo may take to start everything. It is longer than the stack's own limits, so
+/// that the stack is the one to report what did not start.
+const START_DEADLINE: Duration = Duration::from_secs(240);
+
+/// A command of xtask. It does not compile anything: instead of cargo it calls the program `cargo`,
+/// and the services are built already.
 fn xtask(command: &str, cargo: &str) -> Command {
     let mut run = Command::new(paths::root().join("target/debug/xtask"));
     run.arg(command).env("CARGO", cargo).stdout(Stdio::piped()).stderr(Stdio::piped());
     run
 }
 
-/// Number and name of the processes whose parent is one of `parents`.
-fn children(parents: &BTreeSet<u32>) -> Vec<(u32, String)> {
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    let child = |pid: u32| {
-        let (name, parent) = identity(pid)?;
-        parents.contains(&parent).then_some((pid, name))
-    };
-    processes.filter_map(child).collect()
+/// Starts the demo and waits until all its components and services run.
+async fn start_demo() -> Child {
+    let run = xtask("demo", "true").spawn().unwrap();
+    let parents = BTreeSet::from([run.id()]);
+    let expected: Vec<&str> = ["java", "postgres"].into_iter().chain(SERVICES.map(|service| service.name)).collect();
+    within(START_DEADLINE, "the demo has started all its processes", async || {
+        let names: BTreeSet<String> = children(&parents).into_iter().filter_map(|pid| Some(stat(pid)?.name)).collect();
+        expected.iter().all(|name| names.contains(*name)).then_some(())
+    })
+    .await;
+    run
 }
 
-/// Name and parent of a process; `None` when it is gone, or dead and only not yet collected.
-fn identity(pid: u32) -> Option<(String, u32)> {
+/// Whether a run has a folder of temporary data.
+fn has_data(run: u32) -> bool {
+    let scratch = paths::data().unwrap().join("scratch");
+    let prefix = format!("{run}-");
+    fs::read_dir(scratch).unwrap().any(|entry| entry.unwrap().file_name().to_str().unwrap().starts_with(&prefix))
+}
+
+/// Some fields of `/proc/<pid>/stat`.
+struct Stat {
+    name: String,
+    parent: u32,
+    /// Start time. It distinguishes the process from a later one with the same pid.
+    start: u64,
+}
+
+/// `None` if there is no such process or it is a zombie.
+fn stat(pid: u32) -> Option<Stat> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may itself contain blanks and parentheses.
     let (start, fields) = stat.rsplit_once(") ")?;
-    let mut fields = fields.split(' ');
-    let alive = fields.next() != Some("Z");
-    let parent = fields.next()?.parse().ok()?;
-    alive.then(|| (start.split_once('(').unwrap_or_default().1.to_owned(), parent))
+    let (_, name) = start.split_once('(')?;
+    let fields: Vec<&str> = fields.split(' ').collect();
+    let is_zombie = fields[0] == "Z";
+    (!is_zombie).then_some(Stat {
+        name: name.to_owned(),
+        parent: fields[1].parse().ok()?,
+        start: fields[19].parse().ok()?,
+    })
 }
 
-/// Children, and children of children: a Postgres has many.
-fn descendants(of: u32) -> BTreeSet<u32> {
-    let mut all = BTreeSet::from([of]);
+/// The processes whose parent is one of `parents`.
+fn children(parents: &BTreeSet<u32>) -> Vec<u32> {
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| stat(*pid).is_some_and(|stat| parents.contains(&stat.parent))).collect()
+}
+
+/// Pid and start time of all children of a process, of their children, and so on. Postgres has
+/// many.
+fn descendants(of: u32) -> Vec<(u32, u64)> {
+    let mut family = BTreeSet::from([of]);
     loop {
-        let more: BTreeSet<u32> = children(&all).into_iter().map(|(pid, _)| pid).chain(all.iter().copied()).collect();
-        if more == all {
-            all.remove(&of);
-            return all;
+        let before = family.len();
+        family.extend(children(&family));
+        if family.len() == before {
+            break;
         }
-        all = more;
     }
+    family.remove(&of);
+    family.into_iter().filter_map(|pid| Some((pid, stat(pid)?.start))).collect()
 }
 
-/// When the shared Postgres, which another run of xtask has started, began.
-async fn shared_postgres_began() -> String {
+/// The names of those processes that still run.
+fn still_running(processes: &[(u32, u64)]) -> Vec<String> {
+    let same = |(pid, start): &(u32, u64)| stat(*pid).filter(|stat| stat.start == *start);
+    processes.iter().filter_map(same).map(|stat| stat.name).collect()
+}
+
+/// When the shared Postgres was started. Another run of xtask has started it, which is still
+/// active.
+async fn start_of_shared_postgres() -> String {
     let mut connection = PgConnection::connect(&testing::stack().postgres).await.unwrap();
     sqlx::query_scalar("select pg_postmaster_start_time()::text").fetch_one(&mut connection).await.unwrap()
 }
 
-/// A process that no run of xtask has started; it ends with the test, also with one that fails.
+/// A process that xtask did not start. It is killed at the end of the test, also when the test
+/// fails.
 struct Stranger(Child);
 
 impl Stranger {
     fn start() -> Self {
-        // Without our output: whoever reads that waits for its last writer.
         let mut sleep = Command::new("sleep");
+        // It must not inherit our output: a reader of that waits until the last writer has closed
+        // it.
         sleep.arg("600").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self(sleep.spawn().unwrap())
     }
@@ -75,47 +122,76 @@ impl Drop for Stranger {
     }
 }
 
-/// Longer than the stack's own limits, so that it is the one to say what did not start.
-const STACK_DEADLINE: Duration = Duration::from_secs(240);
+/// What the demo prints, in this order.
+const DEMO_LINES: [&str; 25] = [
+    "This demo starts all of Waybill",
+    "Starting Kafka, Postgres, Redis and an SMTP sink",
+    "Starting the services",
+    "Ada Lovelace registers",
+    "user       POST /users answers 201",
+    "cache      GET /profiles/{id}?min_version=1 returns the profile",
+    "email      the SMTP server has accepted the mail",
+    "analytics  GET /funnel counts the user",
+    "Grace Hopper registers",
+    "user       POST /users answers 201",
+    "cache      GET /profiles/{id}?min_version=1 returns the profile",
+    "email      the SMTP server has accepted the mail",
+    "analytics  GET /funnel counts the user",
+    "Alan Turing registers",
+    "user       POST /users answers 201",
+    "cache      GET /profiles/{id}?min_version=1 returns the profile",
+    "email      the SMTP server has accepted the mail",
+    "analytics  GET /funnel counts the user",
+    "Ada Lovelace changes her name",
+    "user       PATCH /users/{id} answers 200",
+    "cache      GET /profiles/{id}?min_version=2 waits for the change and returns it",
+    "Grace Hopper is erased",
+    "user       DELETE /users/{id} answers 204",
+    "cache      GET /profiles/{id} answers 404",
+    "Everything is stopped.",
+];
 
-/// A demo whose brokers and services are all up.
-async fn demo() -> Child {
-    let run = xtask("demo", "true").spawn().unwrap();
-    let parents = BTreeSet::from([run.id()]);
-    within(STACK_DEADLINE, "the demo has its children", async || {
-        let names: BTreeSet<String> = children(&parents).into_iter().map(|(_, name)| name).collect();
-        let wanted = ["java", "postgres", "user", "email", "analytics", "cache"];
-        wanted.iter().all(|name| names.contains(*name)).then_some(())
-    })
-    .await;
-    run
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_prints_every_step_and_leaves_nothing_running() {
+    let run = start_demo().await;
+    let pid = run.id();
+    let processes = descendants(pid);
+    let output = run.wait_with_output().unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "the demo ends with {}: {printed}{errors}", output.status);
+    let mut rest = printed.as_str();
+    for line in DEMO_LINES {
+        let (_, after) =
+            rest.split_once(line).unwrap_or_else(|| panic!("{line:?} is missing or too early in:\n{printed}"));
+        rest = after;
+    }
+    assert!(processes.len() >= 7, "the demo runs Kafka, Postgres, Redis and four services: {processes:?}");
+    assert_eq!(still_running(&processes), Vec::<String>::new());
+    assert!(!has_data(pid), "the demo's data is still on disk");
 }
 
-/// The next run, whichever it is, ends what a killed run has left and removes its data. The stack of a
-/// run that lives (the one that this test runs on) and a stranger's process stay as they are.
+/// The next run of any command ends the processes of a killed run and removes its data. The stack
+/// of an active run (the one that this test uses) and the process of a stranger stay as they are.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_killed_run_left_behind_is_ended_by_the_next_and_nothing_else() {
+async fn the_next_run_ends_what_a_killed_run_has_left_and_nothing_else() {
     let mut stranger = Stranger::start();
-    let began = shared_postgres_began().await;
-    let mut run = demo().await;
-    let scratch = paths::data().unwrap().join("scratch");
-    let prefix = format!("{}-", run.id());
-    let own = |name: &str| name.starts_with(&prefix);
-    let data = || fs::read_dir(&scratch).unwrap().any(|entry| entry.unwrap().file_name().to_str().is_some_and(own));
+    let shared_postgres = start_of_shared_postgres().await;
+    let mut run = start_demo().await;
     let left = descendants(run.id());
-    assert!(data(), "the demo keeps its data there");
+    assert!(has_data(run.id()));
     run.kill().unwrap();
     run.wait().unwrap();
-    let alive = || left.iter().filter_map(|pid| identity(*pid)).map(|(name, _)| name).collect::<Vec<_>>();
-    assert!(alive().len() >= 7, "a kill -9 leaves the children running: {:?}", alive());
+    let running = still_running(&left);
+    assert!(running.len() >= 7, "a kill -9 of the run leaves its children running: {running:?}");
 
-    // It ends in failure at its first step, since its cargo is `false`; but cleaning comes before the first step.
+    // This run fails at its first step, because its cargo is `false`. It cleans up before that.
     let next = xtask("check", "false").output().unwrap();
-    let said = String::from_utf8_lossy(&next.stdout) + String::from_utf8_lossy(&next.stderr);
-    assert!(said.contains("processes that an earlier run had left behind"), "{said}");
-    // A Postgres that is killed takes its own children with it in a moment.
-    eventually_eq("nothing is left running", Vec::<String>::new(), async || alive()).await;
-    assert!(!data(), "left on disk");
-    assert_eq!(shared_postgres_began().await, began, "the Postgres of a living run is another one now");
-    assert!(stranger.0.try_wait().unwrap().is_none(), "a stranger's process was ended");
+    let printed = String::from_utf8_lossy(&next.stdout) + String::from_utf8_lossy(&next.stderr);
+    assert!(printed.contains("processes that an earlier run had left running"), "{printed}");
+    // The child processes of a killed Postgres end a moment later.
+    eventually_eq("no process of the killed run is left", Vec::<String>::new(), async || still_running(&left)).await;
+    assert!(!has_data(run.id()), "the data of the killed run is still on disk");
+    assert_eq!(start_of_shared_postgres().await, shared_postgres, "the shared Postgres was restarted");
+    assert!(stranger.0.try_wait().unwrap().is_none(), "the stranger's process was ended");
 }

@@ -1,8 +1,10 @@
-//! What a developer runs, as a library: it fetches real Kafka, Postgres and Redis, starts them as child processes beside an SMTP
-//! sink, and sees to it that nothing outlives us. `cargo xtask` (main.rs) starts the whole system with it; the tests break single
-//! parts with it. It is never shipped, and it knows the services only as programs with environment variables and ports.
+//! The test bed: fetches real Kafka, Postgres and Redis, starts them as child processes together
+//! with an SMTP sink, and makes sure that no process outlives the run. `cargo xtask` starts the
+//! whole system with it, and the tests break single components with it. It is never shipped. It
+//! knows the services only as programs with environment variables and ports.
 //!
-//! Reading order: `process` (children that die with us), `fetch`, one file per component, `stack`, `services`, `system`, `testing`.
+//! Reading order: `process` (children that end with us), `fetch`, one file per component, `stack`,
+//! `services`, `system`, `testing`.
 
 #![allow(
     clippy::disallowed_methods,

@@ -1,4 +1,4 @@
-//! Free ports, taken ports, and asking a port whether somebody answers.
+//! Free ports, ports in use, and requests to a port.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -8,16 +8,18 @@ use anyhow::{Context, Result, anyhow};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// Below the ports that systems give to outgoing connections (32768 on Linux, 49152 elsewhere): while a broker is down, a client
-/// that keeps dialling its port can otherwise be given that very port and end up connected to itself.
+/// The range is below the ports that systems use for outgoing connections (from 32768 on Linux,
+/// from 49152 elsewhere). Otherwise a client that keeps dialling the port of a broker that is down
+/// can get that same port as its own and connect to itself.
 const FIRST: u16 = 20_000;
 const COUNT: u16 = 12_000;
-const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+/// How long one request may take.
+const REQUEST_LIMIT: Duration = Duration::from_secs(1);
 
-/// A port on loopback that nobody listens on now and that this process has not handed out lately.
+/// A port on loopback that no process listens on and that this process has not returned recently.
 pub fn free() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Processes that look at the same time begin at different places.
+    // Processes that search at the same time start at different ports.
     let start = (std::process::id() * 97 % u32::from(COUNT)) as u16;
     (0..COUNT)
         .map(|_| FIRST + (start + NEXT.fetch_add(1, Ordering::Relaxed) % COUNT) % COUNT)
@@ -25,14 +27,14 @@ pub fn free() -> u16 {
         .expect("one of 12,000 ports is free")
 }
 
-/// Says in one sentence what is wrong when a port is taken.
+/// Fails when another program listens on the port. `purpose` completes "needed for …".
 pub fn require_free(port: u16, purpose: &str) -> Result<()> {
     if is_free(port) {
         return Ok(());
     }
     Err(anyhow!(
-        "port {port}, needed for {purpose}, is in use: stop the program that listens there (perhaps another `cargo xtask up` or \
-         `docker compose up`) and run this again"
+        "port {port}, needed for {purpose}, is in use: stop the program that listens on it (perhaps another \
+         `cargo xtask up` or `docker compose up`) and run this again"
     ))
 }
 
@@ -49,7 +51,7 @@ pub async fn ask(port: u16, request: &[u8], length: usize) -> Result<Vec<u8>> {
         stream.read_exact(&mut answer).await?;
         anyhow::Ok(answer)
     };
-    tokio::time::timeout(ANSWER_LIMIT, exchange).await.context("no answer in time")?
+    tokio::time::timeout(REQUEST_LIMIT, exchange).await.context("no answer in time")?
 }
 
 #[cfg(test)]
@@ -57,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_taken_port_is_named() {
+    fn the_error_names_the_port_that_is_in_use() {
         let port = free();
         let _listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
         let error = require_free(port, "Kafka").unwrap_err().to_string();
@@ -65,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_differ() {
+    fn two_free_ports_differ() {
         assert_ne!(free(), free());
     }
 }

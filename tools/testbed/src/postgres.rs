@@ -1,4 +1,4 @@
-//! A Postgres server with a role and a database per service.
+//! A Postgres server with a role and a database for each service that has one.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -12,28 +12,31 @@ use nix::sys::signal::Signal;
 use nix::unistd::{User, geteuid};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::time::{Instant, sleep};
+use topology::{Service, with_database};
 
 use crate::fetch::Fetched;
 use crate::process::{self, Logs, Process};
 
-/// The services that own a database, `waybill_<service>`, and a role of the same name.
-pub const SERVICES: [&str; 3] = ["user", "email", "analytics"];
-
-/// Of the superuser `postgres` and of every role. It guards nothing: the server listens on loopback and holds test data.
+/// The password of the superuser `postgres` and of every role. It protects nothing: the server
+/// listens on loopback and holds test data.
 pub const PASSWORD: &str = "waybill-local";
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// After a `kill -9` of the server its children take a moment to notice, and the system a moment to forget its number; until then
-/// no other server starts on its data.
+/// How long a start is retried while the previous server on the same data is still exiting. After a
+/// `kill -9` its child processes need a moment to notice, and no other server starts until they are
+/// gone.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
-/// Tests run many services against one server, each with a pool.
+const PREDECESSOR_POLL: Duration = Duration::from_millis(200);
+/// Tests run many services against one server, each with a pool of connections.
 const MAX_CONNECTIONS: &str = "max_connections=300";
 
-/// Whether an accepted commit outlives a power cut. A `kill -9` of the server it outlives in any case.
+/// What an accepted commit survives.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
+    /// A power failure, and a `kill -9` of the server.
     Disk,
+    /// Only a `kill -9` of the server: `fsync` is off, which is faster.
     Process,
 }
 
@@ -47,8 +50,8 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts a server on the data in `folder`, or on new data where there is none, and waits until it answers and has the
-    /// services' roles and databases.
+    /// Starts a server on the data in `folder`, or on new data where there is none. Returns when
+    /// the server accepts connections and the services' roles and databases exist.
     pub async fn start(
         fetched: &Fetched,
         folder: &Path,
@@ -57,7 +60,8 @@ impl Postgres {
         logs: &Logs,
     ) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        // An initdb that was interrupted is done again; `initialised` comes last.
+        // The marker `initialised` is written last, so an interrupted initdb is repeated from
+        // scratch.
         if !folder.join("initialised").exists() {
             let _ = fs::remove_dir_all(folder.join("data"));
             initialise(fetched, folder, logs).await?;
@@ -70,28 +74,33 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// As superuser.
+    /// The superuser's URL.
     pub fn url(&self) -> String {
         superuser_url(self.port)
     }
 
-    /// As the service's own role, in its own database.
-    pub fn service_url(&self, service: &str) -> String {
-        let name = role(service);
+    /// The URL of a service's own database, for the service's own role.
+    pub fn service_url(&self, service: Service) -> String {
+        let name = service.database();
         database_url(&self.url(), &name, &name)
     }
 
-    /// Creates an empty database owned by a service's role; its URL for that role.
+    /// For each service with a database: the setting that holds the database's URL, and the URL.
+    pub fn database_urls(&self) -> impl Iterator<Item = (String, String)> {
+        with_database().map(|service| (service.database_url_setting(), self.service_url(service)))
+    }
+
+    /// Creates an empty database owned by a role. Returns its URL for that role.
     pub async fn create_database(&self, name: &str, owner: &str) -> Result<String> {
         create_database(&self.url(), name, owner).await
     }
 
-    /// A fast shutdown: open transactions are rolled back, clients cut off.
+    /// A fast shutdown: the server disconnects its clients and rolls open transactions back.
     pub async fn stop(&mut self) {
         self.process.stop(Signal::SIGINT, STOP_LIMIT).await;
     }
 
-    /// On the same port and data, after `stop` or `process.kill`.
+    /// Starts the server again on the same port and data, after `stop` or `process.kill`.
     pub async fn restart(&mut self) -> Result<()> {
         self.process.kill();
         self.process = launch(&self.fetched, &self.folder, self.port, self.durability, &self.logs).await?;
@@ -99,24 +108,21 @@ impl Postgres {
     }
 }
 
-pub fn role(service: &str) -> String {
-    format!("waybill_{service}")
-}
-
-/// `superuser_url` is that of any server set up here.
+/// Creates an empty database owned by a role, on any server that this module has set up. Returns
+/// its URL for that role.
 pub async fn create_database(superuser_url: &str, name: &str, owner: &str) -> Result<String> {
     let mut connection = PgConnection::connect(superuser_url).await.context("cannot connect to Postgres")?;
     run(&mut connection, format!("create database {name} owner {owner}")).await?;
-    // Otherwise each service's role could connect to every other service's database.
+    // By default every role may connect to every database.
     run(&mut connection, format!("revoke connect on database {name} from public")).await?;
     connection.close().await?;
     Ok(database_url(superuser_url, name, owner))
 }
 
 async fn run(connection: &mut PgConnection, statement: String) -> Result<()> {
-    // The names in it are ours, and SQL has no parameters for names.
+    // Safe: the names in the statement are ours. SQL has no parameters for names.
     let outcome = sqlx::raw_sql(AssertSqlSafe(statement.as_str())).execute(connection).await;
-    outcome.map(drop).with_context(|| format!("Postgres refuses `{statement}`"))
+    outcome.map(drop).with_context(|| format!("Postgres rejects `{statement}`"))
 }
 
 fn superuser_url(port: u16) -> String {
@@ -124,14 +130,16 @@ fn superuser_url(port: u16) -> String {
 }
 
 fn database_url(superuser_url: &str, database: &str, role: &str) -> String {
-    let (_, address) = superuser_url.split_once('@').expect("our own URL holds a password");
-    let (address, _) = address.split_once('/').expect("our own URL holds a database");
+    let (_, address) = superuser_url.split_once('@').expect("superuser_url writes a password");
+    let (address, _) = address.split_once('/').expect("superuser_url writes a database");
     format!("postgres://{role}:{PASSWORD}@{address}/{database}")
 }
 
+/// Creates the roles and databases that do not exist yet.
 async fn create_roles(superuser_url: &str) -> Result<()> {
     let mut connection = PgConnection::connect(superuser_url).await.context("cannot connect to Postgres")?;
-    for name in SERVICES.map(role) {
+    for service in with_database() {
+        let name = service.database();
         let role: Option<i32> = sqlx::query_scalar("select 1 from pg_roles where rolname = $1")
             .bind(&name)
             .fetch_optional(&mut connection)
@@ -150,13 +158,14 @@ async fn create_roles(superuser_url: &str) -> Result<()> {
     Ok(connection.close().await?)
 }
 
-/// A program of Postgres, which refuses to run as root: then it runs as `nobody`, who must own the folder.
+/// A command that runs a program of Postgres. Postgres refuses to run as root, so for root the
+/// program runs as the user `nobody`, and the folder is given to that user.
 fn program(fetched: &Fetched, name: &str, folder: &Path) -> Result<Command> {
     let mut command = process::command(fetched.postgres.join("bin").join(name));
     command.current_dir(folder);
     if geteuid().is_root() {
         let nobody = User::from_name("nobody")?
-            .context("Postgres does not run as root and there is no user `nobody`: use another user")?;
+            .context("Postgres does not run as root and there is no user `nobody`: run this as another user")?;
         chown(folder, Some(nobody.uid.as_raw()), Some(nobody.gid.as_raw()))?;
         command.uid(nobody.uid.as_raw()).gid(nobody.gid.as_raw());
     }
@@ -170,7 +179,7 @@ async fn initialise(fetched: &Fetched, folder: &Path, logs: &Logs) -> Result<()>
     let mut command = program(fetched, "initdb", folder)?;
     command.arg("--pgdata").arg(folder.join("data")).arg("--pwfile").arg(&password);
     command.args(["--username=postgres", "--auth=scram-sha-256", "--encoding=UTF8", "--no-sync"]);
-    // Built in, so that upper and lower case are the same on every machine.
+    // The built-in locale, so that upper and lower case are the same on every machine.
     command.args(["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]);
     let mut initdb = Process::spawn("postgres", command, &logs.off_terminal())?;
     let status = initdb.wait().await;
@@ -178,25 +187,29 @@ async fn initialise(fetched: &Fetched, folder: &Path, logs: &Logs) -> Result<()>
     Ok(())
 }
 
+/// Starts the server and waits until it accepts connections.
 async fn launch(fetched: &Fetched, folder: &Path, port: u16, durability: Durability, logs: &Logs) -> Result<Process> {
-    let (deadline, log) = (Instant::now() + PREDECESSOR_LIMIT, logs.file("postgres"));
+    let deadline = Instant::now() + PREDECESSOR_LIMIT;
+    let log = logs.file("postgres");
     loop {
-        let logged = fs::read(&log).map_or(0, |text| text.len());
+        let logged_before = fs::read(&log).map_or(0, |text| text.len());
         let mut process = Process::spawn("postgres", server(fetched, folder, port, durability)?, logs)?;
-        match process.until_ready(START_LIMIT, async || answers(port).await).await {
+        match process.until_ready(START_LIMIT, async || accepts_connections(port).await).await {
             Ok(()) => return Ok(process),
-            Err(_) if has_predecessor(&log, logged) && Instant::now() < deadline => {
-                sleep(Duration::from_millis(200)).await;
+            Err(_) if reports_predecessor(&log, logged_before) && Instant::now() < deadline => {
+                sleep(PREDECESSOR_POLL).await;
             }
             Err(error) => return Err(error),
         }
     }
 }
 
-/// Told by what was logged since: every session of the predecessor may have written its last words behind it.
-fn has_predecessor(log: &Path, logged: usize) -> bool {
+/// Whether the server has logged, after the first `logged_before` bytes, that another server still
+/// uses its data. All of that text is searched, because each session of the previous server may
+/// write further lines after the message.
+fn reports_predecessor(log: &Path, logged_before: usize) -> bool {
     let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(text.get(logged..).unwrap_or_default());
+    let text = String::from_utf8_lossy(text.get(logged_before..).unwrap_or_default());
     text.contains("shared memory block") || text.contains("\"postmaster.pid\" already exists")
 }
 
@@ -210,7 +223,7 @@ fn server(fetched: &Fetched, folder: &Path, port: u16, durability: Durability) -
     Ok(command)
 }
 
-async fn answers(port: u16) -> bool {
+async fn accepts_connections(port: u16) -> bool {
     match PgConnection::connect(&superuser_url(port)).await {
         Ok(connection) => connection.close().await.is_ok(),
         Err(_) => false,

@@ -1,4 +1,5 @@
-//! A Redis-protocol server that keeps nothing on disk, like the Valkey of docker-compose.yml.
+//! A server that speaks the Redis protocol: Valkey or Redis. It stores nothing on disk, like the
+//! Valkey in docker-compose.yml.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub struct Redis {
 }
 
 impl Redis {
+    /// Starts an empty server and waits until it answers.
     pub async fn start(fetched: &Fetched, folder: &Path, port: u16, logs: &Logs) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let process = launch(fetched, folder, port, logs).await?;
@@ -37,7 +39,7 @@ impl Redis {
         self.process.stop(Signal::SIGTERM, STOP_LIMIT).await;
     }
 
-    /// On the same port, empty.
+    /// Starts the server again on the same port. It is empty then.
     pub async fn restart(&mut self) -> Result<()> {
         self.process.kill();
         self.process = launch(&self.fetched, &self.folder, self.port, &self.logs).await?;
@@ -48,7 +50,7 @@ impl Redis {
 async fn launch(fetched: &Fetched, folder: &Path, port: u16, logs: &Logs) -> Result<Process> {
     let mut command = process::command(&fetched.redis_server);
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1"]);
-    // Evicting a profile would look like a user who does not exist.
+    // A profile that was evicted would look like a user who does not exist.
     command.args(["--maxmemory-policy", "noeviction", "--save", "", "--appendonly", "no", "--loglevel", "warning"]);
     command.arg("--dir").arg(folder);
     let mut process = Process::spawn("redis", command, logs)?;

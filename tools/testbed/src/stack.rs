@@ -17,11 +17,12 @@ use crate::smtp_sink::SmtpSink;
 #[derive(Clone, Copy)]
 pub struct Ports {
     pub kafka: u16,
-    /// Of the second and the third broker, if Kafka is to be three.
+    /// The ports of the second and the third broker, for a cluster of three.
     pub further_brokers: Option<[u16; 2]>,
     pub postgres: u16,
     pub redis: u16,
     pub smtp: u16,
+    /// The SMTP sink's list of mails.
     pub mails: u16,
 }
 
@@ -46,6 +47,7 @@ impl Ports {
         Self { further_brokers: Some([ports::free(), ports::free()]), ..Self::free() }
     }
 
+    /// Fails when another program listens on one of the ports.
     pub fn require_free(&self) -> Result<()> {
         for port in self.brokers() {
             ports::require_free(port, "Kafka")?;
@@ -62,7 +64,7 @@ impl Ports {
 }
 
 pub struct Stack {
-    /// The broker, or the first of three.
+    /// The only broker, or the first of three.
     pub kafka: Kafka,
     pub further_brokers: Vec<Kafka>,
     pub postgres: Postgres,
@@ -72,7 +74,8 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// On the data in `folder`; what is missing there is made.
+    /// Starts all components on the data in `folder` and waits until they are ready. A component
+    /// without data there starts empty.
     pub async fn start(
         fetched: &Fetched,
         folder: &Path,
@@ -81,8 +84,9 @@ impl Stack {
         logs: &Logs,
     ) -> Result<Self> {
         ports.require_free()?;
-        let (kafka_folder, postgres_folder, redis_folder) =
-            (folder.join("kafka"), folder.join("postgres"), folder.join("redis"));
+        let kafka_folder = folder.join("kafka");
+        let postgres_folder = folder.join("postgres");
+        let redis_folder = folder.join("redis");
         let ((kafka, further_brokers), postgres, redis, sink) = tokio::try_join!(
             start_kafka(fetched, &kafka_folder, ports, logs),
             Postgres::start(fetched, &postgres_folder, ports.postgres, durability, logs),
@@ -93,7 +97,8 @@ impl Stack {
         Ok(Self { kafka, further_brokers, postgres, redis, sink, ports })
     }
 
-    /// Lets each finish what it writes. Dropping the stack kills instead, which is quicker and enough for data that is thrown away.
+    /// Lets each component finish its writes. Dropping the stack kills them instead. That is
+    /// faster, and enough when the data is thrown away.
     pub async fn stop(mut self) {
         let Self { kafka, further_brokers, postgres, redis, .. } = &mut self;
         let brokers = [kafka].into_iter().chain(further_brokers);

@@ -1,4 +1,4 @@
-//! The stack and the four services on it: the whole of Waybill.
+//! The stack and the services on it: all of Waybill on one machine.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,34 +11,46 @@ use tokio::time::sleep;
 use crate::fetch::Fetched;
 use crate::postgres::Durability;
 use crate::process::{Logs, Process};
-use crate::say::say;
-use crate::services::{self, Running, Service};
+use crate::say::{self, say};
+use crate::services::{self, Instance, RunningService, Service};
 use crate::stack::{Ports, Stack};
 
-/// How soon a process that has ended is noticed, and so how often one that keeps ending is started.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often `keep_running` looks for processes that have ended. It also limits how often a process
+/// that ends at once is started again.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Dropped in this order: the services before what they use.
+/// Fields are dropped in this order: the services before the components that they use.
 pub struct System {
-    services: Vec<Running>,
+    services: Vec<RunningService>,
     pub stack: Stack,
 }
 
 impl System {
-    pub async fn start(stack: Stack, services: &[Service], programs: &Path, logs: &Logs) -> Result<Self> {
+    /// Starts the instances and waits until all are ready.
+    pub async fn start(stack: Stack, instances: &[Instance], programs: &Path, logs: &Logs) -> Result<Self> {
         let environment = services::environment(&stack);
-        let spawn = |service: &Service| service.spawn(programs, &environment, logs);
-        let mut system = Self { services: services.iter().map(spawn).collect::<Result<_>>()?, stack };
-        // They wait for each other's topics, so all are started before one is waited for; the first to fail ends the wait.
-        try_join_all(system.services.iter_mut().map(Running::until_ready)).await?;
+        let spawn = |instance: &Instance| instance.spawn(programs, &environment, logs);
+        let services = instances.iter().map(spawn).collect::<Result<_>>()?;
+        let mut system = Self { services, stack };
+        // All are started before any is waited for, because services wait for each other's topics.
+        // The first failure ends the wait.
+        let ready = try_join_all(system.services.iter_mut().map(RunningService::until_ready));
+        say::timed("Starting the services (about 5 s) …", ready).await?;
         Ok(system)
     }
 
-    /// Starts again what ends, as containers would be: kill any of them and watch the others wait and recover.
+    /// The URL of a service that `start` was given.
+    pub fn url(&self, service: Service) -> String {
+        let running = self.services.iter().find(|running| running.instance.service == service);
+        running.expect("the service was started").instance.url()
+    }
+
+    /// Restarts every process that ends, as Docker restarts containers. Kill any of them and watch
+    /// the others wait and recover. Returns only when a process cannot be restarted.
     pub async fn keep_running(&mut self, programs: &Path, logs: &Logs) -> Result<()> {
         let environment = services::environment(&self.stack);
         loop {
-            sleep(LOOK_EVERY).await;
+            sleep(CHECK_INTERVAL).await;
             for broker in self.stack.brokers() {
                 if has_ended(&broker.name, &mut broker.process) {
                     broker.spawn_again()?;
@@ -51,13 +63,14 @@ impl System {
                 self.stack.redis.restart().await?;
             }
             for running in &mut self.services {
-                if has_ended(running.service.name, &mut running.process) {
-                    *running = running.service.spawn(programs, &environment, logs)?;
+                if has_ended(running.instance.service.name, &mut running.process) {
+                    *running = running.instance.spawn(programs, &environment, logs)?;
                 }
             }
         }
     }
 
+    /// Stops the services, all at once, and then the stack.
     pub async fn stop(mut self) {
         for running in &mut self.services {
             running.process.signal(Signal::SIGTERM);
@@ -69,7 +82,7 @@ impl System {
     }
 }
 
-/// Says so, because it takes some seconds.
+/// Starts the stack and reports it on the terminal.
 pub async fn start_stack(
     fetched: &Fetched,
     folder: &Path,
@@ -77,14 +90,15 @@ pub async fn start_stack(
     durability: Durability,
     logs: &Logs,
 ) -> Result<Stack> {
-    say("starting Kafka, Postgres, Redis and the SMTP sink …");
-    Stack::start(fetched, folder, ports, durability, logs).await
+    let start = Stack::start(fetched, folder, ports, durability, logs);
+    say::timed("Starting Kafka, Postgres, Redis and an SMTP sink (about 10 s) …", start).await
 }
 
+/// Whether the process has ended. Reports it on the terminal.
 fn has_ended(name: &str, process: &mut Process) -> bool {
     let Some(status) = process.ended() else {
         return false;
     };
-    say(format_args!("{name} ended ({status}): starting it again"));
+    say(format_args!("{name} ended ({status}); restarting it"));
     true
 }

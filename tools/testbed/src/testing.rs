@@ -1,53 +1,67 @@
-//! What tests ask for: the stack that `cargo xtask test` has started for all of them, and something of their own on it.
+//! What tests ask for: the stack that `cargo xtask test` has started for all of them, and databases
+//! and name prefixes of their own on it.
 
 use std::path::PathBuf;
 
+use sqlx::PgPool;
+use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use crate::postgres;
+use crate::services::Service;
 
 pub use crate::ports::free as free_port;
 
-/// Where the shared stack is. Tests keep apart by topic prefix, database and key prefix; one that breaks a component starts its
-/// own.
+/// The stack that all tests share. A test isolates itself by a topic prefix, a database and a key
+/// prefix. A test that breaks a component starts its own.
 #[derive(Clone, Debug)]
 pub struct TestStack {
     /// `host:port`.
     pub kafka: String,
-    /// Of the superuser.
+    /// The superuser's URL.
     pub postgres: String,
     pub valkey: String,
     /// The folder with the services' programs, built with fault points.
     pub programs: PathBuf,
 }
 
+// The variables in which `cargo xtask test` passes the stack to the tests.
 pub const KAFKA: &str = "WAYBILL_TEST_KAFKA";
 pub const POSTGRES: &str = "WAYBILL_TEST_POSTGRES";
 pub const VALKEY: &str = "WAYBILL_TEST_VALKEY";
-pub const BIN: &str = "WAYBILL_TEST_BIN";
+pub const PROGRAMS: &str = "WAYBILL_TEST_PROGRAMS";
 
 pub fn stack() -> TestStack {
     TestStack {
         kafka: variable(KAFKA),
         postgres: variable(POSTGRES),
         valkey: variable(VALKEY),
-        programs: variable(BIN).into(),
+        programs: variable(PROGRAMS).into(),
     }
 }
 
-/// An empty database for one test, owned by the role of a service; its URL for that role.
-pub async fn database(service: &str) -> String {
-    let name = format!("test_{service}_{}", Uuid::now_v7().simple());
-    let url = postgres::create_database(&stack().postgres, &name, &postgres::role(service)).await;
+/// Creates an empty database for one test, owned by the service's role. Returns its URL for that
+/// role.
+pub async fn database(service: Service) -> String {
+    let name = format!("test_{}_{}", service.name, Uuid::now_v7().simple());
+    let url = postgres::create_database(&stack().postgres, &name, &service.database()).await;
     url.expect("the shared Postgres runs")
 }
 
-/// A prefix for the topics and groups, or the keys, of one test.
+/// The same with the service's migrations applied, and a pool of connections to it.
+pub async fn migrated_database(service: Service, migrations: &Migrator) -> PgPool {
+    let pool = PgPool::connect(&database(service).await).await.expect("the database was created just now");
+    migrations.run(&pool).await.expect("the migrations apply to an empty database");
+    pool
+}
+
+/// A prefix for the topics and consumer groups, or for the keys, of one test.
 pub fn prefix() -> String {
     format!("t{}.", Uuid::now_v7().simple())
 }
 
 fn variable(name: &str) -> String {
-    std::env::var(name)
-        .unwrap_or_else(|_| panic!("{name} is not set: run `cargo xtask test`, which starts what the tests need"))
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: run the tests with `cargo xtask test`, which starts what they need")
+    })
 }

@@ -1,4 +1,4 @@
-//! Each component as a real process: started, broken, and started again on what it had.
+//! Each component as a real process: started, stopped or killed, and started again.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -12,15 +12,19 @@ use testbed::ports;
 use testbed::postgres::{self, Durability, Postgres};
 use testbed::process::{Logs, Scratch};
 use testbed::redis::Redis;
+use testbed::services::{EMAIL, USER};
+
+const KAFKA_STOP_LIMIT: Duration = Duration::from_secs(30);
 
 #[tokio::test]
-async fn kafka_comes_back_on_its_port_and_data() {
-    let (scratch, logs) = (Scratch::create("kafka").unwrap(), Logs::fresh("testbed-tests/kafka", false).unwrap());
+async fn kafka_restarts_on_the_same_port_and_data() {
+    let scratch = Scratch::create("kafka").unwrap();
+    let logs = Logs::to_files("testbed-tests/kafka").unwrap();
     let fetched = fetch().await.unwrap();
     let mut kafka = Kafka::start(&fetched, scratch.path(), ports::free(), "", &logs).await.unwrap();
     let address = kafka.address();
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
-        kafka.process.stop(signal, Duration::from_secs(30)).await;
+        kafka.process.stop(signal, KAFKA_STOP_LIMIT).await;
         kafka.restart().await.unwrap();
         assert_eq!(kafka.address(), address);
     }
@@ -28,16 +32,18 @@ async fn kafka_comes_back_on_its_port_and_data() {
     assert!(kafka.process.ended().is_some());
 }
 
-/// They outlive their server by a moment, in which its data is not free, and each says that it ends.
+/// Open sessions when the server is killed. Each outlives the server for a moment, in which no
+/// other server can use the data, and each writes a last line to the log.
 const SESSIONS: usize = 60;
 
 #[tokio::test]
-async fn postgres_keeps_what_was_committed_over_kill_9() {
-    let (scratch, logs) = (Scratch::create("postgres").unwrap(), Logs::fresh("testbed-tests/postgres", false).unwrap());
+async fn postgres_keeps_committed_rows_when_it_is_killed() {
+    let scratch = Scratch::create("postgres").unwrap();
+    let logs = Logs::to_files("testbed-tests/postgres").unwrap();
     let fetched = fetch().await.unwrap();
-    let mut server =
-        Postgres::start(&fetched, scratch.path(), ports::free(), Durability::Process, &logs).await.unwrap();
-    let url = server.create_database("kept", &postgres::role("user")).await.unwrap();
+    let start = Postgres::start(&fetched, scratch.path(), ports::free(), Durability::Process, &logs);
+    let mut server = start.await.unwrap();
+    let url = server.create_database("kept", &USER.database()).await.unwrap();
     let mut connection = PgConnection::connect(&url).await.unwrap();
     sqlx::query("create table kept (number int)").execute(&mut connection).await.unwrap();
     sqlx::query("insert into kept values (1)").execute(&mut connection).await.unwrap();
@@ -50,13 +56,27 @@ async fn postgres_keeps_what_was_committed_over_kill_9() {
     let mut connection = PgConnection::connect(&url).await.unwrap();
     let number: i32 = sqlx::query_scalar("select number from kept").fetch_one(&mut connection).await.unwrap();
     assert_eq!(number, 1);
-    let strangers = format!("postgres://waybill_email:{}@{}", postgres::PASSWORD, url.split_once('@').unwrap().1);
-    assert!(PgConnection::connect(&strangers).await.is_err(), "another service's role may connect");
 }
 
 #[tokio::test]
-async fn redis_comes_back_empty() {
-    let (scratch, logs) = (Scratch::create("redis").unwrap(), Logs::fresh("testbed-tests/redis", false).unwrap());
+async fn a_role_cannot_connect_to_the_database_of_another_service() {
+    let scratch = Scratch::create("roles").unwrap();
+    let logs = Logs::to_files("testbed-tests/roles").unwrap();
+    let fetched = fetch().await.unwrap();
+    let start = Postgres::start(&fetched, scratch.path(), ports::free(), Durability::Process, &logs);
+    let server = start.await.unwrap();
+    let url = server.service_url(USER);
+    assert!(PgConnection::connect(&url).await.is_ok());
+    let (_, address) = url.split_once('@').unwrap();
+    let other = format!("postgres://{}:{}@{address}", EMAIL.database(), postgres::PASSWORD);
+    let error = PgConnection::connect(&other).await.unwrap_err();
+    assert!(error.to_string().contains("permission denied for database"), "{error}");
+}
+
+#[tokio::test]
+async fn redis_restarts_empty() {
+    let scratch = Scratch::create("redis").unwrap();
+    let logs = Logs::to_files("testbed-tests/redis").unwrap();
     let fetched = fetch().await.unwrap();
     let port = ports::free();
     let mut redis = Redis::start(&fetched, scratch.path(), port, &logs).await.unwrap();

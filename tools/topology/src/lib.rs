@@ -1,10 +1,12 @@
-//! Every service, declared once, as plain data without I/O. The test bed, `cargo xtask` and the tests derive their lists
-//! from it. The services do not use it: a service declares its own topics and consumer groups.
+//! Every service, declared once, as plain data without I/O. The test bed, `cargo xtask` and the
+//! tests derive their lists from it. The services do not use it: a service declares its own topics
+//! and consumer groups.
 
 /// One service of the workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// The name of its folder below `services/`, of its program and, in upper case, of its settings.
+    /// The name of its folder below `services/`, of its program and, in upper case, the prefix of
+    /// its settings.
     pub name: &'static str,
     /// The port of its public API.
     pub http: u16,
@@ -12,7 +14,7 @@ pub struct Service {
     pub admin: u16,
     /// Whether it owns a Postgres database and a folder below `migrations/`.
     pub has_database: bool,
-    /// The topics that it writes to. It creates them.
+    /// The topics that it writes. It also creates them.
     pub writes: &'static [&'static str],
     /// Its consumer groups, each with the topic that the group reads.
     pub groups: &'static [Group],
@@ -74,7 +76,7 @@ pub const EMAIL: Service = Service {
 pub const SERVICES: [Service; 4] = [USER, ANALYTICS, CACHE, EMAIL];
 
 impl Service {
-    /// The name of its database and of the role that owns it.
+    /// The name of its database and of the role that owns the database.
     pub fn database(&self) -> String {
         format!("waybill_{}", self.name)
     }
@@ -88,4 +90,27 @@ impl Service {
 /// The services that own a database.
 pub fn with_database() -> impl Iterator<Item = Service> {
     SERVICES.into_iter().filter(|service| service.has_database)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn services_have_distinct_names_and_ports() {
+        let names: BTreeSet<&str> = SERVICES.iter().map(|service| service.name).collect();
+        let ports: BTreeSet<u16> = SERVICES.iter().flat_map(|service| [service.http, service.admin]).collect();
+        assert_eq!(names.len(), SERVICES.len());
+        assert_eq!(ports.len(), 2 * SERVICES.len());
+    }
+
+    #[test]
+    fn one_service_writes_each_topic_that_a_group_reads() {
+        for group in SERVICES.iter().flat_map(|service| service.groups) {
+            let writers = SERVICES.iter().filter(|service| service.writes.contains(&group.topic)).count();
+            assert_eq!(writers, 1, "services that write {}, which {} reads", group.topic, group.name);
+        }
+    }
 }

@@ -1,4 +1,5 @@
-//! `cargo xtask`: what a developer runs. Each command is a file under `commands`; what they share is the library.
+//! `cargo xtask`: the commands that a developer runs. Each command is a file under `commands`. What
+//! they share is the library `testbed`.
 
 #![allow(
     clippy::disallowed_methods,
@@ -17,7 +18,10 @@ use testbed::process;
 use testbed::say::say;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Starts, shows, tests and checks Waybill on this machine, without Docker.
+/// Runs, tests and checks Waybill on this machine, without Docker.
+///
+/// The first run of most commands downloads Kafka, Postgres and Redis with Maven (about 90 MB) and
+/// compiles the services. Both results are kept below target/.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -27,55 +31,63 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start the whole system on its usual ports and keep it running until Ctrl-C.
+    /// Start the whole system on its published ports and keep it running until Ctrl-C.
+    ///
+    /// A process that ends is restarted. The data is kept from run to run.
     Up {
-        /// Forget the data of earlier runs.
+        /// Delete the data of earlier runs first.
         #[arg(long)]
         fresh: bool,
-        /// How many Kafka brokers; three go on without any one of them. Each number has data of its own.
+        /// Number of Kafka brokers. With three, the system survives the loss of any one. Each
+        /// number of brokers has its own data.
         #[arg(long, default_value = "1", value_parser = ["1", "3"])]
         brokers: String,
     },
-    /// Start the whole system beside everything else, follow some users through it, and stop it.
+    /// Start the whole system on free ports, follow three users through it, and stop it.
+    ///
+    /// It does not disturb a system that is already running.
     Demo,
     /// Run every test on a real Kafka, Postgres and Redis.
     Test {
-        /// With the long repeats and a longer soak, and write docs/last-run.md.
+        /// Run the tests with more repetitions and a longer soak, and write docs/last-run.md.
         #[arg(long, conflicts_with = "arguments")]
         full: bool,
         /// Arguments for `cargo test`, for example `-p user`.
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Load the system while random faults strike it, and say whether a promise was broken.
+    /// Put the system under load, inject random faults, and report violated guarantees.
     Soak {
         #[arg(long, default_value_t = 30)]
         minutes: u64,
-        /// The faults and what the clients do follow from it.
+        /// Determines the faults and the requests of the clients.
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
-    /// Put known mistakes into a copy of the tree, one after another, and say which test notices each.
+    /// Apply known bugs to a copy of the source tree, one at a time, and report which tests catch
+    /// each.
     Seeded {
-        /// Names of patches in tests/seeded; all, if none is given.
+        /// Names of patches in tests/seeded. Default: all.
         names: Vec<String>,
     },
-    /// Renew the descriptions of queries in services/*/.sqlx, which let the services compile without a database.
+    /// Update services/*/.sqlx, which describe the SQL queries so that the services compile without
+    /// a database.
     Prepare {
-        /// Only say whether they are current.
+        /// Change nothing and fail if a description is out of date.
         #[arg(long)]
         check: bool,
     },
-    /// Formatting, lints, the rules of the tree, and whether .sqlx is current.
+    /// Check formatting, lints, the rules of the source tree, licences of dependencies, and
+    /// services/*/.sqlx.
     Check,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // Postgres runs as another user when we are root, and must be able to read what we unpack for it.
+    // When we are root, Postgres runs as another user, which must be able to read what we unpack.
     umask(Mode::from_bits_truncate(0o022));
     let outcome = run(Arguments::parse().command).await;
-    // A test that was aborted could not end what it had started.
+    // A test process that was aborted may have left children running.
     let outcome = process::clean_leftovers().and(outcome);
     process::forget_run();
     match outcome {
@@ -90,33 +102,35 @@ async fn main() -> ExitCode {
 async fn run(command: Command) -> Result<ExitCode> {
     let ended = process::clean_leftovers()?;
     if ended > 0 {
-        say(format_args!("ended {ended} processes that an earlier run had left behind"));
+        say(format_args!("Ended {ended} processes that an earlier run had left running."));
     }
     match command {
         Command::Up { fresh, brokers } => commands::up::run(fresh, brokers == "3").await,
-        Command::Demo => unless_told_to_end(commands::demo::run()).await,
-        Command::Test { full: true, .. } => unless_told_to_end(commands::full::run()).await,
-        Command::Test { arguments, .. } => unless_told_to_end(commands::test::run(&arguments)).await,
-        Command::Soak { minutes, seed } => unless_told_to_end(commands::soak::run(minutes, seed)).await,
-        Command::Seeded { names } => unless_told_to_end(commands::seeded::run(&names)).await,
-        Command::Prepare { check } => unless_told_to_end(commands::prepare::run(check)).await,
-        Command::Check => unless_told_to_end(commands::check::run()).await,
+        Command::Demo => unless_terminated(commands::demo::run()).await,
+        Command::Test { full: true, .. } => unless_terminated(commands::full::run()).await,
+        Command::Test { arguments, .. } => unless_terminated(commands::test::run(&arguments)).await,
+        Command::Soak { minutes, seed } => unless_terminated(commands::soak::run(minutes, seed)).await,
+        Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
+        Command::Prepare { check } => unless_terminated(commands::prepare::run(check)).await,
+        Command::Check => unless_terminated(commands::check::run()).await,
     }
 }
 
-/// Dropping the work ends every process it has started.
-async fn unless_told_to_end(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
+/// Does the work, or drops it when a signal arrives. Dropping it kills every process that it has
+/// started.
+async fn unless_terminated(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     tokio::select! {
         outcome = work => outcome,
-        () = told_to_end() => bail!("stopped"),
+        () = termination_signal() => bail!("stopped by a signal"),
     }
 }
 
-/// Ctrl-C, `kill`, or the terminal is closed.
-async fn told_to_end() {
-    let [mut interrupt, mut terminate, mut hangup] =
-        [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
-            .map(|kind| signal(kind).expect("a handler for a signal can be installed"));
+/// Waits for SIGINT (Ctrl-C), SIGTERM, or SIGHUP (the terminal was closed).
+async fn termination_signal() {
+    let install = |kind| signal(kind).expect("a signal handler can be installed");
+    let mut interrupt = install(SignalKind::interrupt());
+    let mut terminate = install(SignalKind::terminate());
+    let mut hangup = install(SignalKind::hangup());
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}

@@ -1,7 +1,8 @@
-//! Fetches what `deploy/local/pom.xml` pins, once; afterwards nothing is asked of the network.
+//! Fetches what `deploy/local/pom.xml` pins, once. Later runs need no network.
 //!
-//! Each folder is filled under another name and renamed when it is whole, so an interrupted run leaves nothing that looks
-//! finished. A folder holds the text it was made from; another text, or a damaged jar, and it is made again.
+//! Each folder is filled under a temporary name and renamed when it is complete, so an interrupted
+//! run leaves no folder that looks complete. A folder stores the text that it was made from. It is
+//! made again when that text has changed or a jar is damaged.
 
 mod unpack;
 
@@ -14,34 +15,40 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 use tokio::time::sleep;
 
+use crate::paths;
 use crate::process::{self, Logs, Process};
-use crate::{paths, say::Progress};
+use crate::say::{Progress, say};
 
-/// Kafka 4 runs on nothing older.
-const JAVA: u32 = 17;
+/// The oldest version of Java on which Kafka 4 runs.
+const MIN_JAVA: u32 = 17;
+/// The file in a folder that stores the text the folder was made from.
 const STAMP: &str = "made-from";
 const POLL: Duration = Duration::from_millis(200);
 
 #[derive(Clone)]
 pub struct Fetched {
     pub java: PathBuf,
-    /// For `java -cp`.
+    /// The value of `java -cp`.
     pub jars: String,
     /// The folder with `bin/postgres` and `bin/initdb`.
     pub postgres: PathBuf,
     pub redis_server: PathBuf,
 }
 
-/// Everything the local stack runs; quick when it is there already.
+/// Everything that the local stack runs. Downloads and unpacks only what is missing.
 pub async fn fetch() -> Result<Fetched> {
     let platform = Platform::this()?;
     let java = java()?;
     let local = paths::local();
     fs::create_dir_all(&local).with_context(|| format!("cannot create {}", local.display()))?;
-    // Two runs that begin together fetch one after the other. The lock ends with the file.
+    // Two runs that start at the same time fetch one after the other. Closing the file releases the
+    // lock.
     let lock = File::create(local.join("lock"))?;
-    while lock.try_lock().is_err() {
-        sleep(POLL).await;
+    if lock.try_lock().is_err() {
+        say("Waiting for another run that fetches Kafka, Postgres and Redis …");
+        while lock.try_lock().is_err() {
+            sleep(POLL).await;
+        }
     }
 
     let pom = fs::read_to_string(pom()).context("cannot read deploy/local/pom.xml")?;
@@ -52,7 +59,7 @@ pub async fn fetch() -> Result<Fetched> {
     }
     let native = native_folder()?;
     if !is_made_from(&native, &stamp) {
-        let _progress = Progress::start("unpacking Postgres and Redis");
+        let _progress = Progress::start("Unpacking Postgres and Redis (about 10 s, once)");
         let (jars, native) = (jars.clone(), native.clone());
         tokio::task::spawn_blocking(move || {
             fill(&native, &stamp, |folder| {
@@ -62,16 +69,16 @@ pub async fn fetch() -> Result<Fetched> {
         })
         .await??;
     }
-    let own = paths::on_path(&["valkey-server", "redis-server"]);
+    let installed = paths::on_path(&["valkey-server", "redis-server"]);
     Ok(Fetched {
         java,
         jars: jars.join("*").display().to_string(),
         postgres: native.join("postgres"),
-        redis_server: own.unwrap_or_else(|| native.join("redis-server")),
+        redis_server: installed.unwrap_or_else(|| native.join("redis-server")),
     })
 }
 
-/// How this platform is called in the two jars that hold native programs.
+/// The name of this platform in each of the two jars that hold native programs.
 struct Platform {
     postgres: &'static str,
     redis: &'static str,
@@ -84,7 +91,9 @@ impl Platform {
             ("linux", "aarch64") => ("linux-arm64v8", "linux-arm64"),
             ("macos", "x86_64") => ("darwin-amd64", "darwin-amd64"),
             ("macos", "aarch64") => ("darwin-arm64v8", "darwin-arm64"),
-            (os, arch) => bail!("there are no Postgres binaries for {os} on {arch}: use `docker compose up` instead"),
+            (os, arch) => {
+                bail!("there are no Postgres binaries for {os} on {arch}: use `docker compose up --build` instead")
+            }
         };
         Ok(Self { postgres, redis })
     }
@@ -94,34 +103,37 @@ fn pom() -> PathBuf {
     paths::root().join("deploy/local/pom.xml")
 }
 
-/// As root beside the data: Postgres then runs as a user who may not be able to enter the checkout.
+/// The folder of the native programs. For root it is next to the data, because Postgres then runs
+/// as a user who may not be able to enter the checkout.
 fn native_folder() -> Result<PathBuf> {
     let folder = if geteuid().is_root() { paths::data()? } else { paths::local() };
     Ok(folder.join("native"))
 }
 
 fn java() -> Result<PathBuf> {
-    let advice = "install a Java runtime of version 17 or newer (on Debian: `apt install openjdk-17-jre-headless`) and run this again";
+    let advice = "install a Java runtime of version 17 or newer (on Debian: `apt install openjdk-17-jre-headless`) \
+                  and run this again";
     let java = paths::on_path(&["java"])
         .with_context(|| format!("Kafka needs Java and there is no `java` on the PATH: {advice}"))?;
     let output = Command::new(&java).arg("-version").output().context("cannot run java")?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let version = java_version(&said).with_context(|| format!("`java -version` fails: {advice}"))?;
-    ensure!(version >= JAVA, "Kafka needs Java {JAVA} and `java` on the PATH is version {version}: {advice}");
+    let output = String::from_utf8_lossy(&output.stderr).into_owned();
+    let version = java_version(&output).with_context(|| format!("`java -version` prints no version: {advice}"))?;
+    ensure!(version >= MIN_JAVA, "Kafka needs Java {MIN_JAVA} and `java` on the PATH is version {version}: {advice}");
     Ok(java)
 }
 
-/// From a line such as `openjdk version "17.0.13" 2024-10-15`.
-fn java_version(said: &str) -> Option<u32> {
-    let version = said.split_once("version \"")?.1;
+/// The major version in a line such as `openjdk version "17.0.13" 2024-10-15`.
+fn java_version(output: &str) -> Option<u32> {
+    let version = output.split_once("version \"")?.1;
     version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// From the user's own Maven repository; if what lies there is damaged, once more into an empty one of our own.
+/// Fetches through the user's own Maven repository. If a jar in it is damaged, fetches again
+/// through an empty repository of our own.
 async fn fetch_jars(platform: &Platform, jars: &Path, stamp: &str) -> Result<()> {
     let mvn = paths::on_path(&["mvn"]).context(
-        "Maven fetches Kafka, Postgres and Redis and there is no `mvn` on the PATH: install it (on Debian: `apt install maven`) and run \
-         this again",
+        "Maven downloads Kafka, Postgres and Redis and there is no `mvn` on the PATH: install it (on Debian: \
+         `apt install maven`) and run this again",
     )?;
     let partial = partial(jars)?;
     copy_dependencies(&mvn, platform, &partial, None).await?;
@@ -133,13 +145,13 @@ async fn fetch_jars(platform: &Platform, jars: &Path, stamp: &str) -> Result<()>
         fs::remove_dir_all(&repository)?;
     }
     if let Some(jar) = unpack::damaged_jar(&partial)? {
-        bail!("the download of {jar} is broken: check the connection (a proxy perhaps) and run this again");
+        bail!("{jar} was not downloaded completely: check the connection (perhaps a proxy) and run this again");
     }
     finish(&partial, jars, stamp)
 }
 
 async fn copy_dependencies(mvn: &Path, platform: &Platform, to: &Path, repository: Option<&Path>) -> Result<()> {
-    let progress = Progress::start("fetching Kafka, Postgres and Redis with Maven (about 90 MB, once)");
+    let progress = Progress::start("Downloading Kafka, Postgres and Redis with Maven (about 90 MB, once)");
     let mut command = process::command(mvn);
     command.args(["--batch-mode", "--file"]).arg(pom());
     command.arg("dependency:copy-dependencies");
@@ -148,7 +160,7 @@ async fn copy_dependencies(mvn: &Path, platform: &Platform, to: &Path, repositor
     if let Some(repository) = repository {
         command.arg(format!("-Dmaven.repo.local={}", repository.display()));
     }
-    let logs = Logs::fresh("fetch", false)?;
+    let logs = Logs::to_files("fetch")?;
     let mut maven = Process::spawn("maven", command, &logs)?;
     let status = loop {
         tokio::select! {
@@ -159,13 +171,15 @@ async fn copy_dependencies(mvn: &Path, platform: &Platform, to: &Path, repositor
     let log = logs.file("maven");
     ensure!(
         status.success(),
-        "Maven could not fetch Kafka, Postgres and Redis: check the connection and run this again; its log is {}, its reason {}",
+        "Maven could not download Kafka, Postgres and Redis: check the connection and run this again. Its log is {}. \
+         Its first error: {}",
         log.display(),
         lines_with("[ERROR]", &log).first().map_or("", String::as_str)
     );
     Ok(())
 }
 
+/// The file that Maven is downloading.
 fn last_download(logs: &Logs) -> String {
     let lines = lines_with("Download", &logs.file("maven"));
     lines.last().and_then(|line| line.rsplit('/').next()).unwrap_or_default().to_owned()
@@ -186,7 +200,7 @@ fn fill(folder: &Path, stamp: &str, make: impl FnOnce(&Path) -> Result<()>) -> R
     finish(&partial, folder, stamp)
 }
 
-/// An empty folder beside the one to be made.
+/// An empty folder next to the one to be made.
 fn partial(folder: &Path) -> Result<PathBuf> {
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
@@ -206,7 +220,7 @@ mod tests {
     use crate::process::Scratch;
 
     #[test]
-    fn java_versions_are_read() {
+    fn the_major_version_of_java_is_parsed() {
         assert_eq!(java_version("openjdk version \"17.0.13\" 2024-10-15"), Some(17));
         assert_eq!(java_version("openjdk version \"26-ea\""), Some(26));
         assert_eq!(java_version("java version \"1.8.0_392\""), Some(1));
@@ -214,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_interrupted_is_made_again() {
+    fn an_interrupted_or_outdated_folder_is_made_again() {
         let scratch = Scratch::create("fetch").unwrap();
         let folder = scratch.path().join("made");
         assert!(fill(&folder, "1", |_| bail!("interrupted")).is_err());

@@ -1,4 +1,4 @@
-//! Native programs out of jars.
+//! Unpacks native programs from jars.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader};
@@ -9,14 +9,15 @@ use anyhow::{Context, Result};
 use liblzma::read::XzDecoder;
 use zip::ZipArchive;
 
-/// The name of a jar that cannot be opened: the directory of a zip is at its end, so whatever was cut off is found.
+/// The name of a jar that cannot be opened, if there is one. A zip has its directory at its end, so
+/// opening detects a truncated file.
 pub fn damaged_jar(folder: &Path) -> Result<Option<String>> {
     let jars = jars(folder)?;
     let damaged = jars.into_iter().find(|jar| open(jar).is_err());
     Ok(damaged.map(|jar| file_name(&jar).to_owned()))
 }
 
-/// The jar holds one `.txz`, and that the programs.
+/// The jar contains one `.txz`, which contains the programs.
 pub fn postgres(jars: &Path, to: &Path) -> Result<()> {
     let mut jar = open(&jar(jars, "embedded-postgres-binaries")?)?;
     let name = entry(&jar, |name| name.ends_with(".txz"))?;
@@ -24,7 +25,7 @@ pub fn postgres(jars: &Path, to: &Path) -> Result<()> {
     tar::Archive::new(packed).unpack(to).with_context(|| format!("cannot unpack {name}"))
 }
 
-/// The jar holds a program per platform, among them `redis-server-<version>-<platform>`.
+/// The jar contains one program per platform: `redis-server-<version>-<platform>`.
 pub fn redis(jars: &Path, platform: &str, to: &Path) -> Result<()> {
     let mut jar = open(&jar(jars, "embedded-redis")?)?;
     let name = entry(&jar, |name| name.starts_with("redis-server-") && name.ends_with(platform))?;
@@ -40,7 +41,7 @@ fn jars(folder: &Path) -> Result<Vec<PathBuf>> {
 
 fn jar(folder: &Path, name: &str) -> Result<PathBuf> {
     let found = jars(folder)?.into_iter().find(|jar| file_name(jar).starts_with(name));
-    found.with_context(|| format!("deploy/local/pom.xml brings no {name}"))
+    found.with_context(|| format!("no jar named {name}…: deploy/local/pom.xml must list it"))
 }
 
 fn file_name(path: &Path) -> &str {
@@ -53,5 +54,5 @@ fn open(jar: &Path) -> Result<ZipArchive<File>> {
 
 fn entry(jar: &ZipArchive<File>, wanted: impl Fn(&str) -> bool) -> Result<String> {
     let name = jar.file_names().find(|name| wanted(name));
-    name.map(str::to_owned).context("the jar does not hold the program for this platform")
+    name.map(str::to_owned).context("the jar does not contain a program for this platform")
 }

@@ -1,4 +1,4 @@
-//! Apache Kafka: one broker that is its own controller, or three of them, see `cluster`.
+//! Apache Kafka: one broker that is also its controller, or three of them, see `cluster`.
 
 mod cluster;
 
@@ -16,15 +16,15 @@ use crate::{paths, ports};
 
 const START_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
-/// A name for life of the one cluster a data folder belongs to; 16 bytes in base64.
-const CLUSTER: &str = "d2F5YmlsbC1sb2NhbC0wMQ";
+/// Id of the cluster, stored in each data folder: 16 bytes in base64.
+const CLUSTER_ID: &str = "d2F5YmlsbC1sb2NhbC0wMQ";
 
 pub use cluster::start_cluster;
 
 /// One broker.
 pub struct Kafka {
     pub process: Process,
-    /// For people, and of its log.
+    /// The name in messages and of its log.
     pub name: String,
     pub id: i32,
     port: u16,
@@ -35,8 +35,9 @@ pub struct Kafka {
 }
 
 impl Kafka {
-    /// Starts a broker on the data in `folder`, or a new one where there is none, and waits until it answers.
-    /// `settings` are further lines of server.properties; the last of two that say the same counts.
+    /// Starts a broker on the data in `folder`, or on new data where there is none, and waits until
+    /// it is ready. `settings` are further lines of server.properties. They override earlier lines
+    /// of the same key.
     pub async fn start(fetched: &Fetched, folder: &Path, port: u16, settings: &str, logs: &Logs) -> Result<Self> {
         let node = Node { id: 1, port, controller: ports::free() };
         let settings = format!("{}{settings}", properties(folder, node, &[node]));
@@ -51,13 +52,14 @@ impl Kafka {
         self.process.stop(Signal::SIGTERM, STOP_LIMIT).await;
     }
 
-    /// On the same port and data, after `stop` or `process.kill`.
+    /// Starts the broker again on the same port and data, after `stop` or `process.kill`.
     pub async fn restart(&mut self) -> Result<()> {
         self.spawn_again()?;
         self.until_ready().await
     }
 
-    /// The same without waiting: of three brokers one may need another to become ready.
+    /// The same without waiting until it is ready. In a cluster of three, one broker may need
+    /// another to become ready.
     pub fn spawn_again(&mut self) -> Result<()> {
         self.process.kill();
         self.process = spawn(&self.fetched, &self.folder, &self.name, self.heap, &self.logs)?;
@@ -66,11 +68,11 @@ impl Kafka {
 
     async fn until_ready(&mut self) -> Result<()> {
         let (port, id) = (self.port, self.id);
-        self.process.until_ready(START_LIMIT, async || lists_itself(port, id).await.unwrap_or(false)).await
+        self.process.until_ready(START_LIMIT, async || is_registered(port, id).await.unwrap_or(false)).await
     }
 }
 
-/// A broker as the others of its cluster know it.
+/// What the other brokers of the cluster know of a broker.
 #[derive(Clone, Copy)]
 struct Node {
     id: i32,
@@ -78,16 +80,21 @@ struct Node {
     controller: u16,
 }
 
-/// Small numbers of internal partitions and no delay before the first rebalance, so that it starts in seconds. Compaction looks for
-/// work each second, so that tests can force it. A broker that was killed is let in again when the session of its predecessor has
-/// passed: 5 s. What services must not rely on (automatic topics) is off, as in production.
+/// The lines of server.properties.
 ///
-/// Of three brokers each has a copy of everything, and a record is acknowledged when two have it: so one may be lost. A broker
-/// that is alone has the only copy.
+/// - Few internal partitions and no delay before the first rebalance, so that the broker starts in
+///   seconds.
+/// - Compaction checks for work every second, so that tests can force it.
+/// - A killed broker may register again when its previous session has expired, after 5 s.
+/// - Topics are not created automatically, as in production: services must not rely on it.
+/// - In a cluster of three, every broker has a copy of every record, and a record is acknowledged
+///   when two brokers have it. So the loss of one broker loses nothing. A single broker has the
+///   only copy.
 fn properties(folder: &Path, node: Node, cluster: &[Node]) -> String {
     let Node { id, port, controller } = node;
     let voters: Vec<_> = cluster.iter().map(|node| format!("{}@127.0.0.1:{}", node.id, node.controller)).collect();
-    let (copies, in_sync) = (cluster.len(), cluster.len() / 2 + 1);
+    let copies = cluster.len();
+    let in_sync = cluster.len() / 2 + 1;
     format!(
         "process.roles=broker,controller
 node.id={id}
@@ -127,7 +134,7 @@ async fn start_node(
 ) -> Result<Kafka> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     fs::write(folder.join("server.properties"), properties)?;
-    // Formatting that was interrupted is done again; `formatted` comes last.
+    // The marker `formatted` is written last, so interrupted formatting is repeated from scratch.
     if !folder.join("formatted").exists() {
         let _ = fs::remove_dir_all(folder.join("data"));
         format(fetched, folder, name, logs).await?;
@@ -149,7 +156,7 @@ async fn start_node(
 
 fn java(fetched: &Fetched, heap: &str, main_class: &str) -> Command {
     let mut command = process::command(&fetched.java);
-    // The quick compiler alone: a broker that lives for minutes starts and warms up faster with it.
+    // Only the fast compiler: a broker that runs for minutes starts and warms up faster with it.
     command.args([heap, "-XX:TieredStopAtLevel=1", "-cp", &fetched.jars]);
     command
         .arg(format!("-Dlog4j2.configurationFile={}", paths::root().join("deploy/local/log4j2.properties").display()));
@@ -159,10 +166,10 @@ fn java(fetched: &Fetched, heap: &str, main_class: &str) -> Command {
 
 async fn format(fetched: &Fetched, folder: &Path, name: &str, logs: &Logs) -> Result<()> {
     let mut command = java(fetched, "-Xmx256m", "kafka.tools.StorageTool");
-    command.args(["format", "--cluster-id", CLUSTER, "--config"]).arg(folder.join("server.properties"));
+    command.args(["format", "--cluster-id", CLUSTER_ID, "--config"]).arg(folder.join("server.properties"));
     let mut tool = Process::spawn(name, command, &logs.off_terminal())?;
     let status = tool.wait().await;
-    ensure!(status.success(), "Kafka's storage cannot be formatted{}", tool.last_lines());
+    ensure!(status.success(), "Kafka cannot format its data folder{}", tool.last_lines());
     Ok(())
 }
 
@@ -172,17 +179,20 @@ fn spawn(fetched: &Fetched, folder: &Path, name: &str, heap: &str, logs: &Logs) 
     Process::spawn(name, command, logs)
 }
 
-/// Asks for the cluster's metadata, as a client would. A broker is listed once it may lead partitions, not as soon as it answers.
-async fn lists_itself(port: u16, id: i32) -> Result<bool> {
-    // Length 14; Metadata (3) in version 1; correlation id 7; no client id (-1); an empty list of topics.
+/// Requests the cluster's metadata from the broker, as a client does. A broker answers before it is
+/// ready. It is listed in the metadata once it is registered and can lead partitions.
+async fn is_registered(port: u16, id: i32) -> Result<bool> {
+    // Length 14, API key Metadata (3), version 1, correlation id 7, no client id (-1), no topics.
     const REQUEST: [u8; 18] = [0, 0, 0, 14, 0, 3, 0, 1, 0, 0, 0, 7, 0xff, 0xff, 0, 0, 0, 0];
     // Length, correlation id, number of brokers: four bytes each.
     const HEAD: usize = 12;
-    // Of each: id (4), host (2 and 9 for 127.0.0.1), port (4), no rack (2).
+    // For each broker: id (4 bytes), host (2 for the length, 9 for 127.0.0.1), port (4), no rack
+    // (2).
     const BROKER: usize = 21;
     let head = ports::ask(port, &REQUEST, HEAD).await?;
-    ensure!(head[4..8] == [0, 0, 0, 7], "an answer to another request");
-    let listed = usize::from(head[HEAD - 1]); // one to three
+    ensure!(head[4..8] == [0, 0, 0, 7], "the answer belongs to another request");
+    // There are at most three brokers, so the last byte of their number is enough.
+    let listed = usize::from(head[HEAD - 1]);
     let answer = ports::ask(port, &REQUEST, HEAD + listed * BROKER).await?;
     Ok(answer[HEAD..].chunks_exact(BROKER).any(|broker| broker[..4] == id.to_be_bytes()))
 }

@@ -1,9 +1,11 @@
-//! What a run leaves behind when it is killed with -9, and how the next run removes that and nothing else.
+//! Removes the processes and data that a run leaves when it is killed with `kill -9`, and nothing
+//! else.
 //!
-//! A process is named by its number and the moment it began, so a number that the system has given to somebody else since never
-//! matches. Every run (a process of ours that has children) keeps a file under its own name, one line per child; a child
-//! is on record before it becomes the program it is to run (see `process::command`). The file, and the run's scratch
-//! folder, are acted upon only when the run itself is gone: any number of runs may go on side by side.
+//! A process is identified by its pid and start time, so a reused pid never matches. Every run (a
+//! process of ours that has children) keeps a file named by its own identity, with one line per
+//! child. A child is recorded before it executes its program (see `process::command`). The file and
+//! the run's scratch folder are used only after the run itself has ended, so any number of runs may
+//! be active at the same time.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -17,16 +19,17 @@ use nix::unistd::Pid;
 
 use crate::paths;
 
-/// How long one that is asked to end may take; a frozen one never does.
+/// How long a process may take to end after SIGTERM. A frozen process never does.
 const TERM_LIMIT: Duration = Duration::from_secs(5);
-/// How long a killed process may take to disappear.
+/// How long a process may take to disappear after SIGKILL.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
-/// Ends the children, and removes the scratch folders, of runs that are gone. Returns how many processes were ended.
+/// Ends the children of runs that have ended, and removes their scratch folders. Returns the number
+/// of processes that it ended.
 pub fn clean_leftovers() -> Result<usize> {
     let data = paths::data()?;
     let mut ended = 0;
-    // A killed child (a test) can have been a run itself, so look again until a round finds nothing.
+    // A child that was ended (a test) can have been a run itself, so repeat until nothing is found.
     loop {
         let round = clean_round(&data.join("runs"), &data.join("scratch"))?;
         if round == 0 {
@@ -36,14 +39,14 @@ pub fn clean_leftovers() -> Result<usize> {
     }
 }
 
-/// Removes this run's own record; for the end of `main`, when no child is left.
+/// Removes this run's own record. To be called at the end of `main`, when no child is left.
 pub fn forget_run() {
     if let (Ok(runs), Ok(run)) = (folder("runs"), this_run()) {
         let _ = fs::remove_file(runs.join(run));
     }
 }
 
-/// A folder for the data of one run, removed on drop, or by the next run.
+/// A folder for the data of one run. It is removed on drop, or by the next run.
 pub struct Scratch {
     folder: PathBuf,
 }
@@ -65,30 +68,31 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.folder);
-        // The run's folder goes with its last scratch folder: this fails while there are others.
+        // Removes the run's folder with its last scratch folder. It fails while there are others.
         if let Some(run) = self.folder.parent() {
             let _ = fs::remove_dir(run);
         }
     }
 }
 
-/// Puts a child on this run's record.
+/// Adds a child to this run's record.
 pub(super) fn record(child: u32) -> Result<()> {
     let name = identity(child).context("a child ended before it was recorded")?;
     let path = folder("runs")?.join(this_run()?);
     let mut file = File::options().create(true).append(true).open(&path)?;
-    // One write: several threads append to this file.
+    // A single write, because several threads append to this file.
     file.write_all(format!("{name}\n").as_bytes()).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The number and the beginning of a process, fit for a file's name; `None` when there is no such process or it is a zombie.
+/// Pid and start time of a process, as a valid file name. `None` if there is no such process or it
+/// is a zombie.
 pub(super) fn identity(pid: u32) -> Option<String> {
-    let began = if cfg!(target_os = "linux") { began_by_proc(pid) } else { began_by_ps(pid) }?;
-    Some(format!("{pid}-{began}"))
+    let start = if cfg!(target_os = "linux") { start_time_from_proc(pid) } else { start_time_from_ps(pid) }?;
+    Some(format!("{pid}-{start}"))
 }
 
 fn this_run() -> Result<String> {
-    identity(std::process::id()).context("cannot read when this process began")
+    identity(std::process::id()).context("cannot read the start time of this process")
 }
 
 fn folder(name: &str) -> Result<PathBuf> {
@@ -97,26 +101,30 @@ fn folder(name: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Clock ticks since the boot, and the boot.
-fn began_by_proc(pid: u32) -> Option<String> {
+/// Clock ticks from boot to the start of the process, and the id of the boot.
+fn start_time_from_proc(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field, the program's name in brackets, may itself hold blanks and brackets.
+    // The second field, the program's name in parentheses, may itself contain blanks and
+    // parentheses.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let (state, threads, ticks) = (fields.first()?, fields.get(17)?, fields.get(19)?);
+    let state = fields.first()?;
+    let threads = fields.get(17)?;
+    let ticks = fields.get(19)?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    // While other threads of a killed process still end, the first is a zombie already and the ports are not free yet.
-    let is_over = matches!(*state, "Z" | "X") && matches!(*threads, "0" | "1");
-    (!is_over).then(|| format!("{ticks}-{}", boot.trim()))
+    // The first thread of a killed process is a zombie while the others are still ending. Until all
+    // have ended, the ports of the process are not free.
+    let has_ended = matches!(*state, "Z" | "X") && matches!(*threads, "0" | "1");
+    (!has_ended).then(|| format!("{ticks}-{}", boot.trim()))
 }
 
-fn began_by_ps(pid: u32) -> Option<String> {
+fn start_time_from_ps(pid: u32) -> Option<String> {
     let output = std::process::Command::new("ps")
         .args(["-o", "state=", "-o", "lstart=", "-p", &pid.to_string()])
         .output()
         .ok()?;
     let line = String::from_utf8(output.stdout).ok()?;
-    let (state, began) = line.trim().split_once(' ')?;
-    (!state.starts_with('Z')).then(|| began.trim().replace(|c: char| !c.is_ascii_alphanumeric(), "-"))
+    let (state, start) = line.trim().split_once(' ')?;
+    (!state.starts_with('Z')).then(|| start.trim().replace(|c: char| !c.is_ascii_alphanumeric(), "-"))
 }
 
 fn is_alive(name: &str) -> bool {
@@ -131,9 +139,9 @@ fn clean_round(runs: &Path, scratch: &Path) -> Result<usize> {
     let mut ended = 0;
     for run in names_in(runs).filter(|run| !is_alive(run)) {
         let record = runs.join(&run);
-        // Somebody else may be cleaning at the same moment.
+        // Another run may be cleaning at the same time and remove the record.
         let children = fs::read_to_string(&record).unwrap_or_default();
-        // The last one started first: services before their brokers.
+        // In reverse order of their start: services before brokers.
         for child in children.lines().rev().filter(|child| is_alive(child)) {
             end(child)?;
             ended += 1;
@@ -151,10 +159,10 @@ fn names_in(folder: &Path) -> impl Iterator<Item = String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok())
 }
 
-/// Politely at first: Postgres then takes away its lock file, and Kafka closes its logs. The child leads its group, so what it
-/// started goes with it.
+/// Ends a child and its process group. SIGTERM comes first, so that Postgres removes its lock file
+/// and Kafka closes its logs.
 fn end(child: &str) -> Result<()> {
-    let pid = pid_of(child).context("a record of a child without a number")?;
+    let pid = pid_of(child).context("the record of a child has no pid")?;
     for (signal, limit) in [(Signal::SIGTERM, TERM_LIMIT), (Signal::SIGKILL, KILL_LIMIT)] {
         let _ = killpg(Pid::from_raw(pid.cast_signed()), signal);
         let deadline = Instant::now() + limit;
@@ -165,7 +173,7 @@ fn end(child: &str) -> Result<()> {
             return Ok(());
         }
     }
-    bail!("process {pid}, left by an earlier run, does not end")
+    bail!("process {pid}, left running by an earlier run, does not end even after SIGKILL")
 }
 
 #[cfg(test)]
@@ -179,8 +187,8 @@ mod tests {
         Command::new("sleep").arg("60").process_group(0).spawn().unwrap()
     }
 
-    /// The name of a process that was there and is no more.
-    fn gone() -> String {
+    /// The identity of a process that has ended.
+    fn ended() -> String {
         let mut child = sleeper();
         let name = identity(child.id()).unwrap();
         child.kill().unwrap();
@@ -209,9 +217,10 @@ mod tests {
     }
 
     #[test]
-    fn children_and_data_of_a_dead_run_are_removed() {
+    fn the_children_and_data_of_a_run_that_has_ended_are_removed() {
         let folders = Folders::create();
-        let (mut child, run) = (sleeper(), gone());
+        let mut child = sleeper();
+        let run = ended();
         fs::write(folders.runs().join(&run), format!("{}\n", identity(child.id()).unwrap())).unwrap();
         fs::create_dir_all(folders.scratch().join(&run).join("kafka")).unwrap();
         assert_eq!(folders.clean(), 1);
@@ -220,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_living_run_keeps_its_children_and_data() {
+    fn the_children_and_data_of_an_active_run_are_kept() {
         let folders = Folders::create();
         let mut child = sleeper();
         let run = this_run().unwrap();
@@ -234,13 +243,13 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_was_given_to_somebody_else_is_left_alone() {
+    fn a_process_that_reuses_a_recorded_pid_is_not_ended() {
         let folders = Folders::create();
         let mut stranger = sleeper();
-        let (_, began) = identity(stranger.id())
-            .map(|name| name.split_once('-').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap())
-            .unwrap();
-        fs::write(folders.runs().join(gone()), format!("{}-1{began}\n", stranger.id())).unwrap();
+        let identity = identity(stranger.id()).unwrap();
+        let (pid, start) = identity.split_once('-').unwrap();
+        let earlier_process = format!("{pid}-1{start}");
+        fs::write(folders.runs().join(ended()), format!("{earlier_process}\n")).unwrap();
         assert_eq!(folders.clean(), 0);
         assert!(stranger.try_wait().unwrap().is_none());
         stranger.kill().unwrap();
@@ -248,9 +257,9 @@ mod tests {
     }
 
     #[test]
-    fn the_line_of_a_record_that_was_cut_off_is_ignored() {
+    fn a_truncated_line_of_a_record_is_ignored() {
         let folders = Folders::create();
-        fs::write(folders.runs().join(gone()), "12").unwrap();
+        fs::write(folders.runs().join(ended()), "12").unwrap();
         assert_eq!(folders.clean(), 0);
     }
 }

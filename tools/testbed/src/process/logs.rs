@@ -1,4 +1,5 @@
-//! A folder of logs, one file per process; merged on the terminal with the process's name in front where that is wanted.
+//! A folder of logs with one file per process. On request, the lines of all processes are also
+//! printed on the terminal, each with the name of its process in front.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,15 +16,20 @@ pub struct Logs {
 }
 
 impl Logs {
-    /// An empty `target/local/logs/<run>`.
-    pub fn fresh(run: &str, on_terminal: bool) -> Result<Self> {
+    /// Logs to files only. Empties and uses the folder `target/local/logs/<run>`.
+    pub fn to_files(run: &str) -> Result<Self> {
         let folder = paths::local().join("logs").join(run);
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        Ok(Self { folder, on_terminal })
+        Ok(Self { folder, on_terminal: false })
     }
 
-    /// The same files, for a tool whose output interests nobody while it works.
+    /// The same, and the lines are printed on the terminal too.
+    pub fn to_files_and_terminal(run: &str) -> Result<Self> {
+        Ok(Self { on_terminal: true, ..Self::to_files(run)? })
+    }
+
+    /// The same files without the terminal, for a tool whose output matters only when it fails.
     pub fn off_terminal(&self) -> Self {
         Self { on_terminal: false, ..self.clone() }
     }
@@ -36,11 +42,12 @@ impl Logs {
         &self.folder
     }
 
+    /// The log file of the process with this name.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.join(format!("{name}.log"))
     }
 
-    /// Opened for appending: a process that is started again goes on in the same file.
+    /// Opens the file for appending: a restarted process continues the same file.
     pub(super) fn open(&self, name: &str) -> Result<Log> {
         let path = self.file(name);
         let file = File::options()
@@ -58,7 +65,8 @@ pub(super) struct Log {
 }
 
 impl Log {
-    /// Until every writer of the pipe is gone. A log that cannot be written must not stop the process that writes it.
+    /// Copies lines until every writer of the pipe has closed it. An error of writing is ignored,
+    /// because a pipe that is not read would block the process that writes to it.
     pub(super) fn copy(&mut self, from: impl Read) {
         let mut from = BufReader::new(from);
         let mut line = Vec::new();

@@ -1,8 +1,8 @@
 //! Child processes that do not outlive us.
 //!
-//! Each child leads a process group of its own, so a Ctrl-C on the terminal reaches only us and we end the children in our order.
-//! Dropping a `Process` kills its group, also while a panic unwinds. What a `kill -9` of ourselves leaves is ended by the next run,
-//! see `leftovers`.
+//! Each child leads a process group of its own. A Ctrl-C on the terminal therefore reaches only us,
+//! and we end the children in the right order. Dropping a `Process` kills its group, also when a
+//! panic unwinds. If we are killed with `kill -9`, the next run ends our children, see `leftovers`.
 
 mod leftovers;
 mod logs;
@@ -22,17 +22,19 @@ use tokio::time::{Instant, sleep, timeout};
 pub use leftovers::{Scratch, clean_leftovers, forget_run};
 pub use logs::Logs;
 
-/// How often a child is looked at while we wait for it.
+/// How often a child is checked while we wait for it.
 const POLL: Duration = Duration::from_millis(20);
-/// How long the last lines of an ended child may take to reach its log.
+/// How long to wait, after a child has ended, until its last lines are in its log.
 const LOG_LIMIT: Duration = Duration::from_secs(1);
-/// Lines of a log that an error message quotes.
+/// How many lines of a log an error message quotes.
 const QUOTED_LINES: usize = 15;
 
-/// Waits for a line before it becomes the program: by then the child is on record, and if we die first, it ends by itself.
+/// The child waits for one line on stdin before it executes the program. By then it is on record,
+/// see `leftovers`. If we die first, stdin is closed and the child exits.
 const GATE: &str = r#"read -r go && exec "$0" "$@" </dev/null"#;
 
-/// A command that `Process::spawn` accepts; arguments, environment and user are added as to any other.
+/// A command that `Process::spawn` accepts. Arguments, environment and user are added as to any
+/// other.
 pub fn command(program: impl AsRef<Path>) -> Command {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", GATE]).arg(program.as_ref());
@@ -48,7 +50,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a `command(…)`; its output goes to `<logs>/<name>.log`.
+    /// Starts a command made by [`command`]. Its output goes to `<logs>/<name>.log`.
     pub fn spawn(name: &str, mut command: Command, logs: &Logs) -> Result<Self> {
         let (reader, writer) = std::io::pipe()?;
         command.stdout(writer.try_clone()?).stderr(writer);
@@ -57,7 +59,7 @@ impl Process {
         Ok(process)
     }
 
-    /// The same for a program that talks to the user itself, such as cargo.
+    /// The same for a program that writes to the terminal itself, such as cargo.
     pub fn spawn_on_terminal(name: &str, mut command: Command, logs: &Logs) -> Result<Self> {
         let mut child =
             command.stdin(Stdio::piped()).process_group(0).spawn().with_context(|| format!("cannot start {name}"))?;
@@ -74,12 +76,12 @@ impl Process {
     /// The exit status, if the process has ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         if self.ended.is_none() {
-            self.ended = self.child.try_wait().expect("a child of ours can be waited for");
+            self.ended = self.child.try_wait().expect("our own child can be waited for");
         }
         self.ended
     }
 
-    /// Waits for the end; dropping the future leaves the process as it is.
+    /// Waits until the process has ended. Dropping the future does not affect the process.
     pub async fn wait(&mut self) -> ExitStatus {
         let status = loop {
             match self.ended() {
@@ -94,13 +96,13 @@ impl Process {
         status
     }
 
-    /// Asks `is_ready` again and again until it says yes, the process ends, or the limit passes.
+    /// Polls `is_ready` until it returns true. Fails when the process ends first, or after `limit`.
     pub async fn until_ready(&mut self, limit: Duration, is_ready: impl AsyncFn() -> bool) -> Result<()> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.ended() {
                 self.wait().await;
-                bail!("{} ended early ({status}){}", self.name, self.last_lines());
+                bail!("{} ended before it was ready ({status}){}", self.name, self.last_lines());
             }
             if is_ready().await {
                 return Ok(());
@@ -112,29 +114,30 @@ impl Process {
         }
     }
 
-    /// Sends the signal to the process alone and to nobody when it has ended.
+    /// Sends the signal to the process, not to its group. Does nothing if the process has ended.
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
-            // Not reaped yet, so the number is still this child's.
+            // The child is not reaped yet, so its pid cannot have been reused.
             let _ = nix::sys::signal::kill(self.group(), signal);
         }
     }
 
-    /// SIGSTOP: the process keeps its connections and answers nothing.
+    /// Sends SIGSTOP: the process keeps its connections open and answers nothing.
     pub fn freeze(&mut self) {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// SIGUSR1: what it means is the program's own.
+    /// Sends SIGUSR1, whose meaning depends on the program.
     pub fn signal_user1(&mut self) {
         self.signal(Signal::SIGUSR1);
     }
 
+    /// Sends SIGCONT, which ends a `freeze`.
     pub fn thaw(&mut self) {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Asks politely, and kills what has not ended after `limit`.
+    /// Sends the signal, and kills the process if it has not ended after `limit`.
     pub async fn stop(&mut self, signal: Signal, limit: Duration) -> ExitStatus {
         self.signal(signal);
         if let Ok(status) = timeout(limit, self.wait()).await {
@@ -143,13 +146,13 @@ impl Process {
         self.kill()
     }
 
-    /// SIGKILL to the process and whatever it started in its group; returns when it is gone.
+    /// Sends SIGKILL to the process and its group, and returns when the process has ended.
     pub fn kill(&mut self) -> ExitStatus {
         if self.ended().is_none() {
             let _ = killpg(self.group(), Signal::SIGKILL);
-            self.ended = Some(self.child.wait().expect("a child of ours can be waited for"));
+            self.ended = Some(self.child.wait().expect("our own child can be waited for"));
         }
-        self.ended.expect("it has just been waited for")
+        self.ended.expect("the process has ended")
     }
 
     /// The end of the log, for an error message.
@@ -193,25 +196,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn output_and_exit_status_are_kept() {
-        let logs = Logs::fresh("xtask-tests/output", false).unwrap();
-        let mut process = Process::spawn("talker", sh("echo out; echo err >&2; exit 3"), &logs).unwrap();
+    async fn output_goes_to_the_log_and_the_exit_status_is_returned() {
+        let logs = Logs::to_files("testbed-tests/output").unwrap();
+        let mut process = Process::spawn("printer", sh("echo out; echo err >&2; exit 3"), &logs).unwrap();
         assert_eq!(process.wait().await.code(), Some(3));
-        assert_eq!(std::fs::read_to_string(logs.file("talker")).unwrap(), "out\nerr\n");
+        assert_eq!(std::fs::read_to_string(logs.file("printer")).unwrap(), "out\nerr\n");
     }
 
     #[tokio::test]
-    async fn an_early_end_quotes_the_log() {
-        let logs = Logs::fresh("xtask-tests/early", false).unwrap();
+    async fn a_process_that_ends_before_it_is_ready_has_its_log_quoted() {
+        let logs = Logs::to_files("testbed-tests/early").unwrap();
         let mut process = Process::spawn("broken", sh("echo the reason; exit 1"), &logs).unwrap();
         let error = process.until_ready(Duration::from_secs(5), async || false).await.unwrap_err();
-        assert!(error.to_string().contains("broken ended early"), "{error}");
+        assert!(error.to_string().contains("broken ended before it was ready"), "{error}");
         assert!(error.to_string().contains("the reason"), "{error}");
     }
 
     #[tokio::test]
-    async fn what_ignores_sigterm_is_killed() {
-        let logs = Logs::fresh("xtask-tests/stubborn", false).unwrap();
+    async fn a_process_that_ignores_sigterm_is_killed() {
+        let logs = Logs::to_files("testbed-tests/stubborn").unwrap();
         let mut process =
             Process::spawn("stubborn", sh("trap '' TERM; echo up; sleep 60 & wait; sleep 60"), &logs).unwrap();
         let log = logs.file("stubborn");
@@ -220,8 +223,8 @@ mod tests {
     }
 
     #[test]
-    fn dropping_kills_the_whole_group() {
-        let logs = Logs::fresh("xtask-tests/group", false).unwrap();
+    fn dropping_a_process_kills_its_whole_group() {
+        let logs = Logs::to_files("testbed-tests/group").unwrap();
         let process = Process::spawn("parent", sh("sleep 60 & echo $!; wait"), &logs).unwrap();
         let grandchild = loop {
             let text = std::fs::read_to_string(logs.file("parent")).unwrap_or_default();
@@ -234,7 +237,7 @@ mod tests {
         drop(process);
         let deadline = std::time::Instant::now() + Duration::from_secs(5);
         while alive(grandchild) {
-            assert!(std::time::Instant::now() < deadline, "the grandchild is still there");
+            assert!(std::time::Instant::now() < deadline, "the grandchild is still alive");
             std::thread::yield_now();
         }
     }

@@ -1,5 +1,8 @@
-//! `GET /api/messages`, `DELETE /api/messages`, `PUT /api/behaviour` (a `Behaviour`, for example
-//! `{"fault": "reject", "stage": "rcpt", "code": 550, "times": 2}`), `GET /api/behaviour`.
+//! The sink's HTTP API:
+//!
+//! - `GET /api/messages` lists the mails, `DELETE /api/messages` removes them.
+//! - `GET /api/behaviour` and `PUT /api/behaviour` read and replace the `Behaviour`, for example
+//!   `{"fault": "reject", "stage": "rcpt", "code": 550, "times": 2}`.
 
 use std::sync::Arc;
 
@@ -7,27 +10,27 @@ use axum::extract::State;
 use axum::routing::get;
 use axum::{Json, Router};
 
-use super::{Behaviour, Kept, Mail};
+use super::{Behaviour, Mail, Shared};
 
-pub(super) fn router(kept: Arc<Kept>) -> Router {
+pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/api/messages", get(messages).delete(clear))
         .route("/api/behaviour", get(behaviour).put(set_behaviour))
-        .with_state(kept)
+        .with_state(shared)
 }
 
-async fn messages(State(kept): State<Arc<Kept>>) -> Json<Vec<Mail>> {
-    Json(kept.state().mails.clone())
+async fn messages(State(shared): State<Arc<Shared>>) -> Json<Vec<Mail>> {
+    Json(shared.state().mails.clone())
 }
 
-async fn clear(State(kept): State<Arc<Kept>>) {
-    kept.state().mails.clear();
+async fn clear(State(shared): State<Arc<Shared>>) {
+    shared.state().mails.clear();
 }
 
-async fn behaviour(State(kept): State<Arc<Kept>>) -> Json<Behaviour> {
-    Json(kept.state().behaviour.clone())
+async fn behaviour(State(shared): State<Arc<Shared>>) -> Json<Behaviour> {
+    Json(shared.state().behaviour.clone())
 }
 
-async fn set_behaviour(State(kept): State<Arc<Kept>>, Json(behaviour): Json<Behaviour>) {
-    kept.set(behaviour);
+async fn set_behaviour(State(shared): State<Arc<Shared>>, Json(behaviour): Json<Behaviour>) {
+    shared.set(behaviour);
 }

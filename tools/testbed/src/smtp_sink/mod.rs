@@ -1,6 +1,8 @@
-//! A mail server that delivers nothing: it speaks real SMTP, keeps what it accepts, and fails when told to.
+//! A mail server that delivers nothing. It speaks SMTP, keeps the mails that it accepts, and fails
+//! on request.
 //!
-//! The same code serves `cargo xtask up`, told over HTTP (`http`), and the tests, told by calls.
+//! `cargo xtask up` and the tests use the same code: a user of `up` controls it over HTTP (see
+//! `http`), a test by function calls.
 
 mod http;
 mod session;
@@ -15,15 +17,16 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-/// How the sink treats its clients from now on.
+/// How the sink treats its clients.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Behaviour {
     #[serde(flatten)]
     pub fault: Fault,
-    /// After so many faults the sink is well again; without it, it stays as it is.
+    /// The number of faults after which the sink works normally again. `None`: it keeps failing.
     #[serde(default)]
     pub times: Option<u32>,
-    /// Only mails to this address fail. Ignored where the recipient is not known yet (`refuse`, stages `connect` and `mail`).
+    /// Only mails to this address fail. Ignored by faults that happen before the recipient is
+    /// known: `refuse`, and the stages `connect` and `mail`.
     #[serde(default)]
     pub recipient: Option<String>,
 }
@@ -33,17 +36,15 @@ pub struct Behaviour {
 pub enum Fault {
     #[default]
     None,
-    /// 421 instead of a greeting, and the end of the connection.
+    /// The sink answers 421 instead of a greeting and closes the connection.
     Refuse,
-    Reject {
-        stage: Stage,
-        code: u16,
-    },
-    /// The connection breaks inside the mail: nothing is accepted, nothing answered.
+    /// The sink answers `stage` with `code`.
+    Reject { stage: Stage, code: u16 },
+    /// The sink resets the connection within the mail. The mail is neither accepted nor answered.
     ResetBeforeDot,
-    /// The mail is accepted and kept, and the connection breaks before the 250.
+    /// The sink accepts and keeps the mail and resets the connection before it answers 250.
     DropAfterDot,
-    /// The answer to `stage` comes late. At the dot the mail is kept before the wait.
+    /// The sink answers `stage` late. At the stage `dot` it keeps the mail before it waits.
     Slow {
         ms: u64,
         #[serde(default)]
@@ -58,9 +59,9 @@ pub enum Stage {
     Connect,
     Mail,
     Rcpt,
-    /// The word DATA.
+    /// The command DATA.
     Data,
-    /// The end of the mail.
+    /// The dot that ends the mail.
     #[default]
     Dot,
 }
@@ -77,7 +78,7 @@ impl Fault {
     }
 }
 
-/// One accepted copy.
+/// One accepted mail. A mail that is sent twice is kept twice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Mail {
     pub message_id: Option<String>,
@@ -86,46 +87,45 @@ pub struct Mail {
     pub subject: Option<String>,
     pub text: Option<String>,
     pub html: Option<String>,
-    /// As it came, without the dots that SMTP stuffs in.
+    /// The mail as it was received, without SMTP's dot-stuffing.
     pub raw: String,
     pub received_at_ms: u64,
     pub outcome: Outcome,
 }
 
-/// What the client was told about a mail that was kept.
+/// Whether the client got an answer to a mail that was kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// 250.
+    /// The sink answered 250.
     Answered,
-    /// Nothing: the connection broke first.
+    /// The connection was reset before the answer.
     Dropped,
 }
 
-/// Serves until it is dropped.
+/// Runs until it is dropped.
 pub struct SmtpSink {
-    kept: Arc<Kept>,
+    shared: Arc<Shared>,
     address: SocketAddr,
     servers: Mutex<JoinSet<()>>,
 }
 
 impl SmtpSink {
-    /// Port 0 takes any free port.
+    /// With port 0 it listens on any free port.
     pub async fn start(address: SocketAddr) -> Result<Self> {
         let listener =
             TcpListener::bind(address).await.with_context(|| format!("the SMTP sink cannot listen on {address}"))?;
-        let sink = Self { kept: Arc::default(), address: listener.local_addr()?, servers: Mutex::default() };
-        sink.servers().spawn(accept(listener, sink.kept.clone()));
+        let sink = Self { shared: Arc::default(), address: listener.local_addr()?, servers: Mutex::default() };
+        sink.servers().spawn(accept(listener, sink.shared.clone()));
         Ok(sink)
     }
 
-    /// The list of mails, and the behaviour, for `curl`.
+    /// Serves the HTTP API.
     pub async fn serve_http(&self, address: SocketAddr) -> Result<()> {
         let listener =
             TcpListener::bind(address).await.with_context(|| format!("the SMTP sink cannot listen on {address}"))?;
-        let router = http::router(self.kept.clone());
-        self.servers()
-            .spawn(async move { axum::serve(listener, router).await.expect("axum::serve ends with the task alone") });
+        let router = http::router(self.shared.clone());
+        self.servers().spawn(async move { axum::serve(listener, router).await.expect("axum::serve never returns") });
         Ok(())
     }
 
@@ -134,42 +134,42 @@ impl SmtpSink {
     }
 
     pub fn set(&self, behaviour: impl Into<Behaviour>) {
-        self.kept.set(behaviour.into());
+        self.shared.set(behaviour.into());
     }
 
-    /// `Fault::None` again after the faults were counted down.
+    /// `Fault::None` after the last of a limited number of faults.
     pub fn behaviour(&self) -> Behaviour {
-        self.kept.state().behaviour.clone()
+        self.shared.state().behaviour.clone()
     }
 
     pub fn mails(&self) -> Vec<Mail> {
-        self.kept.state().mails.clone()
+        self.shared.state().mails.clone()
     }
 
     pub fn clear(&self) {
-        self.kept.state().mails.clear();
+        self.shared.state().mails.clear();
     }
 
     fn servers(&self) -> MutexGuard<'_, JoinSet<()>> {
-        self.servers.lock().expect("nobody panics while holding this lock")
+        self.servers.lock().expect("no thread panics while it holds this lock")
     }
 }
 
-async fn accept(listener: TcpListener, kept: Arc<Kept>) {
-    // The sessions end with this task.
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    // Dropping the set ends the sessions with this task.
     let mut sessions = JoinSet::new();
     loop {
-        // A client that is gone before it was accepted is its own concern.
+        // An error means that the client closed the connection before it was accepted.
         if let Ok((stream, _)) = listener.accept().await {
-            sessions.spawn(session::serve(stream, kept.clone()));
+            sessions.spawn(session::serve(stream, shared.clone()));
         }
         while sessions.try_join_next().is_some() {}
     }
 }
 
-/// What the sessions share.
+/// State shared by all sessions.
 #[derive(Default)]
-struct Kept(Mutex<State>);
+struct Shared(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -177,21 +177,22 @@ struct State {
     mails: Vec<Mail>,
 }
 
-impl Kept {
+impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("nobody panics while holding this lock")
+        self.0.lock().expect("no thread panics while it holds this lock")
     }
 
     fn set(&self, behaviour: Behaviour) {
         self.state().behaviour = behaviour;
     }
 
-    /// The fault in force for these recipients, if it is one that `wanted` asks for; it then counts as having happened.
-    fn take(&self, recipients: &[String], wanted: impl Fn(&Fault) -> bool) -> Option<Fault> {
+    /// The current fault, if it matches and applies to these recipients. It is then counted as
+    /// happened.
+    fn take(&self, recipients: &[String], matches: impl Fn(&Fault) -> bool) -> Option<Fault> {
         let mut state = self.state();
         let behaviour = &mut state.behaviour;
-        let other = behaviour.recipient.as_ref().filter(|_| !recipients.is_empty());
-        if !wanted(&behaviour.fault) || other.is_some_and(|wanted| !recipients.contains(wanted)) {
+        let only_for = behaviour.recipient.as_ref().filter(|_| !recipients.is_empty());
+        if !matches(&behaviour.fault) || only_for.is_some_and(|recipient| !recipients.contains(recipient)) {
             return None;
         }
         let fault = behaviour.fault.clone();
@@ -206,14 +207,14 @@ impl Kept {
 
     fn keep(&self, from: &str, to: &[String], raw: &[u8], outcome: Outcome) {
         let parsed = MessageParser::default().parse(raw);
-        let part = |text: Option<std::borrow::Cow<'_, str>>| text.map(std::borrow::Cow::into_owned);
+        let owned = |text: Option<std::borrow::Cow<'_, str>>| text.map(std::borrow::Cow::into_owned);
         let mail = Mail {
             message_id: parsed.as_ref().and_then(|mail| mail.message_id()).map(str::to_owned),
             from: from.to_owned(),
             to: to.to_vec(),
             subject: parsed.as_ref().and_then(|mail| mail.subject()).map(str::to_owned),
-            text: part(parsed.as_ref().and_then(|mail| mail.body_text(0))),
-            html: part(parsed.as_ref().and_then(|mail| mail.body_html(0))),
+            text: owned(parsed.as_ref().and_then(|mail| mail.body_text(0))),
+            html: owned(parsed.as_ref().and_then(|mail| mail.body_html(0))),
             raw: String::from_utf8_lossy(raw).into_owned(),
             received_at_ms: now_ms(),
             outcome,

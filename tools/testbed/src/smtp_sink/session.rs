@@ -7,28 +7,29 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream};
 use tokio::net::TcpStream;
 
-use super::{Fault, Kept, Outcome, Stage};
+use super::{Fault, Outcome, Shared, Stage};
 
-/// A mail larger than this ends the connection: the sink must not fill the memory.
+/// Bytes of a mail above which the sink closes the connection, so that it does not run out of
+/// memory.
 const MAX_MAIL: usize = 16 * 1024 * 1024;
 
-pub(super) async fn serve(stream: TcpStream, kept: Arc<Kept>) {
-    let mut session = Session { stream: BufStream::new(stream), kept, from: None, to: Vec::new() };
-    // An error is a client that went away, or a fault that breaks the connection.
+pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+    let mut session = Session { stream: BufStream::new(stream), shared, from: None, to: Vec::new() };
+    // An error means that the client closed the connection or that a fault reset it.
     let _ = session.run().await;
 }
 
 struct Session {
     stream: BufStream<TcpStream>,
-    kept: Arc<Kept>,
+    shared: Arc<Shared>,
     from: Option<String>,
     to: Vec<String>,
 }
 
 impl Session {
     async fn run(&mut self) -> io::Result<()> {
-        if self.kept.take(&[], |fault| *fault == Fault::Refuse).is_some() {
-            return self.reply("421 not now").await;
+        if self.shared.take(&[], |fault| *fault == Fault::Refuse).is_some() {
+            return self.reply("421 try again later").await;
         }
         if self.fails_at(Stage::Connect, &[]).await? {
             return Ok(());
@@ -44,11 +45,11 @@ impl Session {
                 "RCPT" => self.rcpt(rest).await?,
                 "DATA" => self.data().await?,
                 "RSET" => {
-                    self.forget();
+                    self.reset_mail();
                     self.reply("250 ok").await?;
                 }
                 "QUIT" => return self.reply("221 bye").await,
-                _ => self.reply("502 not known here").await?,
+                _ => self.reply("502 command not implemented").await?,
             }
         }
         Ok(())
@@ -56,22 +57,22 @@ impl Session {
 
     async fn mail(&mut self, rest: &str) -> io::Result<()> {
         let Some(from) = address(rest, "FROM:") else {
-            return self.reply("501 MAIL FROM:<address>").await;
+            return self.reply("501 expected MAIL FROM:<address>").await;
         };
         if self.fails_at(Stage::Mail, &[]).await? {
             return Ok(());
         }
-        self.forget();
+        self.reset_mail();
         self.from = Some(from);
         self.reply("250 ok").await
     }
 
     async fn rcpt(&mut self, rest: &str) -> io::Result<()> {
         let Some(to) = address(rest, "TO:") else {
-            return self.reply("501 RCPT TO:<address>").await;
+            return self.reply("501 expected RCPT TO:<address>").await;
         };
         if self.from.is_none() {
-            return self.reply("503 MAIL first").await;
+            return self.reply("503 send MAIL first").await;
         }
         if self.fails_at(Stage::Rcpt, std::slice::from_ref(&to)).await? {
             return Ok(());
@@ -83,48 +84,50 @@ impl Session {
     async fn data(&mut self) -> io::Result<()> {
         let to = std::mem::take(&mut self.to);
         let Some(from) = self.from.take().filter(|_| !to.is_empty()) else {
-            return self.reply("503 MAIL and RCPT first").await;
+            return self.reply("503 send MAIL and RCPT first").await;
         };
         if self.fails_at(Stage::Data, &to).await? {
             return Ok(());
         }
-        self.reply("354 end with a dot").await?;
-        if self.kept.take(&to, |fault| *fault == Fault::ResetBeforeDot).is_some() {
+        self.reply("354 end the mail with a dot").await?;
+        if self.shared.take(&to, |fault| *fault == Fault::ResetBeforeDot).is_some() {
             self.line().await?;
-            return self.reset();
+            return self.reset_connection();
         }
         let raw = self.content().await?;
-        if let Some(Fault::Reject { code, .. }) = self.kept.take(&to, rejects_at(Stage::Dot)) {
+        if let Some(Fault::Reject { code, .. }) = self.shared.take(&to, rejects_at(Stage::Dot)) {
             return self.reply(&refusal(code, &to)).await;
         }
-        if self.kept.take(&to, |fault| *fault == Fault::DropAfterDot).is_some() {
-            self.kept.keep(&from, &to, &raw, Outcome::Dropped);
-            return self.reset();
+        if self.shared.take(&to, |fault| *fault == Fault::DropAfterDot).is_some() {
+            self.shared.keep(&from, &to, &raw, Outcome::Dropped);
+            return self.reset_connection();
         }
-        self.kept.keep(&from, &to, &raw, Outcome::Answered);
+        self.shared.keep(&from, &to, &raw, Outcome::Answered);
         self.fails_at(Stage::Dot, &to).await?;
-        self.reply("250 kept").await
+        self.reply("250 accepted").await
     }
 
-    /// Does what the behaviour says for this stage; true if the client has been turned away.
+    /// Applies the current fault to this stage. Returns true if the client was rejected.
     async fn fails_at(&mut self, stage: Stage, recipients: &[String]) -> io::Result<bool> {
-        let slow = |fault: &Fault| matches!(fault, Fault::Slow { stage: at, .. } if *at == stage);
-        if let Some(Fault::Slow { ms, .. }) = self.kept.take(recipients, slow) {
+        let slow = |fault: &Fault| matches!(fault, Fault::Slow { stage: slow, .. } if *slow == stage);
+        if let Some(Fault::Slow { ms, .. }) = self.shared.take(recipients, slow) {
             tokio::time::sleep(Duration::from_millis(ms)).await;
         }
-        let Some(Fault::Reject { code, .. }) = self.kept.take(recipients, rejects_at(stage)) else {
+        let Some(Fault::Reject { code, .. }) = self.shared.take(recipients, rejects_at(stage)) else {
             return Ok(false);
         };
         self.reply(&refusal(code, recipients)).await?;
         Ok(true)
     }
 
-    fn forget(&mut self) {
+    /// Resets the mail transaction.
+    fn reset_mail(&mut self) {
         self.from = None;
         self.to.clear();
     }
 
-    /// Up to the line with the lone dot; other leading dots were doubled by the client.
+    /// Reads the mail up to the line that holds only a dot. The client doubled every other leading
+    /// dot.
     async fn content(&mut self) -> io::Result<Vec<u8>> {
         let mut raw = Vec::new();
         loop {
@@ -140,7 +143,7 @@ impl Session {
         }
     }
 
-    /// Without its end; `None` when the client has closed.
+    /// The next line without its line break. `None` if the client has closed the connection.
     async fn line(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut line = Vec::new();
         if self.stream.read_until(b'\n', &mut line).await? == 0 {
@@ -157,23 +160,23 @@ impl Session {
         self.stream.flush().await
     }
 
-    /// The client sees a reset, not an orderly end.
-    fn reset(&mut self) -> io::Result<()> {
+    /// Ends the connection with a TCP reset instead of an orderly close.
+    fn reset_connection(&mut self) -> io::Result<()> {
         self.stream.get_ref().set_zero_linger()?;
         Err(io::ErrorKind::ConnectionReset.into())
     }
 }
 
-/// It quotes the recipients, as real servers do.
+/// A rejection that quotes the recipients, as real servers do.
 fn refusal(code: u16, recipients: &[String]) -> String {
-    format!("{code} <{}> as told to", recipients.join(","))
+    format!("{code} <{}> rejected on request", recipients.join(","))
 }
 
 fn rejects_at(stage: Stage) -> impl Fn(&Fault) -> bool {
-    move |fault| matches!(fault, Fault::Reject { stage: at, .. } if *at == stage)
+    move |fault| matches!(fault, Fault::Reject { stage: rejected, .. } if *rejected == stage)
 }
 
-/// The address in `FROM:<a@b> SIZE=3`.
+/// The address in a text such as `FROM:<a@b> SIZE=3`.
 fn address(rest: &str, keyword: &str) -> Option<String> {
     let given = rest.get(..keyword.len()).filter(|start| start.eq_ignore_ascii_case(keyword))?;
     let (address, _) = rest[given.len()..].trim_start().strip_prefix('<')?.split_once('>')?;
@@ -196,7 +199,7 @@ mod tests {
             Self(BufReader::new(TcpStream::connect(sink.address()).await.unwrap()))
         }
 
-        /// The last line of the answer, or the kind of error.
+        /// The last line of the answer, or the kind of the I/O error.
         async fn answer(&mut self) -> Result<String, io::ErrorKind> {
             loop {
                 let mut line = String::new();
@@ -209,17 +212,17 @@ mod tests {
             }
         }
 
-        async fn say(&mut self, text: &str) -> Result<String, io::ErrorKind> {
+        async fn send_line(&mut self, text: &str) -> Result<String, io::ErrorKind> {
             self.0.write_all(text.as_bytes()).await.map_err(|error| error.kind())?;
             self.answer().await
         }
 
-        /// Each answer's first three characters, as far as the dialogue comes.
+        /// Sends one mail. Returns the codes of the answers, up to the first rejection or error.
         async fn send(&mut self, to: &str) -> String {
             let rcpt = format!("RCPT TO:<{to}>\r\n");
             let mut codes = String::new();
             for text in ["", "EHLO test\r\n", "MAIL FROM:<a@test> BODY=8BITMIME\r\n", &rcpt, "DATA\r\n", MAIL] {
-                match self.say(text).await {
+                match self.send_line(text).await {
                     Ok(answer) => codes += &format!("{} ", &answer[..3]),
                     Err(kind) => return format!("{codes}{kind:?}"),
                 }
@@ -242,40 +245,42 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_mail_is_kept_without_stuffed_dots() {
+    async fn dot_stuffing_is_removed_from_a_mail() {
         let sink = sink(Fault::None).await;
         assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
         let mail = &sink.mails()[0];
-        assert_eq!((mail.from.as_str(), mail.to.as_slice()), ("a@test", &["b@test".to_owned()][..]));
-        assert_eq!((mail.message_id.as_deref(), mail.subject.as_deref()), (Some("1@test"), Some("Hello")));
+        assert_eq!(mail.from, "a@test");
+        assert_eq!(mail.to, ["b@test"]);
+        assert_eq!(mail.message_id.as_deref(), Some("1@test"));
+        assert_eq!(mail.subject.as_deref(), Some("Hello"));
         assert!(mail.raw.ends_with("\r\n\r\nfirst\r\n.second\r\n"), "{}", mail.raw);
         assert_eq!(mail.outcome, Outcome::Answered);
     }
 
     #[tokio::test]
-    async fn one_connection_carries_several_mails() {
+    async fn one_connection_can_send_several_mails() {
         let sink = sink(Fault::None).await;
         let mut client = Client::connect(&sink).await;
         client.send("b@test").await;
-        assert_eq!(client.say("RCPT TO:<c@test>\r\n").await.unwrap(), "503 MAIL first");
-        assert_eq!(client.say("mail from: <a@test>\r\n").await.unwrap(), "250 ok");
-        assert_eq!(client.say("RSET\r\n").await.unwrap(), "250 ok");
-        assert_eq!(client.say("DATA\r\n").await.unwrap(), "503 MAIL and RCPT first");
-        assert_eq!(client.say("VRFY x\r\n").await.unwrap(), "502 not known here");
-        assert_eq!(client.say("QUIT\r\n").await.unwrap(), "221 bye");
+        assert_eq!(client.send_line("RCPT TO:<c@test>\r\n").await.unwrap(), "503 send MAIL first");
+        assert_eq!(client.send_line("mail from: <a@test>\r\n").await.unwrap(), "250 ok");
+        assert_eq!(client.send_line("RSET\r\n").await.unwrap(), "250 ok");
+        assert_eq!(client.send_line("DATA\r\n").await.unwrap(), "503 send MAIL and RCPT first");
+        assert_eq!(client.send_line("VRFY x\r\n").await.unwrap(), "502 command not implemented");
+        assert_eq!(client.send_line("QUIT\r\n").await.unwrap(), "221 bye");
         assert_eq!(client.0.read(&mut [0]).await.unwrap(), 0);
         assert_eq!(sink.mails().len(), 1);
     }
 
     #[tokio::test]
-    async fn refuse_says_421() {
+    async fn a_refused_connection_is_answered_with_421() {
         let sink = sink(Fault::Refuse.times(1)).await;
-        assert_eq!(Client::connect(&sink).await.answer().await.unwrap(), "421 not now");
+        assert_eq!(Client::connect(&sink).await.answer().await.unwrap(), "421 try again later");
         assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
     }
 
     #[tokio::test]
-    async fn each_stage_rejects() {
+    async fn the_sink_can_reject_at_each_stage() {
         for (stage, codes) in [
             (Stage::Connect, "554"),
             (Stage::Mail, "220 250 554"),
@@ -307,7 +312,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn slow_keeps_the_mail_and_then_waits() {
+    async fn a_slow_answer_to_the_dot_comes_after_the_wait() {
         let sink = sink(Fault::Slow { ms: 200, stage: Stage::Dot }).await;
         let begin = std::time::Instant::now();
         assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
@@ -315,7 +320,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fault_may_be_meant_for_one_recipient() {
+    async fn a_fault_can_be_limited_to_one_recipient() {
         let fault = Fault::Reject { stage: Stage::Rcpt, code: 450 };
         let sink = sink(Behaviour { recipient: Some("b@test".to_owned()), ..fault.into() }).await;
         assert_eq!(send(&sink, "c@test").await, "220 250 250 250 354 250");
@@ -323,9 +328,9 @@ mod tests {
     }
 
     #[test]
-    fn behaviour_is_told_in_json() {
-        let told = r#"{"fault": "reject", "stage": "rcpt", "code": 550, "times": 2}"#;
-        let behaviour: Behaviour = serde_json::from_str(told).unwrap();
+    fn a_behaviour_is_parsed_from_json() {
+        let reject = r#"{"fault": "reject", "stage": "rcpt", "code": 550, "times": 2}"#;
+        let behaviour: Behaviour = serde_json::from_str(reject).unwrap();
         assert_eq!(behaviour, Fault::Reject { stage: Stage::Rcpt, code: 550 }.times(2));
         let slow: Behaviour = serde_json::from_str(r#"{"fault": "slow", "ms": 5}"#).unwrap();
         assert_eq!(slow.fault, Fault::Slow { ms: 5, stage: Stage::Dot });

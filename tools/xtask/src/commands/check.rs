@@ -1,8 +1,9 @@
-//! `cargo xtask check`: what can be said about the tree without running the system.
+//! `cargo xtask check`: everything that can be checked without running the system.
 
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
+use testbed::paths;
 use testbed::process::{Logs, Process};
 use testbed::say::say;
 use testbed::services::{self, cargo};
@@ -10,19 +11,27 @@ use testbed::services::{self, cargo};
 use super::prepare;
 
 pub async fn run() -> Result<ExitCode> {
-    let logs = Logs::fresh("check", false)?;
+    let logs = Logs::to_files("check")?;
     let features = services::fault_points();
     run_cargo(&["fmt", "--all", "--check"], "run `cargo fmt`", &logs).await?;
-    // With fault points there is more code to look at, none less.
+    // With fault points clippy sees more code, and no less.
     let clippy = ["clippy", "--workspace", "--all-targets", "--features", &features, "--", "-D", "warnings"];
-    run_cargo(&clippy, "clippy's messages above say what to change", &logs).await?;
-    run_cargo(
-        &["test", "-p", "tests", "--test", "tidy"],
-        "the test above names the rule of the tree that is broken",
-        &logs,
-    )
-    .await?;
+    run_cargo(&clippy, "fix what clippy reports above", &logs).await?;
+    let tidy = ["test", "-p", "tests", "--test", "tidy"];
+    run_cargo(&tidy, "the failed test above names the rule of the source tree that is violated", &logs).await?;
+    check_dependencies(&logs).await?;
     prepare::run(true).await
+}
+
+/// Licences, duplicate versions and known vulnerabilities of dependencies, as deny.toml allows
+/// them. cargo-deny is not part of the toolchain, so a developer may not have it.
+async fn check_dependencies(logs: &Logs) -> Result<()> {
+    if paths::on_path(&["cargo-deny"]).is_none() {
+        say("cargo deny check: skipped, because cargo-deny is not on the PATH (`cargo install --locked cargo-deny`)");
+        return Ok(());
+    }
+    run_cargo(&["deny", "check", "--hide-inclusion-graph"], "fix what cargo-deny reports above, or allow it in deny.toml with a reason", logs)
+        .await
 }
 
 async fn run_cargo(arguments: &[&str], remedy: &str, logs: &Logs) -> Result<()> {
@@ -30,6 +39,6 @@ async fn run_cargo(arguments: &[&str], remedy: &str, logs: &Logs) -> Result<()> 
     let mut command = cargo();
     command.args(arguments);
     let status = Process::spawn_on_terminal("cargo", command, logs)?.wait().await;
-    ensure!(status.success(), "`cargo {}` found something: {remedy}", arguments[0]);
+    ensure!(status.success(), "`cargo {}` failed: {remedy}", arguments[0]);
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! `cargo xtask prepare`: lets the query macros of each service describe its queries to a real database and writes the answers
-//! to `services/<service>/.sqlx`, from which they compile where there is no database.
+//! `cargo xtask prepare`: updates `services/<service>/.sqlx`. The query macros of sqlx describe
+//! each query against a real database, and the descriptions let the service compile where there is
+//! no database.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -11,80 +12,89 @@ use anyhow::{Context, Result, ensure};
 use sqlx::migrate::Migrator;
 use sqlx::{Connection, PgConnection};
 use testbed::fetch::fetch;
-use testbed::postgres::{Durability, Postgres, SERVICES};
+use testbed::postgres::{Durability, Postgres};
 use testbed::process::{Logs, Process, Scratch};
-use testbed::say::say;
-use testbed::services::cargo;
+use testbed::say::{say, timed};
+use testbed::services::{Service, cargo};
 use testbed::{paths, ports};
 
+/// With `check`, changes nothing and fails if a description is out of date.
 pub async fn run(check: bool) -> Result<ExitCode> {
-    let logs = Logs::fresh("prepare", false)?;
+    let logs = Logs::to_files("prepare")?;
     let fetched = fetch().await?;
     let scratch = Scratch::create("prepare")?;
     let folder = scratch.path().join("postgres");
-    let postgres = Postgres::start(&fetched, &folder, ports::free(), Durability::Process, &logs).await?;
-    for service in SERVICES {
+    let start = Postgres::start(&fetched, &folder, ports::free(), Durability::Process, &logs);
+    let postgres = timed("Starting Postgres (about 3 s) …", start).await?;
+    for service in topology::with_database() {
+        let name = service.name;
+        say(format_args!("Compiling the service {name} against its database …"));
         let url = postgres.service_url(service);
         migrate(service, &url).await?;
-        let described = scratch.path().join(service);
-        fs::create_dir(&described)?;
-        describe(service, &url, &described, &logs).await?;
-        let (new, committed) = (queries(&described)?, queries(&committed(service))?);
+        let output = scratch.path().join(name);
+        fs::create_dir(&output)?;
+        describe(service, &url, &output, &logs).await?;
+        let committed = folder_of(service).join(".sqlx");
+        let old = read_files(&committed)?;
+        let new = read_files(&output)?;
         ensure!(
-            !check || new == committed,
-            "services/{service}/.sqlx is not current: run `cargo xtask prepare` and commit what it changes"
+            !check || new == old,
+            "services/{name}/.sqlx is out of date: run `cargo xtask prepare` and commit the changes"
         );
-        if new != committed {
-            replace(&self::committed(service), &new)?;
+        if new != old {
+            replace(&committed, &new)?;
         }
-        say(format_args!("services/{service}/.sqlx: {} queries", new.len()));
+        let change = if new == old { "up to date" } else { "updated" };
+        say(format_args!("  services/{name}/.sqlx is {change}: {} queries", new.len()));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn committed(service: &str) -> PathBuf {
-    paths::root().join("services").join(service).join(".sqlx")
+fn folder_of(service: Service) -> PathBuf {
+    paths::root().join("services").join(service.name)
 }
 
-async fn migrate(service: &str, url: &str) -> Result<()> {
-    let migrations = paths::root().join("migrations").join(service);
+async fn migrate(service: Service, url: &str) -> Result<()> {
+    let name = service.name;
+    let migrations = paths::root().join("migrations").join(name);
     let migrator =
-        Migrator::new(migrations.as_path()).await.with_context(|| format!("cannot read migrations/{service}"))?;
+        Migrator::new(migrations.as_path()).await.with_context(|| format!("cannot read migrations/{name}"))?;
     let mut connection = PgConnection::connect(url).await?;
-    migrator.run(&mut connection).await.with_context(|| format!("migrations/{service} fail"))?;
+    migrator.run(&mut connection).await.with_context(|| format!("migrations/{name} fail"))?;
     Ok(connection.close().await?)
 }
 
-/// With a database at hand each macro writes what the database says about its query to SQLX_OFFLINE_DIR.
-async fn describe(service: &str, url: &str, to: &Path, logs: &Logs) -> Result<()> {
-    // The macros run only when the crate is compiled, so make cargo think that it changed.
-    let main = paths::root().join("services").join(service).join("src/main.rs");
+/// Compiles the service with a database. Each query macro then writes a description of its query to
+/// `SQLX_OFFLINE_DIR`.
+async fn describe(service: Service, url: &str, output: &Path, logs: &Logs) -> Result<()> {
+    // The macros run only when the crate is compiled, so cargo must find a changed file.
+    let main = folder_of(service).join("src/main.rs");
     File::options().append(true).open(&main)?.set_modified(SystemTime::now())?;
     let mut command = cargo();
-    command.args(["check", "--quiet", "--all-targets", "-p", service]);
-    command.env(format!("{}_DATABASE_URL", service.to_uppercase()), url);
-    command.env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", to);
+    command.args(["check", "--quiet", "--all-targets", "-p", service.name]);
+    command.env(service.database_url_setting(), url);
+    command.env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", output);
     let status = Process::spawn_on_terminal("cargo", command, logs)?.wait().await;
-    ensure!(status.success(), "the service {service} does not compile: cargo's message is above");
+    ensure!(status.success(), "the service {} does not compile: see cargo's messages above", service.name);
     Ok(())
 }
 
-/// The files of a folder by name; none when there is no folder.
-fn queries(folder: &Path) -> Result<BTreeMap<String, String>> {
+/// The files of a folder by name. Empty if the folder does not exist.
+fn read_files(folder: &Path) -> Result<BTreeMap<String, String>> {
     if !folder.exists() {
         return Ok(BTreeMap::new());
     }
     let read = |path: PathBuf| -> Result<(String, String)> {
-        let name = path.file_name().and_then(|name| name.to_str()).context("a file without a name")?;
+        let name = path.file_name().and_then(|name| name.to_str()).context("the name of a file is not UTF-8")?;
         Ok((name.to_owned(), fs::read_to_string(&path)?))
     };
     fs::read_dir(folder)?.map(|entry| read(entry?.path())).collect()
 }
 
-fn replace(folder: &Path, queries: &BTreeMap<String, String>) -> Result<()> {
+fn replace(folder: &Path, files: &BTreeMap<String, String>) -> Result<()> {
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder)?;
-    for (name, text) in queries {
+    for (name, text) in files {
         fs::write(folder.join(name), text)?;
     }
     Ok(())

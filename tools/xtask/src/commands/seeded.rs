@@ -1,8 +1,9 @@
-//! `cargo xtask seeded`: tests that cannot fail prove nothing. Each patch in `tests/seeded` puts one mistake into a copy of this
-//! tree, a mistake of the kind that looks right; the tests that its head names have to notice it.
+//! `cargo xtask seeded`: a test that cannot fail proves nothing. Each patch in `tests/seeded`
+//! applies one plausible bug to a copy of this source tree. At least one of the tests that the
+//! patch names must then fail.
 //!
 //! ```text
-//! Bug: the inbox is not asked
+//! Bug: the inbox is not consulted, so a repeated event is applied twice
 //! Promise: I7
 //! Tests: --test end_to_end -- relay::
 //! --- a/shared/src/messaging/inbox.rs
@@ -11,7 +12,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,30 +29,32 @@ struct Patch {
     tests: Vec<String>,
 }
 
-/// All bugs, or those of these names. Fails when one is not noticed, does not apply or does not compile.
+/// Runs the patches of these names, or all if none is given. The exit code is a failure when no
+/// test catches a bug. It is an error when a patch does not apply or does not compile.
 pub async fn run(names: &[String]) -> Result<ExitCode> {
-    let logs = Logs::fresh("seeded", false)?;
+    let logs = Logs::to_files("seeded")?;
     let patches = patches(names)?;
-    // Kept, so that each bug compiles only what it touches.
+    // The copy is kept between patches and runs, so that each patch compiles only what it changes.
     let tree = paths::root().join("target/seeded");
-    let mut unnoticed = 0;
-    for patch in &patches {
-        let begin = Instant::now();
+    let mut missed = 0;
+    for (index, patch) in patches.iter().enumerate() {
+        let Patch { name, bug, promise, .. } = patch;
+        say(format_args!("{}/{} {promise:<4} {name}: {bug} (about 2 minutes) …", index + 1, patches.len()));
+        let start = Instant::now();
         copy(&tree, &logs).await?;
         apply(patch, &tree, &logs).await?;
-        let noticed = test(patch, &tree, &logs).await?;
-        unnoticed += usize::from(noticed.is_empty());
-        let by = if noticed.is_empty() { "NOBODY NOTICED".to_owned() } else { noticed.join(", ") };
-        let (name, bug, promise) = (&patch.name, &patch.bug, &patch.promise);
-        say(format_args!("{promise:<4} {name}: {bug}\n     {} s: {by}", begin.elapsed().as_secs()));
+        let failed = failed_tests(patch, &tree, &logs).await?;
+        let result = if failed.is_empty() {
+            missed += 1;
+            "NOT CAUGHT".to_owned()
+        } else {
+            format!("caught by {}", failed.join(", "))
+        };
+        say(format_args!("  {result} ({} s)", start.elapsed().as_secs()));
     }
-    say(format_args!(
-        "{} bugs, {} noticed; the output of their tests: {}",
-        patches.len(),
-        patches.len() - unnoticed,
-        logs.folder().display()
-    ));
-    Ok(if unnoticed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let (bugs, caught) = (patches.len(), patches.len() - missed);
+    say(format_args!("{bugs} bugs, {caught} caught. The tests' output is in {}", logs.folder().display()));
+    Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn patches(names: &[String]) -> Result<Vec<Patch>> {
@@ -60,14 +63,14 @@ fn patches(names: &[String]) -> Result<Vec<Patch>> {
     for entry in fs::read_dir(&folder)? {
         let file = entry?.path();
         let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if file.extension().is_some_and(|extension| extension == "patch") && (names.is_empty() || names.contains(&name))
-        {
+        let is_patch = file.extension().is_some_and(|extension| extension == "patch");
+        if is_patch && (names.is_empty() || names.contains(&name)) {
             patches.push(read(name, file)?);
         }
     }
     patches.sort_by(|one, other| one.name.cmp(&other.name));
     for name in names {
-        ensure!(patches.iter().any(|patch| patch.name == *name), "there is no tests/seeded/{name}.patch");
+        ensure!(patches.iter().any(|patch| patch.name == *name), "tests/seeded/{name}.patch does not exist");
     }
     Ok(patches)
 }
@@ -82,7 +85,8 @@ fn read(name: String, file: PathBuf) -> Result<Patch> {
     Ok(Patch { bug: field("Bug")?, promise: field("Promise")?, tests, name, file })
 }
 
-/// Makes the copy equal to this tree, but for `target/`, and writes only what differs: cargo compiles what is newer.
+/// Makes the copy equal to this source tree, except for `target/`. Writes only files that differ,
+/// because cargo compiles what has a newer modification time.
 async fn copy(tree: &Path, logs: &Logs) -> Result<()> {
     let mut git = process::command("git");
     git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(paths::root());
@@ -90,18 +94,19 @@ async fn copy(tree: &Path, logs: &Logs) -> Result<()> {
     fs::create_dir_all(tree)?;
     let mut present = BTreeSet::new();
     for name in listing.lines() {
-        let (from, to) = (paths::root().join(name), tree.join(name));
-        // A file that was deleted is still listed until that is committed.
-        let Ok(content) = fs::read(&from) else { continue };
-        present.insert(to.clone());
-        if fs::read(&to).ok().as_ref() != Some(&content) {
-            fs::create_dir_all(to.parent().context("a file lies in a folder")?)?;
-            fs::write(&to, content)?;
+        // A deleted file is still listed until its deletion is committed.
+        let Ok(content) = fs::read(paths::root().join(name)) else { continue };
+        let copy = tree.join(name);
+        if fs::read(&copy).ok().as_ref() != Some(&content) {
+            fs::create_dir_all(copy.parent().context("a file has a parent folder")?)?;
+            fs::write(&copy, content)?;
         }
+        present.insert(copy);
     }
     remove_others(tree, &present, &tree.join("target"))
 }
 
+/// Removes the files that are not in `present`, except below the folder `kept`.
 fn remove_others(folder: &Path, present: &BTreeSet<PathBuf>, kept: &Path) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
@@ -116,16 +121,16 @@ fn remove_others(folder: &Path, present: &BTreeSet<PathBuf>, kept: &Path) -> Res
 
 async fn apply(patch: &Patch, tree: &Path, logs: &Logs) -> Result<()> {
     let mut git = process::command("git");
-    // Else git finds the repository around the copy, and skips files that are ignored there.
-    git.env("GIT_CEILING_DIRECTORIES", tree.parent().context("the copy lies in target/")?);
+    // Otherwise git finds the repository around the copy and skips files that are ignored there.
+    git.env("GIT_CEILING_DIRECTORIES", tree.parent().context("the copy is below target/")?);
     git.args(["apply", "--whitespace=nowarn"]).arg(&patch.file).current_dir(tree);
     output("git", git, logs).await.map(drop).with_context(|| {
-        format!("{} does not apply any more: make the same mistake in today's code", patch.file.display())
+        format!("{} no longer applies: rewrite the same bug against the current code", patch.file.display())
     })
 }
 
-/// The tests that failed.
-async fn test(patch: &Patch, tree: &Path, logs: &Logs) -> Result<Vec<String>> {
+/// Runs the patch's tests in the copy and returns the names of those that failed.
+async fn failed_tests(patch: &Patch, tree: &Path, logs: &Logs) -> Result<Vec<String>> {
     let mut command = cargo_in(tree);
     command.args(["xtask", "test", "--"]).args(&patch.tests);
     let mut process = Process::spawn(&patch.name, command, logs)?;
@@ -139,10 +144,12 @@ async fn test(patch: &Patch, tree: &Path, logs: &Logs) -> Result<Vec<String>> {
     Ok(failed)
 }
 
-async fn output(name: &str, command: std::process::Command, logs: &Logs) -> Result<String> {
-    let before = fs::read_to_string(logs.file(name)).unwrap_or_default().len();
+/// Runs a command to its end and returns what it printed.
+async fn output(name: &str, command: Command, logs: &Logs) -> Result<String> {
+    // The log may already hold the output of earlier commands of the same name.
+    let logged_before = fs::read_to_string(logs.file(name)).unwrap_or_default().len();
     let mut process = Process::spawn(name, command, logs)?;
     let status = process.wait().await;
     ensure!(status.success(), "{name} fails{}", process.last_lines());
-    Ok(fs::read_to_string(logs.file(name))?.split_off(before))
+    Ok(fs::read_to_string(logs.file(name))?.split_off(logged_before))
 }

@@ -1,4 +1,5 @@
-//! `cargo xtask soak`: load and random faults for as long as wanted, and whether a promise was broken.
+//! `cargo xtask soak`: load and random faults for a given time, and a report of violated
+//! guarantees.
 
 use std::fs;
 use std::process::ExitCode;
@@ -9,9 +10,13 @@ use testbed::say::say;
 
 use super::test;
 
-/// Runs the test of that name with these numbers. Its summary comes last.
+/// Runs the test of the same name for that time and with that seed, and prints its summary at the
+/// end.
 pub async fn run(minutes: u64, seed: u64) -> Result<ExitCode> {
-    let summary = Logs::fresh("soak", false)?.folder().join("summary.txt");
+    say(format_args!(
+        "The soak runs for {minutes} minutes with seed {seed}, after the services and the test are built."
+    ));
+    let summary = Logs::to_files("soak")?.folder().join("summary.txt");
     let settings = [
         ("WAYBILL_SOAK_MINUTES", minutes.to_string()),
         ("WAYBILL_SEED", seed.to_string()),

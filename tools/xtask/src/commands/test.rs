@@ -1,5 +1,5 @@
-//! `cargo xtask test`: every test, on one Kafka, Postgres and Redis that all of them share. Tests that break a component start
-//! their own.
+//! `cargo xtask test`: runs the tests on one Kafka, Postgres and Redis that all of them share. A
+//! test that breaks a component starts its own.
 
 use std::process::ExitCode;
 
@@ -7,21 +7,27 @@ use anyhow::Result;
 use testbed::fetch::fetch;
 use testbed::postgres::Durability;
 use testbed::process::{Logs, Process, Scratch};
+use testbed::say::say;
 use testbed::services::{self, cargo};
 use testbed::stack::Ports;
 use testbed::system::start_stack;
 use testbed::testing;
 
-/// How many tests of a binary run at once, as the test runner reads it.
+/// The test runner's setting for the number of tests of a binary that run at once.
 const THREADS: &str = "RUST_TEST_THREADS";
 
 pub async fn run(arguments: &[String]) -> Result<ExitCode> {
     run_with(arguments, &[], None).await
 }
 
-/// With further variables in the tests' environment; what cargo prints is kept in `cargo.log` if a folder for it is given.
-pub async fn run_with(arguments: &[String], settings: &[(&str, String)], kept: Option<&Logs>) -> Result<ExitCode> {
-    let logs = Logs::fresh("test", false)?;
+/// Runs the tests with further variables in their environment. With `cargo_logs`, the output of
+/// cargo is also written there, to `cargo.log`.
+pub async fn run_with(
+    arguments: &[String],
+    settings: &[(&str, String)],
+    cargo_logs: Option<&Logs>,
+) -> Result<ExitCode> {
+    let logs = Logs::to_files("test")?;
     let fetched = fetch().await?;
     let programs = services::build_with_fault_points(&logs).await?;
     let scratch = Scratch::create("test")?;
@@ -29,30 +35,32 @@ pub async fn run_with(arguments: &[String], settings: &[(&str, String)], kept: O
 
     let mut command = cargo();
     command.arg("test");
-    // Packages chosen by the caller may lack the features of the others.
+    // Packages chosen by the caller may not have the features of the others.
     if !arguments.iter().any(|argument| argument.starts_with("-p") || argument.starts_with("--package")) {
-        // The same features as the programs, or everything is compiled twice.
+        // The features of the programs, so that cargo does not compile everything a second time.
         command.args(["--workspace", "--features", &services::fault_points()]);
     }
     command.args(arguments);
     command.env(testing::KAFKA, stack.kafka.address());
     command.env(testing::POSTGRES, stack.postgres.url());
     command.env(testing::VALKEY, stack.redis.url());
-    command.env(testing::BIN, &programs);
+    command.env(testing::PROGRAMS, &programs);
     if std::env::var_os(THREADS).is_none() {
-        command.env(THREADS, at_once().to_string());
+        command.env(THREADS, threads().to_string());
     }
     command.envs(settings.iter().map(|(name, value)| (name, value)));
-    let mut cargo = match kept {
-        Some(kept) => Process::spawn("cargo", command, kept)?,
+    say("Compiling and running the tests. The logs of their processes are in target/local/logs/tests.");
+    let mut cargo = match cargo_logs {
+        Some(cargo_logs) => Process::spawn("cargo", command, cargo_logs)?,
         None => Process::spawn_on_terminal("cargo", command, &logs)?,
     };
     let status = cargo.wait().await;
     Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
 }
 
-/// Tests wait more than they compute: for a session to end, for a frozen process to be given up. So one more than there are cores.
-fn at_once() -> usize {
+/// One more than there are cores. Tests spend more time waiting than computing: for a session to
+/// time out, or for a frozen process to be replaced.
+fn threads() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from) + 1
 }
 
