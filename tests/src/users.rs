@@ -51,7 +51,8 @@ impl Users {
         answer.id()
     }
 
-    /// Registers that many new users, one after another, since many at once need many connections at once.
+    /// Registers that many new users, one after another, since many at once need many connections
+    /// at once.
     pub async fn register_many(&self, users: usize) -> Vec<Uuid> {
         let mut ids = vec![];
         for _ in 0..users {

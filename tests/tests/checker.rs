@@ -1,5 +1,5 @@
-//! The checker on histories written by hand: a clean one has no violation, and each invariant has at least one broken history
-//! that it notices.
+//! The checker on histories written by hand: a clean one has no violation, and each invariant has
+//! at least one broken history that it notices.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -33,7 +33,8 @@ fn person(version: i64) -> Person {
     Person { email: "ada@example.com".to_owned(), display_name: format!("Version {version}") }
 }
 
-/// Ada registers, changes and is read; Bob registers, gets a second copy of his mail after an unknown answer, and is erased.
+/// Ada registers, changes and is read; Bob registers, gets a second copy of his mail after an
+/// unknown answer, and is erased.
 fn clean() -> History {
     let mut history = History { email: Some(Email::default()), ..History::default() };
     let mut inbox = BTreeMap::from([(USER_EVENTS, vec![]), (EMAIL_EVENTS, vec![])]);
@@ -296,7 +297,7 @@ fn a_record_that_nobody_counted() {
 
 #[test]
 fn a_run_that_does_not_drain_or_a_process_that_ended() {
-    noticed("I12", |history| history.behind.push("email.welcome 0: 3 of 4".to_owned()));
+    noticed("I12", |history| history.work_left.push("email.welcome 0: 3 of 4".to_owned()));
     noticed("I12", |history| history.ended.push("email: exit status 1".to_owned()));
 }
 

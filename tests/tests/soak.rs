@@ -1,5 +1,5 @@
-//! Two minutes of the soak, with a seed that stays the same. For more, `cargo xtask soak` and `cargo xtask test --full` say so in
-//! the environment, and print what this has found.
+//! Two minutes of the soak, with a seed that stays the same. For more, `cargo xtask soak` and
+//! `cargo xtask test --full` say so in the environment, and print what this has found.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a panic is how a test fails")]
 

@@ -1,4 +1,5 @@
-//! The facet `processes`: the services' processes, which a test starts, kills, freezes and observes.
+//! The facet `processes`: the services' processes, which a test starts, kills, freezes and
+//! observes.
 
 mod admin;
 mod instance;
@@ -18,8 +19,8 @@ use uuid::Uuid;
 pub use instance::{Addresses, Instance, is_frozen};
 pub use metrics::OUTCOMES;
 
-/// The variables with which every service is started, and the first process of each service. A service is started with the same
-/// ports each time.
+/// The variables with which every service is started, and the first process of each service. A
+/// service is started with the same ports each time.
 pub struct Processes {
     environment: Vec<(String, String)>,
     addresses: Addresses,

@@ -21,7 +21,8 @@ impl Processes {
         self.started().filter(|service| !self.stopped.contains(service.name))
     }
 
-    /// Whether one process of the service has run from its start until now, and no service ever had a second process.
+    /// Whether one process of the service has run from its start until now, and no service ever had
+    /// a second process.
     pub fn has_run_alone(&self, service: Service) -> bool {
         let once = self.starts.get(service.name) == Some(&1) && !self.stopped.contains(service.name);
         once && !self.had_copies.load(Ordering::Relaxed)

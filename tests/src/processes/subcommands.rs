@@ -8,7 +8,8 @@ use super::{Processes, instance};
 use crate::waiting::DEADLINE;
 
 impl Processes {
-    /// Runs a subcommand to its end and returns its output. Fails with the output if the exit status is not 0.
+    /// Runs a subcommand to its end and returns its output. Fails with the output if the exit
+    /// status is not 0.
     pub async fn run(&self, service: Service, arguments: &[&str]) -> anyhow::Result<String> {
         let program = testing::stack().programs.join(service.name);
         let mut command = tokio::process::Command::new(program);
@@ -19,7 +20,8 @@ impl Processes {
         Ok(printed)
     }
 
-    /// Starts a subcommand with further variables, to be killed, frozen or waited for. [`Processes::printed`] returns its output.
+    /// Starts a subcommand with further variables, to be killed, frozen or waited for.
+    /// [`Processes::printed`] returns its output.
     pub fn spawn_subcommand(
         &self,
         service: Service,

@@ -49,8 +49,8 @@ async fn a_rebuild_may_die_at_any_step_and_ends_with_the_fold_of_the_log() {
     system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap();
     assert_ne!(identity(&db).await, before, "swapped");
     load.until_accepted(10).await;
-    let answered = load.end().await;
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    judge.check_with(&mut system, &answers).await;
     assert!(queries.end().await > 50, "queries were asked all the time");
     assert_eq!(schemas(&db).await, Vec::<String>::new(), "nothing is left of the rebuilds that died");
     assert_eq!((system.processes.pid(ANALYTICS), system.processes.has_ended(ANALYTICS)), (service, false));

@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use tests::load::Answered;
 use tests::processes::Instance;
 use tests::proxy::Request;
 use tests::record::Draft;
@@ -46,9 +45,9 @@ async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
         other.until_ready().await;
     }
     load.until_accepted(5).await;
-    let answered = load.end().await;
-    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    assert!(answers.refused().is_empty(), "{:?}", answers.refused());
+    judge.check_with(&mut system, &answers).await;
     let mails = system.mail.all();
     let mut recipients: Vec<_> = mails.iter().flat_map(|mail| &mail.to).collect();
     recipients.sort();
@@ -202,7 +201,7 @@ async fn consumers_of_one_process_share_its_partitions() {
         eventually_eq(&format!("members of {group}"), 3, async || system.kafka.members(group).len()).await;
     }
     system.users.register_many(12).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// Registers that many users, and returns how many.

@@ -8,7 +8,6 @@ use reqwest::{Client, StatusCode};
 use serde_json::json;
 use tests::http::{Answer, send, send_with_retries};
 use tests::judge::Judge;
-use tests::load::Answered;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::address;
 use tests::{System, eventually, eventually_eq, within};
@@ -27,7 +26,7 @@ async fn idempotency_keys(system: &System) -> i64 {
 
 /// One user, one fact and one state in the logs, and nothing else.
 async fn assert_one_registration(system: &mut System, judge: &Judge) {
-    judge.check(system, &Answered::default()).await;
+    judge.check(system).await;
     assert_eq!(users(system).await, 1, "one user");
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 1, "one fact");
     assert_eq!(system.kafka.read(USER_STATE).len(), 1, "one state");
@@ -187,7 +186,7 @@ async fn changes_of_one_user_at_once_have_one_version_each() {
     let mut versions = join_all((0..AT_ONCE).map(rename)).await;
     versions.sort_unstable();
     assert_eq!(versions, (2..).take(AT_ONCE).collect::<Vec<_>>());
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T39: an answer is kept for a day, by the clock of the database. After that its key is free, and what it stood for is removed.
@@ -241,6 +240,6 @@ async fn of_two_changes_of_the_version_that_both_have_read_one_wins_and_the_othe
         assert_eq!((now.version(), &now.body["display_name"]), (version + 1, &json!(names[winner])));
     }
     // What was refused has told nobody.
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     eventually_eq("one event a version", 11, async || system.kafka.read(USER_EVENTS).len()).await;
 }
