@@ -66,7 +66,8 @@ impl System {
                 profiles: self.processes.was_started(CACHE).then(|| self.users.url(CACHE, "/profiles")),
                 answers: load.answers.clone(),
             };
-            let (over, mut random) = (load.is_over.clone(), Rng::with_seed(self.seed.wrapping_add(number)));
+            let over = load.is_over.clone();
+            let mut random = Rng::with_seed(self.seed.wrapping_add(number));
             load.clients.spawn(async move {
                 while !over.load(Ordering::Relaxed) {
                     client.one_user(&mut random).await;
@@ -132,7 +133,8 @@ impl OneClient {
 
     /// `None` if no request was answered.
     async fn register(&self) -> Option<Uuid> {
-        let (email, key) = (address(), Uuid::now_v7().to_string());
+        let email = address();
+        let key = Uuid::now_v7().to_string();
         let body = json!({ "email": email, "display_name": "Ada Lovelace" });
         for _ in 0..TRIES {
             let request = self.http.post(&self.users).header("idempotency-key", &key).json(&body);

@@ -134,7 +134,8 @@ async fn accept(listener: TcpListener, target: String, network: watch::Receiver<
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
-        let (target, network) = (target.clone(), network.clone());
+        let target = target.clone();
+        let network = network.clone();
         connections.spawn(async move {
             // Connections of a failing network may end with any error.
             let _ = serve(client, &target, network).await;
@@ -162,7 +163,8 @@ async fn converse(client: &mut TcpStream, target: &str, network: &mut watch::Rec
     let mut server = TcpStream::connect(target).await?;
     let (mut from_client, mut to_client) = client.split();
     let (mut from_server, mut to_server) = server.split();
-    let (there, back) = (network.clone(), network.clone());
+    let there = network.clone();
+    let back = network.clone();
     let silent = tokio::select! {
         biased;
         _ = network.wait_for(|network| network.link == Link::Silent) => true,

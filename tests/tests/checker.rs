@@ -63,7 +63,8 @@ fn clean() -> History {
         (ADA, Known { version: 2, person: Some(person(2)) }),
         (BOB, Known { version: 2, person: None }),
     ]);
-    (history.users, history.cache) = (known.clone(), Some(known.clone()));
+    history.users = known.clone();
+    history.cache = Some(known.clone());
     history.email.as_mut().unwrap().recipients = known;
     mail(&mut history, ADA, &["pending", "sending", "sent"], 1, &mut inbox);
     mail(&mut history, BOB, &["pending", "sending", "unknown", "sending", "sent"], 2, &mut inbox);
@@ -84,7 +85,8 @@ fn mail(
     copies: usize,
     inbox: &mut BTreeMap<&'static str, Vec<Uuid>>,
 ) {
-    let (id, email) = (Uuid::from_u128(user.as_u128() + 16), history.email.as_mut().unwrap());
+    let id = Uuid::from_u128(user.as_u128() + 16);
+    let email = history.email.as_mut().unwrap();
     let fact = Draft::user_event("email.sent", user, 1);
     let fact = append(&mut email.facts, Draft { key: Some(id.to_string().into_bytes()), ..fact });
     email.inserted.push(Inserted { event_id: fact, topic: EMAIL_EVENTS });

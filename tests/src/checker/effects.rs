@@ -50,7 +50,8 @@ fn folded(analytics: &Analytics, users: &[Fact], emails: &[Fact], found: &mut Fo
     });
     let users: BTreeSet<&Uuid> = funnel.keys().chain(analytics.funnel.keys()).collect();
     for user in users {
-        let (model, topic) = (analytics.funnel.get(user), funnel.get(user));
+        let model = analytics.funnel.get(user);
+        let topic = funnel.get(user);
         found.expect(model == topic, "I7", || format!("{user} is {model:?} in the funnel and {topic:?} in the topics"));
     }
 }

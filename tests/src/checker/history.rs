@@ -146,7 +146,8 @@ impl Analytics {
     /// The read models that these facts must produce. Each fact counts once, and their order does
     /// not matter.
     pub fn fold(users: &[Fact], emails: &[Fact]) -> (BTreeMap<i64, i64>, Funnel) {
-        let (mut hours, mut funnel): (BTreeMap<i64, i64>, Funnel) = Default::default();
+        let mut hours: BTreeMap<i64, i64> = BTreeMap::new();
+        let mut funnel = Funnel::new();
         let earliest = |slot: &mut Option<i64>, time: i64| *slot = Some(slot.map_or(time, |known| known.min(time)));
         for fact in users.iter().filter(|fact| fact.kind == "user.registered") {
             *hours.entry(fact.hour()).or_default() += 1;

@@ -75,7 +75,9 @@ impl Judge {
 
     async fn history(&self, system: &mut System, answers: &Answers) -> History {
         let ended = ended(system).await;
-        let (kafka, stores, processes) = (&system.kafka, &system.stores, &system.processes);
+        let kafka = &system.kafka;
+        let stores = &system.stores;
+        let processes = &system.processes;
         let mut letters = BTreeMap::new();
         let mut open = BTreeMap::new();
         for group in groups() {

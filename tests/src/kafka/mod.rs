@@ -105,8 +105,8 @@ impl Kafka {
         deliveries.into_iter().map(|delivery| (delivery.partition, delivery.offset)).collect()
     }
 
-    /// Writes a record in a transaction and aborts it. A relay that dies in its round leaves such
-    /// records.
+    /// Writes a record in a transaction and aborts it. A relay that is killed in its round leaves
+    /// such records.
     pub async fn write_aborted(&self, topic: &str, draft: &Draft) {
         self.note_written(draft);
         let id = self.prefixed("aborting");

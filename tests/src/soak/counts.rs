@@ -20,7 +20,8 @@ pub struct Redelivered {
 
 impl Redelivered {
     pub fn watch(system: &System) -> Self {
-        let (seen, mut readers) = (Arc::new(AtomicU64::new(0)), JoinSet::new());
+        let seen = Arc::new(AtomicU64::new(0));
+        let mut readers = JoinSet::new();
         for service in CONSUMERS {
             readers.spawn(read(system.processes.admin(service).url("/metrics"), seen.clone()));
         }

@@ -57,9 +57,13 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
     system.seed = seed;
     system.processes.start_all().await;
     let judge = system.judge().await;
-    let (load, redelivered) = (system.load(CLIENTS), Redelivered::watch(&system));
-    let (begin, mut random) = (Instant::now(), Rng::with_seed(seed));
-    let (mut faults, mut recoveries, mut violations) = (BTreeMap::new(), vec![], vec![]);
+    let load = system.load(CLIENTS);
+    let redelivered = Redelivered::watch(&system);
+    let begin = Instant::now();
+    let mut random = Rng::with_seed(seed);
+    let mut faults = BTreeMap::new();
+    let mut recoveries = vec![];
+    let mut violations = vec![];
     while begin.elapsed() < lasting {
         tokio::time::sleep(PAUSE.mul_f64(random.f64())).await;
         let fault = Fault::any(&mut random);
@@ -131,7 +135,8 @@ fn copied(history: &History) -> u64 {
 }
 
 fn effects(history: &History) -> usize {
-    let (email, analytics) = (history.email.as_ref().unwrap(), history.analytics.as_ref().unwrap());
+    let email = history.email.as_ref().unwrap();
+    let analytics = history.analytics.as_ref().unwrap();
     let facts: usize = analytics.inbox.values().map(|events| events.len()).sum();
     facts + email.mails.len() + email.recipients.len() + history.cache.as_ref().unwrap().len()
 }
@@ -148,7 +153,8 @@ impl fmt::Display for Summary {
         let mut times = self.recoveries.clone();
         times.sort_by_key(|(time, _)| *time);
         if let (Some((median, _)), Some((worst, fault))) = (times.get(times.len() / 2), times.last()) {
-            let (median, worst) = (median.as_secs_f64(), worst.as_secs_f64());
+            let median = median.as_secs_f64();
+            let worst = worst.as_secs_f64();
             writeln!(f, "recovery                  median {median:.1} s, worst {worst:.1} s after {fault}")?;
         }
         writeln!(f, "evidence                  {}", self.evidence)?;

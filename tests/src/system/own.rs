@@ -60,7 +60,9 @@ impl System {
         let scratch = Scratch::create("own-kafka").unwrap();
         let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
-        let (direct, proxied, controller) = (free_port(), free_port(), free_port());
+        let direct = free_port();
+        let proxied = free_port();
+        let controller = free_port();
         let proxy = Proxy::before(&format!("127.0.0.1:{proxied}")).await;
         let settings = format!(
             "listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://127.0.0.1:{proxied},CONTROLLER://127.0.0.1:{controller}

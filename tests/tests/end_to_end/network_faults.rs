@@ -148,7 +148,8 @@ async fn a_registration_during_the_databases_silence_is_answered_and_done_once()
     system.stores.until_outbox_empty(USER).await;
 
     database.silence();
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let asked = Instant::now();
     let requests = (0..AT_ONCE).map(|_| system.users.post(&email, Some(&key)));
     for answer in join_all(requests).await {

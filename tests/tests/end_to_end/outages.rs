@@ -22,7 +22,8 @@ const OUTAGE: Duration = Duration::from_secs(15);
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_wait_for_their_dependencies_and_go_on() {
     let mut system = System::empty().await;
-    let (mut postgres, mut valkey) = (system.own_postgres().await, system.own_valkey().await);
+    let mut postgres = system.own_postgres().await;
+    let mut valkey = system.own_valkey().await;
     system.processes.start_all().await;
     let judge = system.judge().await;
     let before = vec![system.users.register().await, system.users.register().await];

@@ -26,7 +26,8 @@ async fn a_transaction_that_commits_after_later_ids_were_published_is_not_lost()
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
     let db = system.stores.database(USER).await;
-    let (late, early) = (Uuid::now_v7(), Uuid::now_v7());
+    let late = Uuid::now_v7();
+    let early = Uuid::now_v7();
     let mut first = db.begin().await.unwrap();
     put(&mut first, USER_EVENTS, late, 1).await;
 
@@ -67,7 +68,8 @@ async fn a_backlog_of_large_rows_goes_out_in_rounds_that_can_succeed() {
 async fn a_row_that_kafka_refuses_blocks_its_key_and_no_other() {
     let system = System::start_only(&[USER]).await;
     let db = system.stores.database(USER).await;
-    let (poisoned, other) = (Uuid::now_v7(), Uuid::now_v7());
+    let poisoned = Uuid::now_v7();
+    let other = Uuid::now_v7();
     let mut tx = db.begin().await.unwrap();
     put(&mut tx, "no.such.topic", poisoned, 1).await;
     put(&mut tx, USER_EVENTS, poisoned, 2).await;

@@ -41,7 +41,8 @@ async fn settled(system: &System, email: &str, key: &str) -> Answer {
 async fn fifty_requests_with_one_key_are_one_registration_and_get_one_answer() {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let answers = join_all((0..50).map(|_| settled(&system, &email, &key))).await;
     assert_eq!(answers[0].status, StatusCode::CREATED, "{:?}", answers[0]);
     for answer in &answers {
@@ -89,7 +90,8 @@ async fn one_of_many_registrations_of_an_address_wins_and_the_others_leave_nothi
 /// T01: the service dies at `point` while it answers a registration; what its client then has, the key and the address.
 async fn killed_while_registering(system: &mut System, point: &str) -> (String, String) {
     system.processes.start_with(USER, &[("FAULT_AT", &format!("{point}:1:kill"))]).await;
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let lost = eventually("the request is handled", async || {
         let answer = system.users.post(&email, Some(&key)).await;
         (!matches!(&answer, Ok(answer) if answer.status == 503)).then_some(answer)
@@ -142,7 +144,8 @@ async fn a_service_frozen_inside_a_registration_holds_its_successor_up_only_for_
     system.processes.start_with(USER, &[("FAULT_AT", "user.before_commit:1:stop")]).await;
     let mut successor = system.processes.spawn_another(USER);
     successor.until_ready().await;
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let frozen = tokio::spawn(send(system.users.registration(&email, Some(&key))));
     system.processes.until_frozen(USER).await;
 
@@ -199,7 +202,8 @@ async fn a_key_stands_for_its_request_for_a_day() {
         let age = "update idempotency_keys set created_at = created_at - make_interval(hours => $1)";
         sqlx::query(age).bind(hours).execute(&db).await.unwrap();
     };
-    let (email, other) = (address(), address());
+    let email = address();
+    let other = address();
     let first = settled(&system, &email, old).await;
     age(2).await;
     let second = settled(&system, &other, young).await;

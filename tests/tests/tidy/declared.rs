@@ -112,7 +112,8 @@ fn handlers(text: &str) -> Vec<(String, String)> {
     let mut event = None;
     for line in code(text) {
         if line.starts_with("impl") {
-            (group, event) = (None, None);
+            group = None;
+            event = None;
         }
         let line = line.trim();
         if let Some(value) =
@@ -125,7 +126,8 @@ fn handlers(text: &str) -> Vec<(String, String)> {
         }
         if let (Some(name), Some(kind)) = (&group, &event) {
             found.push((name.clone(), kind.clone()));
-            (group, event) = (None, None);
+            group = None;
+            event = None;
         }
     }
     found

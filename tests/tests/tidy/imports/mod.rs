@@ -21,7 +21,7 @@ pub type Files = BTreeMap<String, String>;
 pub struct Import {
     pub from: String,
     pub to: String,
-    /// The path as it stands in the code.
+    /// The path as it is written in the code.
     pub path: String,
     pub reexport: bool,
 }

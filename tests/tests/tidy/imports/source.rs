@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::lexer::{Token, tokens};
 
-/// A path as it stands in the code.
+/// A path as it is written in the code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
     pub segments: Vec<String>,
@@ -189,7 +189,7 @@ impl Reader {
         Path { segments, inside: self.modules.iter().map(|(name, _)| name.clone()).collect(), reexport }
     }
 
-    /// Whether `pub` or `pub(…)` stands before the current token.
+    /// Whether `pub` or `pub(…)` is before the current token.
     fn is_public(&self) -> bool {
         let mut back = 1;
         if self.before(1) == Some(&Token::Symbol(')')) {
