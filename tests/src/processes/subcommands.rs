@@ -4,7 +4,7 @@ use testbed::process::Process;
 use testbed::testing;
 use topology::Service;
 
-use super::{Processes, instance};
+use super::{Processes, service_process};
 use crate::waiting::DEADLINE;
 
 impl Processes {
@@ -29,7 +29,7 @@ impl Processes {
         arguments: &[&str],
         settings: &[(&str, &str)],
     ) -> Process {
-        let mut command = instance::command(service);
+        let mut command = service_process::command(service);
         command.arg(name).args(arguments).envs(self.environment_with(settings));
         Process::spawn(name, command, &self.logs).unwrap()
     }

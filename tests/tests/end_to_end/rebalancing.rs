@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tests::processes::Instance;
+use tests::processes::ServiceProcess;
 use tests::proxy::Request;
 use tests::record::Draft;
 use tests::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, CONSUMERS, EMAIL_WELCOME, USER_EVENTS, groups};
@@ -23,7 +23,7 @@ const COPIES: usize = 3;
 async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
     let mut system = System::start().await;
     let judge = system.judge().await;
-    let mut others: Vec<Instance> = vec![];
+    let mut others: Vec<ServiceProcess> = vec![];
     for service in CONSUMERS {
         others.extend((1..COPIES).map(|_| system.processes.spawn_another(service)));
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use tests::http::{send, send_with_retries};
-use tests::processes::Instance;
+use tests::processes::ServiceProcess;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::Users;
 use tests::{System, eventually};
@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 async fn of_several_relays_one_leads_and_another_takes_over_when_it_dies() {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
-    let mut copies: Vec<Instance> = (0..3).map(|_| system.processes.spawn_another(USER)).collect();
+    let mut copies: Vec<ServiceProcess> = (0..3).map(|_| system.processes.spawn_another(USER)).collect();
     for copy in &mut copies {
         copy.until_ready().await;
     }
@@ -45,7 +45,7 @@ async fn of_several_relays_one_leads_and_another_takes_over_when_it_dies() {
 }
 
 /// Waits until somebody publishes, and watches for a while that nobody else does.
-async fn the_one_that_publishes(copies: &[Instance]) -> Option<usize> {
+async fn the_one_that_publishes(copies: &[ServiceProcess]) -> Option<usize> {
     let published = async || {
         let mut rounds = vec![];
         for copy in copies {
@@ -72,7 +72,7 @@ async fn the_one_that_publishes(copies: &[Instance]) -> Option<usize> {
     Some(leader)
 }
 
-async fn rounds_of(copy: &Instance) -> f64 {
+async fn rounds_of(copy: &ServiceProcess) -> f64 {
     copy.admin().metric("relay_rounds_total", &["outcome=\"published\""]).await.unwrap_or(0.0)
 }
 
@@ -83,7 +83,7 @@ struct Writers {
 }
 
 impl Writers {
-    fn begin(system: &System, copies: &[Instance], users: &[Uuid]) -> Self {
+    fn begin(system: &System, copies: &[ServiceProcess], users: &[Uuid]) -> Self {
         let clients: Vec<Users> = copies.iter().map(|copy| system.users.at(copy)).collect();
         let mut writers = Self { tasks: JoinSet::new(), over: Arc::default() };
         for &id in users {
