@@ -1,5 +1,5 @@
-/* Preloaded into a program, this makes its wall clock wrong: by as many seconds as the file named in CLOCK_OFFSET holds, in 8
- * bytes; whoever writes to that file makes the clock leap. Other clocks are right. */
+/* Preloaded into a program, this library adds an offset to its wall clock. The offset is a number of seconds, in 8 bytes, in
+ * the file that CLOCK_OFFSET names. A write to that file makes the clock jump. Monotonic clocks stay right. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -14,26 +14,26 @@
 #include <unistd.h>
 
 static volatile int64_t *offset;
-/* By how much the time was wrong that this thread was last told. */
-static _Thread_local int64_t told;
-static int (*right)(clockid_t, struct timespec *);
+/* The offset in the last time that this thread got. */
+static _Thread_local int64_t added;
+static int (*real_clock_gettime)(clockid_t, struct timespec *);
 
 __attribute__((constructor)) static void begin(void) {
     const char *path = getenv("CLOCK_OFFSET");
     int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     void *mapped = file < 0 ? MAP_FAILED : mmap(NULL, sizeof *offset, PROT_READ, MAP_SHARED, file, 0);
-    *(void **)&right = dlsym(RTLD_NEXT, "clock_gettime");
-    if (mapped == MAP_FAILED || right == NULL)
-        abort(); /* a clock that is right would prove nothing */
+    *(void **)&real_clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
+    if (mapped == MAP_FAILED || real_clock_gettime == NULL)
+        abort(); /* a test with a right clock would prove nothing */
     offset = mapped;
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     if (offset == NULL)
-        begin(); /* somebody else's constructor asks before ours has run */
-    int result = right(clock, now);
+        begin(); /* a constructor of another library calls before ours has run */
+    int result = real_clock_gettime(clock, now);
     if (result == 0 && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
-        now->tv_sec += told = *offset;
+        now->tv_sec += added = *offset;
     return result;
 }
 
@@ -58,11 +58,12 @@ time_t time(time_t *result) {
     return precise.tv_sec;
 }
 
-/* The Kafka client waits until a time of day, which it works out from what it was told. The kernel knows the right one. */
+/* The Kafka client waits until a time of day that it computes from its clock. The kernel has the right clock, so the offset is
+ * removed again. */
 int pthread_cond_timedwait(pthread_cond_t *restrict condition, pthread_mutex_t *restrict mutex,
                            const struct timespec *restrict until) {
-    struct timespec rightly = { until->tv_sec - told, until->tv_nsec };
-    return pthread_cond_clockwait(condition, mutex, CLOCK_REALTIME, &rightly);
+    struct timespec real_until = { until->tv_sec - added, until->tv_nsec };
+    return pthread_cond_clockwait(condition, mutex, CLOCK_REALTIME, &real_until);
 }
 
 int cnd_timedwait(cnd_t *restrict condition, mtx_t *restrict mutex, const struct timespec *restrict until) {

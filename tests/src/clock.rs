@@ -1,5 +1,5 @@
-//! A wall clock that is wrong, for one service at a time. A library is compiled and preloaded into its process, since a clock
-//! that leaps on the whole machine would leap for everybody. Linux only.
+//! A wrong wall clock for one service. It is a library that is compiled and preloaded into the
+//! process, since a change of the machine's clock would affect every process. Linux only.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -15,25 +15,26 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A clock that is wrong by so many seconds.
+    /// A clock that differs from the real time by this number of seconds.
     pub fn off_by(seconds: i64) -> Self {
         let clock = Self { scratch: Scratch::create("clock").unwrap() };
         let mut gcc = Command::new("gcc");
         gcc.args(["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o"]).arg(clock.library()).arg(SOURCE);
-        let compiled = gcc.status().expect("gcc, which the Kafka client is compiled with too");
+        let compiled = gcc.status().expect("gcc is installed, since the Kafka client is compiled with it");
         assert!(compiled.success(), "{SOURCE} does not compile");
-        clock.leap_to(seconds);
+        clock.jump_to(seconds);
         clock
     }
 
-    /// Lets it leap, also while its service runs.
-    pub fn leap_to(&self, seconds: i64) {
-        // In place: the process has the file mapped, and would die of one that is empty for a moment.
+    /// Makes the clock jump to another offset, also while its service runs.
+    pub fn jump_to(&self, seconds: i64) {
+        // The process has the file mapped. It would crash if the file were empty for a moment, so
+        // we write in place.
         let file = File::options().write(true).create(true).truncate(false).open(self.offset()).unwrap();
         file.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
     }
 
-    /// What a service is started with to have this clock.
+    /// The variables that give a service this clock.
     pub fn settings(&self) -> [(String, String); 2] {
         let text = |path: PathBuf| path.into_os_string().into_string().unwrap();
         [("LD_PRELOAD".to_owned(), text(self.library())), ("CLOCK_OFFSET".to_owned(), text(self.offset()))]

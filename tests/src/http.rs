@@ -25,7 +25,8 @@ impl Answer {
     }
 }
 
-/// Sends a request. An error means that there was no answer: the request may have taken effect or not.
+/// Sends a request. An error means that there was no answer: the request may have taken effect or
+/// not.
 pub async fn send(request: RequestBuilder) -> reqwest::Result<Answer> {
     let response = request.send().await?;
     let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
@@ -36,8 +37,8 @@ pub async fn send(request: RequestBuilder) -> reqwest::Result<Answer> {
     Ok(Answer { status, etag, content_type, body })
 }
 
-/// Sends a request until the answer is not "try again". A service says that while it starts, and when it has too many requests
-/// for a busy machine.
+/// Sends a request until the answer is not "try again". A service says that while it starts, and
+/// when it has too many requests for a busy machine.
 pub async fn send_with_retries(request: impl Fn() -> RequestBuilder) -> Answer {
     eventually("an answer other than \"try again\"", async || {
         let answer = send(request()).await.unwrap();

@@ -1,7 +1,8 @@
 //! The harness of the end-to-end tests. It runs the real services as processes on real components.
 //!
-//! [`System`] is one Waybill for one test. Its facets are `users` (the public APIs), `kafka`, `mail`, `stores` (Postgres and
-//! Valkey) and `processes`. A [`judge::Judge`] records a run and checks it.
+//! [`System`] is one Waybill for one test. Its facets are `users` (the public APIs), `kafka`,
+//! `mail`, `stores` (Postgres and Valkey) and `processes`. A [`judge::Judge`] records a run and
+//! checks it.
 //!
 //! Nothing in here sleeps instead of waiting for a condition, and every wait has a deadline.
 

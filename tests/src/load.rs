@@ -1,4 +1,5 @@
-//! Clients that keep the user service busy, also while it is killed and started again, and remember what they were answered.
+//! Clients that keep the user service busy, also while it is killed and started again. They record
+//! every answer.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,28 +18,29 @@ use crate::system::System;
 use crate::users::address;
 use crate::waiting::eventually;
 
-/// The pace of a client: it leaves the two cores of a small machine to those who are tested.
+/// The pause of a client after each request. It leaves enough of two cores to the services.
 const PAUSE: Duration = Duration::from_millis(10);
-/// A frozen service answers nobody; then the outcome of the request is unknown.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a registration without an answer is sent again, under the same key.
+/// How long a client waits for an answer. A frozen service sends none, so the outcome is unknown.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How often a registration without an answer is sent, with the same key.
 const TRIES: usize = 3;
 
-/// What the clients asked for and were answered.
+/// The requests of the clients, with the outcome of each.
 #[derive(Clone, Debug, Default)]
-pub struct Answered {
+pub struct Answers {
     pub operations: Vec<Operation>,
 }
 
-impl Answered {
-    /// Who was registered.
+impl Answers {
+    /// The users whose registration was accepted.
     pub fn accepted(&self) -> Vec<Uuid> {
         let done = self.operations.iter().filter(|operation| matches!(operation.outcome, Outcome::Done(_)));
         let registered = done.filter(|operation| matches!(operation.asked, Asked::Register { .. }));
         registered.filter_map(|operation| operation.user).collect()
     }
 
-    /// The writes that were answered with a client's error, of which these clients make none.
+    /// The writes that were answered with a status of 400 to 499. These clients send no bad
+    /// requests, so there should be none.
     pub fn refused(&self) -> Vec<&Operation> {
         let refused = self.operations.iter().filter(|operation| matches!(operation.outcome, Outcome::Refused(_)));
         refused.filter(|operation| operation.asked != Asked::Read).collect()
@@ -48,25 +50,27 @@ impl Answered {
 /// Running clients.
 pub struct Load {
     clients: JoinSet<()>,
-    over: Arc<AtomicBool>,
-    answered: Arc<Mutex<Answered>>,
+    is_over: Arc<AtomicBool>,
+    answers: Arc<Mutex<Answers>>,
 }
 
 impl System {
-    /// Clients that register users, change and erase them as the system's seed has it, and read their profiles.
+    /// Starts clients that register, change and erase users and read their profiles. Their choices
+    /// follow from the seed.
     pub fn load(&self, clients: u64) -> Load {
-        let mut load = Load { clients: JoinSet::new(), over: Arc::default(), answered: Arc::default() };
+        let mut load = Load { clients: JoinSet::new(), is_over: Arc::default(), answers: Arc::default() };
         for number in 0..clients {
             let client = OneClient {
-                http: Client::builder().timeout(PATIENCE).build().unwrap(),
+                http: Client::builder().timeout(ANSWER_LIMIT).build().unwrap(),
                 users: self.users.url(USER, "/users"),
                 profiles: self.processes.was_started(CACHE).then(|| self.users.url(CACHE, "/profiles")),
-                answered: load.answered.clone(),
+                answers: load.answers.clone(),
             };
-            let (over, mut random) = (load.over.clone(), Rng::with_seed(self.seed.wrapping_add(number)));
+            let over = load.is_over.clone();
+            let mut random = Rng::with_seed(self.seed.wrapping_add(number));
             load.clients.spawn(async move {
                 while !over.load(Ordering::Relaxed) {
-                    client.live_a_life(&mut random).await;
+                    client.one_user(&mut random).await;
                 }
             });
         }
@@ -75,38 +79,39 @@ impl System {
 }
 
 impl Load {
-    /// How many registrations were accepted so far.
+    /// The number of registrations that were accepted so far.
     pub fn accepted(&self) -> usize {
-        self.answered.lock().unwrap().accepted().len()
+        self.answers.lock().unwrap().accepted().len()
     }
 
-    /// Waits until so many more registrations were accepted.
+    /// Waits until this number of further registrations was accepted.
     pub async fn until_accepted(&self, more: usize) {
         let enough = self.accepted() + more;
         eventually("registrations are accepted", async || (self.accepted() >= enough).then_some(())).await;
     }
 
-    /// Lets every client finish what it has begun.
-    pub async fn end(mut self) -> Answered {
-        self.over.store(true, Ordering::Relaxed);
+    /// Waits until every client has finished its user, and returns the answers.
+    pub async fn end(mut self) -> Answers {
+        self.is_over.store(true, Ordering::Relaxed);
         while let Some(client) = self.clients.join_next().await {
             client.unwrap();
         }
-        std::mem::take(&mut self.answered.lock().unwrap())
+        std::mem::take(&mut self.answers.lock().unwrap())
     }
 }
 
 struct OneClient {
     http: Client,
     users: String,
-    /// `None`: there is no cache to read.
+    /// `None` if there is no cache service.
     profiles: Option<String>,
-    answered: Arc<Mutex<Answered>>,
+    answers: Arc<Mutex<Answers>>,
 }
 
 impl OneClient {
-    /// Somebody registers, changes now and then, and may be erased.
-    async fn live_a_life(&self, random: &mut Rng) {
+    /// Registers a user, changes it up to three times, and erases it with a probability of one
+    /// third.
+    async fn one_user(&self, random: &mut Rng) {
         let Some(user) = self.register().await else { return };
         for _ in 0..random.usize(0..4) {
             if random.bool() {
@@ -116,7 +121,7 @@ impl OneClient {
             } else {
                 let email = address();
                 let moving = self.request(Method::PUT, user, "/email").json(&json!({ "email": email }));
-                self.write(user, Asked::Move { email }, moving).await;
+                self.write(user, Asked::ChangeEmail { email }, moving).await;
             }
             self.read(user).await;
         }
@@ -126,14 +131,15 @@ impl OneClient {
         }
     }
 
-    /// `None`: not answered, however often the same request was sent.
+    /// `None` if no request was answered.
     async fn register(&self) -> Option<Uuid> {
-        let (email, key) = (address(), Uuid::now_v7().to_string());
+        let email = address();
+        let key = Uuid::now_v7().to_string();
         let body = json!({ "email": email, "display_name": "Ada Lovelace" });
         for _ in 0..TRIES {
             let request = self.http.post(&self.users).header("idempotency-key", &key).json(&body);
             let (outcome, user) = ask(request).await;
-            self.remember(Operation { user, asked: Asked::Register { email: email.clone() }, outcome });
+            self.record(Operation { user, asked: Asked::Register { email: email.clone() }, outcome });
             tokio::time::sleep(PAUSE).await;
             if outcome != Outcome::Unknown {
                 return user;
@@ -148,7 +154,7 @@ impl OneClient {
 
     async fn write(&self, user: Uuid, asked: Asked, request: RequestBuilder) {
         let (outcome, _) = ask(request).await;
-        self.remember(Operation { user: Some(user), asked, outcome });
+        self.record(Operation { user: Some(user), asked, outcome });
         tokio::time::sleep(PAUSE).await;
     }
 
@@ -158,12 +164,12 @@ impl OneClient {
         }
     }
 
-    fn remember(&self, operation: Operation) {
-        self.answered.lock().unwrap().operations.push(operation);
+    fn record(&self, operation: Operation) {
+        self.answers.lock().unwrap().operations.push(operation);
     }
 }
 
-/// What came of a request, and the id in the answer.
+/// The outcome of a request, and the id in the answer.
 async fn ask(request: RequestBuilder) -> (Outcome, Option<Uuid>) {
     let Ok(answer) = send(request).await else { return (Outcome::Unknown, None) };
     let id = answer.body["id"].as_str().and_then(|id| id.parse().ok());

@@ -17,7 +17,8 @@ impl Mail {
         self.sink.address()
     }
 
-    /// From now on the server fails in this way: until [`Mail::recover`], or as often as `Fault::times` says.
+    /// From now on the server fails in this way: until [`Mail::recover`], or as often as
+    /// `Fault::times` says.
     pub fn fail(&self, fault: impl Into<Behaviour>) {
         self.sink.set(fault);
     }

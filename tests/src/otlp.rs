@@ -1,5 +1,6 @@
-//! A receiver of traces: OTLP over gRPC, as far as an exporter needs it. Written on HTTP/2 itself, because a gRPC server's features
-//! would be unified into the services' dependencies and everything compiled twice.
+//! A receiver of traces: OTLP over gRPC, as far as an exporter needs it. It is written on HTTP/2,
+//! because a gRPC server would enable features of the services' dependencies, and everything would
+//! be compiled twice.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -15,8 +16,9 @@ use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// Before each message of gRPC: whether it is compressed (0: no) and its length in four bytes.
-const FRAME: usize = 5;
+/// Length of the header of a gRPC message: one byte for compression (0: none) and four for the
+/// length.
+const FRAME_HEADER: usize = 5;
 
 type Received = Arc<Mutex<Vec<ResourceSpans>>>;
 
@@ -27,7 +29,7 @@ pub struct Otlp {
     server: JoinHandle<()>,
 }
 
-/// One span, as far as tests look at it. Ids in hexadecimal, an absent parent is empty.
+/// The fields of a span that tests check. Ids are hexadecimal. The parent of a root span is empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
     pub service: String,
@@ -35,7 +37,7 @@ pub struct Span {
     pub trace: String,
     pub id: String,
     pub parent: String,
-    /// Trace and span that it links to.
+    /// Trace and span of each link.
     pub links: Vec<(String, String)>,
 }
 
@@ -48,7 +50,7 @@ impl Otlp {
         Self { received, address, server }
     }
 
-    /// For OTEL_EXPORTER_OTLP_ENDPOINT.
+    /// The value for `OTEL_EXPORTER_OTLP_ENDPOINT`.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
@@ -57,7 +59,8 @@ impl Otlp {
         self.received.lock().unwrap().iter().flat_map(spans).collect()
     }
 
-    /// Everything that was received, names, attributes, events and all, as text to search in.
+    /// Everything that was received as text, including attributes and events, to search for data
+    /// that must not be there.
     pub fn text(&self) -> String {
         format!("{:?}", self.received.lock().unwrap())
     }
@@ -103,7 +106,7 @@ async fn accept(listener: TcpListener, received: Received) {
     }
 }
 
-/// Until the exporter closes the connection.
+/// Serves one connection until the exporter closes it.
 async fn serve(stream: TcpStream, received: Received) -> anyhow::Result<()> {
     let mut connection = h2::server::handshake(stream).await?;
     while let Some(request) = connection.accept().await {
@@ -113,7 +116,7 @@ async fn serve(stream: TcpStream, received: Received) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One export: a message, and an empty one as the answer.
+/// Receives one export and answers with an empty message.
 async fn take(mut body: RecvStream, mut respond: SendResponse<Bytes>, received: Received) -> anyhow::Result<()> {
     let mut bytes = vec![];
     while let Some(chunk) = body.data().await {
@@ -121,11 +124,11 @@ async fn take(mut body: RecvStream, mut respond: SendResponse<Bytes>, received: 
         body.flow_control().release_capacity(chunk.len())?;
         bytes.extend_from_slice(&chunk);
     }
-    let export = ExportTraceServiceRequest::decode(&bytes[FRAME..])?;
+    let export = ExportTraceServiceRequest::decode(&bytes[FRAME_HEADER..])?;
     received.lock().unwrap().extend(export.resource_spans);
     let head = Response::builder().header("content-type", "application/grpc").body(())?;
     let mut answer = respond.send_response(head, false)?;
-    answer.send_data(Bytes::from_static(&[0; FRAME]), false)?;
+    answer.send_data(Bytes::from_static(&[0; FRAME_HEADER]), false)?;
     answer.send_trailers(HeaderMap::from_iter([(
         http::HeaderName::from_static("grpc-status"),
         HeaderValue::from_static("0"),

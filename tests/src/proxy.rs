@@ -1,4 +1,5 @@
-//! A TCP proxy between one service and one of its dependencies, which fails as networks do: slow, broken, or silent.
+//! A TCP proxy between a service and one of its dependencies. It fails as networks do: slow, broken
+//! or silent.
 
 use std::io;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+/// The most bytes that are forwarded at once.
 const PIECE: usize = 16 * 1024;
 
 /// Forwards until it is dropped.
@@ -22,22 +24,23 @@ pub struct Proxy {
 #[derive(Clone, Copy, Default)]
 struct Network {
     link: Link,
-    /// Before each piece, in each direction.
+    /// Delay of each piece, in each direction.
     latency: Duration,
-    /// If set, only pieces that hold such a request are late.
-    late: Option<Request>,
-    /// Every increase ends the connections that are there.
+    /// If set, only pieces with such a request are delayed.
+    delayed: Option<Request>,
+    /// Number of resets. Each one breaks the open connections.
     resets: u64,
 }
 
-/// A kind of Kafka request, by its API key.
+/// A type of Kafka request, by its API key.
 #[derive(Clone, Copy)]
 pub enum Request {
     ListOffsets = 2,
 }
 
 impl Request {
-    /// Whether it is in a piece that begins where a request does: four bytes of length, then the API key.
+    /// Whether a piece that begins with a request contains one of this type. A request begins with
+    /// its length in four bytes and its API key in two.
     fn is_in(self, mut piece: &[u8]) -> bool {
         while let Some((head, _)) = piece.split_first_chunk::<6>() {
             let [l0, l1, l2, l3, key @ ..] = *head;
@@ -59,7 +62,7 @@ enum Link {
 }
 
 impl Proxy {
-    /// Before `target`, which is `host:port`.
+    /// A proxy in front of `target`, which is `host:port`.
     pub async fn before(target: &str) -> Self {
         let port = free_port();
         let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
@@ -69,7 +72,7 @@ impl Proxy {
         Self { target: target.to_owned(), port, network, _listener: task }
     }
 
-    /// Before the server that `url` names; and the URL that leads through the proxy.
+    /// A proxy in front of the server of `url`, and the URL of the same server through the proxy.
     pub async fn before_url(url: &str) -> (Self, String) {
         let (_, address) = url.split_once("://").unwrap();
         let address = address.rsplit('@').next().unwrap().split('/').next().unwrap();
@@ -86,37 +89,43 @@ impl Proxy {
         self.port
     }
 
-    /// Whatever passes takes this much longer, each way.
+    /// Delays everything by this time, in each direction.
     pub fn slow(&self, latency: Duration) {
         self.network.send_modify(|network| network.latency = latency);
     }
 
-    /// Requests of this kind take this much longer, and with them what follows on the same connection.
-    pub fn slow_requests(&self, late: Request, latency: Duration) {
-        self.network.send_modify(|network| (network.latency, network.late) = (latency, Some(late)));
+    /// Delays requests of this type by this time, and with them the later ones of the same
+    /// connection.
+    pub fn slow_requests(&self, delayed: Request, latency: Duration) {
+        self.network.send_modify(|network| {
+            network.latency = latency;
+            network.delayed = Some(delayed);
+        });
     }
 
-    /// Breaks every connection that is there (RST). New ones are welcome.
+    /// Breaks every open connection (RST). New ones work.
     pub fn reset(&self) {
         self.network.send_modify(|network| network.resets += 1);
     }
 
-    /// Breaks every connection, and each new one as soon as it comes.
+    /// Breaks every open connection, and each new one as soon as it is accepted.
     pub fn cut(&self) {
         self.network.send_modify(|network| network.link = Link::Cut);
     }
 
-    /// Half open: connections stay, new ones are taken, and nothing that is sent arrives, in either direction, not even the end.
+    /// Half-open network: connections stay open and new ones are accepted, but nothing arrives in
+    /// either direction, not even the end of a connection.
     pub fn silence(&self) {
         self.network.send_modify(|network| network.link = Link::Silent);
     }
 
-    /// New connections work, without delay. One that has fallen silent stays so, as when a firewall has forgotten it: only its
-    /// own side can give it up.
+    /// New connections work, without delay. A connection that fell silent stays silent, as after a
+    /// firewall has dropped its state, so only a time-out of the client can end it.
     pub fn heal(&self) {
         self.network.send_modify(|network| {
             network.link = Link::Up;
-            (network.latency, network.late) = (Duration::ZERO, None);
+            network.latency = Duration::ZERO;
+            network.delayed = None;
         });
     }
 }
@@ -125,9 +134,10 @@ async fn accept(listener: TcpListener, target: String, network: watch::Receiver<
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
-        let (target, network) = (target.clone(), network.clone());
+        let target = target.clone();
+        let network = network.clone();
         connections.spawn(async move {
-            // What ends a connection of a failing network is part of the game.
+            // Connections of a failing network may end with any error.
             let _ = serve(client, &target, network).await;
         });
         while connections.try_join_next().is_some() {}
@@ -145,7 +155,7 @@ async fn serve(mut client: TcpStream, target: &str, mut network: watch::Receiver
     client.set_zero_linger()
 }
 
-/// Until one side ends, or nothing arrives any more: then until both are gone.
+/// Forwards until one side closes. If the network falls silent, waits until both sides have closed.
 async fn converse(client: &mut TcpStream, target: &str, network: &mut watch::Receiver<Network>) -> io::Result<()> {
     if network.borrow().link == Link::Silent {
         return swallow(client).await;
@@ -153,7 +163,8 @@ async fn converse(client: &mut TcpStream, target: &str, network: &mut watch::Rec
     let mut server = TcpStream::connect(target).await?;
     let (mut from_client, mut to_client) = client.split();
     let (mut from_server, mut to_server) = server.split();
-    let (there, back) = (network.clone(), network.clone());
+    let there = network.clone();
+    let back = network.clone();
     let silent = tokio::select! {
         biased;
         _ = network.wait_for(|network| network.link == Link::Silent) => true,
@@ -177,8 +188,8 @@ async fn carry(
         if length == 0 {
             return to.shutdown().await;
         }
-        let Network { latency, late, .. } = *network.borrow();
-        if !latency.is_zero() && late.is_none_or(|request| request.is_in(&piece[..length])) {
+        let Network { latency, delayed, .. } = *network.borrow();
+        if !latency.is_zero() && delayed.is_none_or(|request| request.is_in(&piece[..length])) {
             tokio::time::sleep(latency).await;
         }
         to.write_all(&piece[..length]).await?;
@@ -199,10 +210,11 @@ mod tests {
 
     use super::*;
 
-    /// Long enough for anything on loopback, short enough to wait for nothing.
+    /// Longer than anything on the loopback device takes, and a short wait for something that does
+    /// not happen.
     const MOMENT: Duration = Duration::from_millis(300);
 
-    /// A server that answers every piece with the same, and a proxy before it.
+    /// A server that echoes, and a proxy in front of it.
     async fn proxied_echo() -> (Proxy, JoinSet<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -231,7 +243,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn latency_counts_both_ways_and_ends_when_healed() {
+    async fn latency_applies_in_both_directions_until_the_network_heals() {
         let (proxy, _server) = proxied_echo().await;
         let mut stream = connect(&proxy).await;
         echoes(&mut stream).await.unwrap();
@@ -244,7 +256,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reset_breaks_what_is_there_and_a_cut_also_what_comes() {
+    async fn a_reset_breaks_open_connections_and_a_cut_also_new_ones() {
         let (proxy, _server) = proxied_echo().await;
         let mut stream = connect(&proxy).await;
         echoes(&mut stream).await.unwrap();
@@ -258,17 +270,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_fell_silent_stays_silent_until_it_is_reset() {
+    async fn a_silent_connection_stays_silent_until_it_is_reset() {
         let (proxy, _server) = proxied_echo().await;
         let mut early = connect(&proxy).await;
         echoes(&mut early).await.unwrap();
         proxy.silence();
         let mut late = connect(&proxy).await;
         for stream in [&mut early, &mut late] {
-            timeout(MOMENT, echoes(stream)).await.expect_err("no answer, and no error either");
+            timeout(MOMENT, echoes(stream)).await.expect_err("the proxy is silent");
         }
         proxy.heal();
-        timeout(MOMENT, echoes(&mut early)).await.expect_err("still none");
+        timeout(MOMENT, echoes(&mut early)).await.expect_err("the connection is still silent");
         echoes(&mut connect(&proxy).await).await.unwrap();
         proxy.reset();
         assert_eq!(early.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);

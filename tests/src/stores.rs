@@ -12,8 +12,8 @@ use crate::checker::{Analytics, Delivery, Inserted, Known, Person};
 use crate::services::{TOPICS, topic_of};
 use crate::waiting::eventually_eq;
 
-/// A relay deletes the rows of its outbox, so a trigger keeps the id of each. The trigger writes in the inserting transaction, so
-/// a transaction that rolls back leaves no entry.
+/// A relay deletes the rows of its outbox, so a trigger keeps the id of each. The trigger writes in
+/// the inserting transaction, so a transaction that rolls back leaves no entry.
 const LEDGER: &str = "
     create table if not exists ledger (event_id uuid primary key, topic text not null, key uuid not null);
     create or replace function keep() returns trigger language plpgsql as $$
@@ -78,7 +78,8 @@ impl Stores {
         let () = redis::cmd("FLUSHALL").query_async(&mut self.valkey().await).await.unwrap();
     }
 
-    /// Deletes the position that the cache stores for a partition, and returns whether there was one.
+    /// Deletes the position that the cache stores for a partition, and returns whether there was
+    /// one.
     pub async fn delete_cache_position(&self, topic: &str, partition: i32) -> bool {
         let key = format!("{}position:{topic}:{partition}", self.prefix);
         let deleted: i64 = redis::cmd("DEL").arg(key).query_async(&mut self.valkey().await).await.unwrap();
@@ -110,12 +111,14 @@ impl Stores {
         sqlx::raw_sql(DIARY).execute(&self.database(EMAIL).await).await.unwrap();
     }
 
-    /// The states of a user's deliveries since [`Stores::record_deliveries`], in order and separated by blanks.
+    /// The states of a user's deliveries since [`Stores::record_deliveries`], in order and
+    /// separated by blanks.
     pub async fn delivery_states(&self, user: Uuid) -> String {
         delivery_states(&self.database(EMAIL).await, user).await
     }
 
-    /// Waits until the user's deliveries have had exactly these states since [`Stores::record_deliveries`].
+    /// Waits until the user's deliveries have had exactly these states since
+    /// [`Stores::record_deliveries`].
     pub async fn until_delivery_states(&self, user: Uuid, states: &str) {
         let db = self.database(EMAIL).await;
         let found = async || delivery_states(&db, user).await;

@@ -6,7 +6,7 @@ use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
 
 use crate::http::{Answer, send, send_with_retries};
-use crate::processes::{Addresses, Instance};
+use crate::processes::{Addresses, ServiceProcess};
 use crate::waiting::{eventually, eventually_eq};
 
 /// A client of the four services. A clone calls the same services and can be moved into a task.
@@ -25,9 +25,9 @@ impl Users {
         Self { addresses }
     }
 
-    /// A client that calls this instance of its service instead of the first one.
-    pub fn at(&self, instance: &Instance) -> Self {
-        Self { addresses: self.addresses.with(instance) }
+    /// A client that calls this process of its service instead of the first one.
+    pub fn at(&self, process: &ServiceProcess) -> Self {
+        Self { addresses: self.addresses.with(process) }
     }
 
     pub fn url(&self, service: Service, path: &str) -> String {
@@ -51,7 +51,8 @@ impl Users {
         answer.id()
     }
 
-    /// Registers that many new users, one after another, since many at once need many connections at once.
+    /// Registers that many new users, one after another, since many at once need many connections
+    /// at once.
     pub async fn register_many(&self, users: usize) -> Vec<Uuid> {
         let mut ids = vec![];
         for _ in 0..users {

@@ -8,7 +8,8 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// The pause between two probes of a condition.
 pub const POLL: Duration = Duration::from_millis(50);
 
-/// Waits until `probe` returns a value, and returns it. `what` names the condition in the panic message.
+/// Waits until `probe` returns a value, and returns it. `what` names the condition in the panic
+/// message.
 ///
 /// # Panics
 /// `probe` returned `None` for [`DEADLINE`].
@@ -44,8 +45,8 @@ pub async fn eventually_eq<T: PartialEq + Debug>(what: &str, expected: T, mut pr
     }
 }
 
-/// Waits until a growing number reaches `goal`. The deadline starts again whenever the number grows, so a slow machine does not
-/// fail the test.
+/// Waits until a growing number reaches `goal`. The deadline starts again whenever the number
+/// grows, so a slow machine does not fail the test.
 ///
 /// # Panics
 /// The number did not grow for [`DEADLINE`], or it exceeded `goal`.

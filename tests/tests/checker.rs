@@ -1,5 +1,5 @@
-//! The checker on histories written by hand: a clean one has no violation, and each invariant has at least one broken history
-//! that it notices.
+//! The checker on histories written by hand: a clean one has no violation, and each invariant has
+//! at least one broken history that it notices.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -33,7 +33,8 @@ fn person(version: i64) -> Person {
     Person { email: "ada@example.com".to_owned(), display_name: format!("Version {version}") }
 }
 
-/// Ada registers, changes and is read; Bob registers, gets a second copy of his mail after an unknown answer, and is erased.
+/// Ada registers, changes and is read; Bob registers, gets a second copy of his mail after an
+/// unknown answer, and is erased.
 fn clean() -> History {
     let mut history = History { email: Some(Email::default()), ..History::default() };
     let mut inbox = BTreeMap::from([(USER_EVENTS, vec![]), (EMAIL_EVENTS, vec![])]);
@@ -62,7 +63,8 @@ fn clean() -> History {
         (ADA, Known { version: 2, person: Some(person(2)) }),
         (BOB, Known { version: 2, person: None }),
     ]);
-    (history.users, history.cache) = (known.clone(), Some(known.clone()));
+    history.users = known.clone();
+    history.cache = Some(known.clone());
     history.email.as_mut().unwrap().recipients = known;
     mail(&mut history, ADA, &["pending", "sending", "sent"], 1, &mut inbox);
     mail(&mut history, BOB, &["pending", "sending", "unknown", "sending", "sent"], 2, &mut inbox);
@@ -83,7 +85,8 @@ fn mail(
     copies: usize,
     inbox: &mut BTreeMap<&'static str, Vec<Uuid>>,
 ) {
-    let (id, email) = (Uuid::from_u128(user.as_u128() + 16), history.email.as_mut().unwrap());
+    let id = Uuid::from_u128(user.as_u128() + 16);
+    let email = history.email.as_mut().unwrap();
     let fact = Draft::user_event("email.sent", user, 1);
     let fact = append(&mut email.facts, Draft { key: Some(id.to_string().into_bytes()), ..fact });
     email.inserted.push(Inserted { event_id: fact, topic: EMAIL_EVENTS });
@@ -296,7 +299,7 @@ fn a_record_that_nobody_counted() {
 
 #[test]
 fn a_run_that_does_not_drain_or_a_process_that_ended() {
-    noticed("I12", |history| history.behind.push("email.welcome 0: 3 of 4".to_owned()));
+    noticed("I12", |history| history.work_left.push("email.welcome 0: 3 of 4".to_owned()));
     noticed("I12", |history| history.ended.push("email: exit status 1".to_owned()));
 }
 

@@ -1,4 +1,4 @@
-//! What consumers made of the log: I7 to I10.
+//! The effects of the consumers: I7 to I10.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,34 +27,37 @@ pub fn check(history: &History, found: &mut Found) {
     }
 }
 
-/// I9: all offsets are committed, so an event that is neither in effect nor an open dead letter was passed over. I7: and no event
-/// has an effect that is not in the log.
+/// I9: since all offsets are committed, an event without effect must be an open dead letter. I7:
+/// every event with an effect is in the topic.
 fn in_inbox(analytics: &Analytics, topic: &str, facts: &[Fact], found: &mut Found) {
     let logged: BTreeSet<Uuid> = facts.iter().map(|fact| fact.id).collect();
     let none = BTreeSet::new();
     let inbox = analytics.inbox.get(topic).unwrap_or(&none);
     for id in logged.difference(inbox) {
-        found.add("I9", format!("an event of {topic} was passed without effect: {id}"));
+        found.add("I9", format!("an event of {topic} was committed without effect: {id}"));
     }
     for id in inbox.difference(&logged) {
-        found.add("I7", format!("in effect, but not in {topic}: {id}"));
+        found.add("I7", format!("an event in the inbox is not in {topic}: {id}"));
     }
 }
 
-/// I7: the read models are the fold of the log, each fact once, whatever its copies.
+/// I7: the read models are the fold of the topics, with each fact once.
 fn folded(analytics: &Analytics, users: &[Fact], emails: &[Fact], found: &mut Found) {
     let (hours, funnel) = Analytics::fold(users, emails);
     let model = &analytics.registrations;
-    found.expect(*model == hours, "I7", || format!("registrations by hour are {model:?}, and in the log {hours:?}"));
+    found.expect(*model == hours, "I7", || {
+        format!("registrations by hour are {model:?} in the table and {hours:?} in the topic")
+    });
     let users: BTreeSet<&Uuid> = funnel.keys().chain(analytics.funnel.keys()).collect();
     for user in users {
-        let (model, log) = (analytics.funnel.get(user), funnel.get(user));
-        found.expect(model == log, "I7", || format!("{user} is {model:?} in the funnel, and in the log {log:?}"));
+        let model = analytics.funnel.get(user);
+        let topic = funnel.get(user);
+        found.expect(model == topic, "I7", || format!("{user} is {model:?} in the funnel and {topic:?} in the topics"));
     }
 }
 
-/// The highest version wins, whatever the order: what is kept is what the log of states folds to. After a compaction the log
-/// may have forgotten users who were erased.
+/// The store has the state with the highest version of each user. A compacted topic may lack erased
+/// users.
 fn same(
     invariant: &'static str,
     whose: &str,
@@ -64,14 +67,17 @@ fn same(
 ) {
     for (user, state) in newest {
         let kept = kept.get(user);
-        found.expect(kept == Some(state), invariant, || format!("{whose} of {user} is {kept:?}, in the log {state:?}"));
+        found.expect(kept == Some(state), invariant, || {
+            format!("{whose} of {user} is {kept:?}, in the topic {state:?}")
+        });
     }
     for (user, kept) in kept.iter().filter(|(user, kept)| !newest.contains_key(user) && kept.person.is_some()) {
-        found.add(invariant, format!("{whose} of {user} is {kept:?}, and in the log nothing"));
+        found.add(invariant, format!("{whose} of {user} is {kept:?}, but the topic has no state"));
     }
 }
 
-/// I8: no reader ever sees an older version than before. Who is not found any more was erased.
+/// I8: a reader never sees an older version than before, and a user who is no longer found was
+/// erased.
 fn reads(history: &History, found: &mut Found) {
     let mut seen: BTreeMap<Uuid, i64> = BTreeMap::new();
     let mut erased = BTreeSet::new();
@@ -81,10 +87,14 @@ fn reads(history: &History, found: &mut Found) {
             (Asked::Erase, Outcome::Done(_) | Outcome::Unknown) => drop(erased.insert(user)),
             (Asked::Read, Outcome::Done(version)) => {
                 let before = seen.insert(user, version).unwrap_or(0);
-                found.expect(version >= before, "I8", || format!("{user} was read as {before}, then as {version}"));
+                found.expect(version >= before, "I8", || {
+                    format!("{user} was read with version {before}, then with {version}")
+                });
             }
             (Asked::Read, Outcome::Refused(404)) if seen.contains_key(&user) => {
-                found.expect(erased.contains(&user), "I8", || format!("{user} was read, then not found"));
+                found.expect(erased.contains(&user), "I8", || {
+                    format!("{user} was read, then not found, and was not erased")
+                });
             }
             _ => {}
         }

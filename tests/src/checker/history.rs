@@ -1,4 +1,5 @@
-//! What a run records. The parts of services that did not run are `None`, and are not judged.
+//! The recorded history of a run. The fields of services that did not run are `None` and are not
+//! checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,51 +13,53 @@ use crate::record::Record;
 
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    /// What clients asked for, each client's in its order.
+    /// Requests of the clients. The requests of one client are in their order.
     pub operations: Vec<Operation>,
-    /// The table `users`.
+    /// Rows of the table `users`.
     pub users: BTreeMap<Uuid, Known>,
-    /// Every committed insert into the user service's outbox.
+    /// Rows that the user service inserted into its outbox and committed.
     pub inserted: Vec<Inserted>,
-    /// The events that a test wrote without an outbox.
-    pub by_hand: BTreeSet<Uuid>,
-    /// `user.events.v1`, per partition in the order of the log, as all topics here.
+    /// Events that the test wrote without an outbox.
+    pub written_by_test: BTreeSet<Uuid>,
+    /// Records of `user.events.v1`. As in all topics here, those of one partition are in the order
+    /// of their offsets.
     pub facts: Vec<Record>,
-    /// `user.state.v1`.
+    /// Records of `user.state.v1`.
     pub states: Vec<Record>,
-    /// Whether `user.state.v1` was compacted: then it lacks what was superseded.
+    /// Whether `user.state.v1` was compacted. If so, superseded records are missing.
     pub compacted: bool,
     pub email: Option<Email>,
     pub analytics: Option<Analytics>,
-    /// The profiles in Valkey.
+    /// Profiles in Valkey.
     pub cache: Option<BTreeMap<Uuid, Known>>,
-    /// By consumer group: every letter ever written, tombstones left out.
+    /// Dead letters ever written, by consumer group, without the tombstones.
     pub letters: BTreeMap<&'static str, Vec<Record>>,
-    /// The letters that are open at the end.
+    /// Dead letters that are open at the end, by consumer group.
     pub open: BTreeMap<&'static str, Vec<Record>>,
-    /// By consumer group: how many records its process counted as delivered. Only of processes that ran from the start to the end.
+    /// Number of records that a consumer group counted as delivered. Only of groups whose one
+    /// process ran from the start to the end.
     pub counted: BTreeMap<&'static str, u64>,
-    /// What was still under way when the run was over.
-    pub behind: Vec<String>,
-    /// Processes that ended though nobody killed or stopped them.
+    /// Work that was not done at the end.
+    pub work_left: Vec<String>,
+    /// Processes that ended though the test did not end them.
     pub ended: Vec<String>,
-    /// Places with personal data that must not have any.
+    /// Places with personal data that must not contain any.
     pub leaks: Vec<String>,
 }
 
 impl History {
-    /// The facts of a topic, each once, without those that the group has set aside and not taken since.
+    /// The facts of a topic, each once, without those that are open dead letters of the group.
     pub fn facts_for(&self, group: &str, records: &[Record]) -> Vec<Fact> {
-        let aside: BTreeSet<Uuid> =
+        let dead_lettered: BTreeSet<Uuid> =
             self.open.get(group).into_iter().flatten().filter_map(Fact::of).map(|fact| fact.id).collect();
-        Fact::distinct(records).into_iter().filter(|fact| !aside.contains(&fact.id)).collect()
+        Fact::distinct(records).into_iter().filter(|fact| !dead_lettered.contains(&fact.id)).collect()
     }
 }
 
-/// A request and what came of it.
+/// A request and its outcome.
 #[derive(Clone, Debug)]
 pub struct Operation {
-    /// `None`: a registration whose id was never learnt.
+    /// The user. `None` for a registration whose id the client does not know.
     pub user: Option<Uuid>,
     pub asked: Asked,
     pub outcome: Outcome,
@@ -70,7 +73,7 @@ pub enum Asked {
     Rename {
         display_name: String,
     },
-    Move {
+    ChangeEmail {
         email: String,
     },
     Erase,
@@ -80,19 +83,19 @@ pub enum Asked {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Answered with success: the version in the answer.
+    /// The answer was a success. Contains the version in the answer.
     Done(i64),
-    /// An answer with a status of 400 to 499: it surely took no effect.
+    /// The answer had this status of 400 to 499. The request took no effect.
     Refused(u16),
-    /// No answer, or one with a status of 500 or more: it may have taken effect.
+    /// There was no answer, or one with a status of 500 or more. The request may have taken effect.
     Unknown,
 }
 
-/// What somebody knows of a user: the user service's table, the email service's, the cache, or the log of states.
+/// A user as a store has it: the user service, the email service, the cache, or `user.state.v1`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
     pub version: i64,
-    /// `None`: erased.
+    /// `None` if the user is erased.
     pub person: Option<Person>,
 }
 
@@ -102,22 +105,22 @@ pub struct Person {
     pub display_name: String,
 }
 
-/// A row that an outbox was given, by a transaction that committed.
+/// A row that a committed transaction inserted into an outbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inserted {
     pub event_id: Uuid,
     pub topic: &'static str,
 }
 
-/// The email service.
+/// The history of the email service.
 #[derive(Clone, Debug, Default)]
 pub struct Email {
     pub deliveries: Vec<Delivery>,
     pub recipients: BTreeMap<Uuid, Known>,
     pub inserted: Vec<Inserted>,
-    /// `email.events.v1`.
+    /// Records of `email.events.v1`.
     pub facts: Vec<Record>,
-    /// What the mail server accepted.
+    /// Mails that the mail server accepted.
     pub mails: Vec<Mail>,
 }
 
@@ -125,24 +128,26 @@ pub struct Email {
 pub struct Delivery {
     pub id: Uuid,
     pub user: Uuid,
-    /// Every status that it ever had, in order.
+    /// States that the delivery ever had, in order.
     pub states: Vec<String>,
 }
 
-/// The read models.
+/// The read models of the analytics service.
 #[derive(Clone, Debug, Default)]
 pub struct Analytics {
-    /// By the hour's beginning, in seconds since 1970.
+    /// Number of registrations by hour. An hour is named by its beginning, in seconds since 1970.
     pub registrations: BTreeMap<i64, i64>,
     pub funnel: Funnel,
-    /// By topic: the ids of the events that are in the read models.
+    /// Ids of the events that are in the read models, by topic.
     pub inbox: BTreeMap<&'static str, BTreeSet<Uuid>>,
 }
 
 impl Analytics {
-    /// The read models as they are meant: each fact once, in any order.
+    /// The read models that these facts must produce. Each fact counts once, and their order does
+    /// not matter.
     pub fn fold(users: &[Fact], emails: &[Fact]) -> (BTreeMap<i64, i64>, Funnel) {
-        let (mut hours, mut funnel): (BTreeMap<i64, i64>, Funnel) = Default::default();
+        let mut hours: BTreeMap<i64, i64> = BTreeMap::new();
+        let mut funnel = Funnel::new();
         let earliest = |slot: &mut Option<i64>, time: i64| *slot = Some(slot.map_or(time, |known| known.min(time)));
         for fact in users.iter().filter(|fact| fact.kind == "user.registered") {
             *hours.entry(fact.hour()).or_default() += 1;
@@ -155,10 +160,10 @@ impl Analytics {
     }
 }
 
-/// By user: when registered, when mailed, in microseconds since 1970.
+/// Times of registration and of the mail by user, in microseconds since 1970.
 pub type Funnel = BTreeMap<Uuid, (Option<i64>, Option<i64>)>;
 
-/// A record of a topic of facts, read.
+/// A decoded record of a topic with facts.
 #[derive(Clone, Debug)]
 pub struct Fact {
     pub id: Uuid,
@@ -169,7 +174,7 @@ pub struct Fact {
 }
 
 impl Fact {
-    /// `None`: not a fact that any of the services writes, so a dead letter or skipped.
+    /// `None` if no service writes such a record. Consumers skip it or dead-letter it.
     pub fn of(record: &Record) -> Option<Self> {
         let data: Value = serde_json::from_slice(record.value.as_deref()?).ok()?;
         let time = OffsetDateTime::parse(record.header("ce_time")?, &Rfc3339).ok()?;
@@ -181,20 +186,20 @@ impl Fact {
         })
     }
 
-    /// Each fact once, though the log may hold copies.
+    /// Each fact once. The topic may contain copies.
     pub fn distinct(records: &[Record]) -> Vec<Self> {
         let facts = records.iter().filter_map(Self::of).map(|fact| (fact.id, fact));
         facts.collect::<BTreeMap<_, _>>().into_values().collect()
     }
 
-    /// The beginning of its hour, in seconds since 1970.
+    /// Beginning of its hour, in seconds since 1970.
     pub fn hour(&self) -> i64 {
         self.time.div_euclid(3_600_000_000) * 3600
     }
 }
 
 impl Known {
-    /// From a record of `user.state.v1`: whose, and what it says. `None`: malformed.
+    /// The user and the state in a record of `user.state.v1`. `None` if it is malformed.
     pub fn of(record: &Record) -> Option<(Uuid, Self)> {
         let person = match record.value.as_deref() {
             None => None,
@@ -204,7 +209,7 @@ impl Known {
         Some((record.key_text().parse().ok()?, Self { version, person }))
     }
 
-    /// The log of states folded: of each user what the highest version says.
+    /// The state with the highest version of each user.
     pub fn newest(states: &[Record]) -> BTreeMap<Uuid, Self> {
         let mut newest: BTreeMap<Uuid, Self> = BTreeMap::new();
         for (user, known) in states.iter().filter_map(Self::of) {

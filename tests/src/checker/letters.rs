@@ -1,4 +1,4 @@
-//! What was set aside: I11 and I13.
+//! Counters and dead letters: I11 and I13.
 
 use super::history::History;
 use super::violation::Found;
@@ -12,37 +12,37 @@ pub fn check(history: &History, found: &mut Found) {
     }
     for (group, letters) in &history.letters {
         for letter in letters {
-            points_to_its_source(history, group, letter, found);
+            names_its_record(history, group, letter, found);
         }
     }
 }
 
-/// I13: a letter names a record that exists, in its key. Of a fact it has the bytes; of a state none, for they could not be
-/// erased there.
-fn points_to_its_source(history: &History, group: &str, letter: &Record, found: &mut Found) {
+/// I13: the key of a dead letter names an existing record. The letter of a fact has the same bytes.
+/// The letter of a state has none, since they could not be erased there.
+fn names_its_record(history: &History, group: &str, letter: &Record, found: &mut Found) {
     let key = letter.key_text();
     let mut parts = key.rsplitn(3, '-');
     let offset = parts.next().and_then(|offset| offset.parse().ok());
     let partition = parts.next().and_then(|partition| partition.parse().ok());
     let topic = parts.next().is_some_and(|topic| topic.ends_with(topic_of(group)));
     let at = |record: &&Record| Some(record.partition) == partition && Some(record.offset) == offset;
-    let source = records(history, group).iter().find(at);
+    let original = records(history, group).iter().find(at);
     if topic_of(group) == USER_STATE {
-        let there = source.is_some() || history.compacted;
-        found.expect(topic && there, "I13", || format!("a letter of {group} points nowhere: {key}"));
-        found.expect(letter.value.is_none(), "I13", || format!("a letter about a state has its value: {key}"));
+        let there = original.is_some() || history.compacted;
+        found.expect(topic && there, "I13", || format!("a dead letter of {group} names no record: {key}"));
+        found.expect(letter.value.is_none(), "I13", || format!("the dead letter of a state has a value: {key}"));
     } else {
-        found.expect(topic && source.is_some(), "I13", || format!("a letter of {group} points nowhere: {key}"));
-        let same = source.is_none_or(|source| source.value == letter.value);
-        found.expect(same, "I13", || format!("a letter has other bytes than its source: {key}"));
+        found.expect(topic && original.is_some(), "I13", || format!("a dead letter of {group} names no record: {key}"));
+        let same = original.is_none_or(|original| original.value == letter.value);
+        found.expect(same, "I13", || format!("a dead letter has other bytes than its record: {key}"));
     }
     let headers: Vec<&str> = letter.headers.iter().filter_map(|(name, _)| letter.header(name)).collect();
     found.expect(headers.iter().all(|header| !header.contains('@')), "I13", || {
-        format!("personal data in the headers of {key}")
+        format!("personal data in the headers of the dead letter {key}")
     });
 }
 
-/// The log that a group reads.
+/// The records of the topic that a group reads.
 fn records<'a>(history: &'a History, group: &str) -> &'a [Record] {
     match topic_of(group) {
         USER_EVENTS => &history.facts,

@@ -1,4 +1,4 @@
-//! Intents and mails: I5 and I6.
+//! Deliveries and mails: I5 and I6.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,46 +8,46 @@ use super::history::{Delivery, Email, History, Known};
 use super::violation::Found;
 use crate::services::EMAIL_WELCOME;
 
-/// What a delivery may end in.
-const SETTLED: [&str; 3] = ["sent", "failed", "cancelled"];
+/// The states in which a delivery may end.
+const FINAL: [&str; 3] = ["sent", "failed", "cancelled"];
 
 pub fn check(history: &History, email: &Email, found: &mut Found) {
-    one_intent_each(history, email, found);
+    one_delivery_each(history, email, found);
     for delivery in &email.deliveries {
-        settled(history, delivery, found);
+        ended(history, delivery, found);
     }
     mailed(history, email, found);
-    told(email, found);
+    published(email, found);
 }
 
-/// I5: one intent per registration in the log, and none besides.
-fn one_intent_each(history: &History, email: &Email, found: &mut Found) {
+/// I5: each registration in the topic has one delivery, and no other user has one.
+fn one_delivery_each(history: &History, email: &Email, found: &mut Found) {
     let facts = history.facts_for(EMAIL_WELCOME, &history.facts);
     let registered: BTreeSet<Uuid> =
         facts.iter().filter(|fact| fact.kind == "user.registered").map(|fact| fact.user).collect();
-    let mut intents: BTreeMap<Uuid, usize> = BTreeMap::new();
+    let mut counts: BTreeMap<Uuid, usize> = BTreeMap::new();
     for delivery in &email.deliveries {
-        *intents.entry(delivery.user).or_default() += 1;
+        *counts.entry(delivery.user).or_default() += 1;
     }
     for user in &registered {
-        let count = intents.remove(user).unwrap_or(0);
-        found.expect(count == 1, "I5", || format!("{user} was registered and has {count} intents"));
+        let count = counts.remove(user).unwrap_or(0);
+        found.expect(count == 1, "I5", || format!("{user} was registered and has {count} deliveries"));
     }
-    for (user, count) in intents {
-        found.add("I5", format!("{user} was not registered and has {count} intents"));
+    for (user, count) in counts {
+        found.add("I5", format!("{user} was not registered and has {count} deliveries"));
     }
 }
 
-/// I5: every intent is settled; that of a user who is there by a mail or a refusal, not by being forgotten.
-fn settled(history: &History, delivery: &Delivery, found: &mut Found) {
+/// I5: every delivery has ended. Only that of an erased user may be cancelled.
+fn ended(history: &History, delivery: &Delivery, found: &mut Found) {
     let status = delivery.states.last().map_or("", String::as_str);
-    found.expect(SETTLED.contains(&status), "I5", || format!("not settled: {delivery:?}"));
+    found.expect(FINAL.contains(&status), "I5", || format!("not in a final state: {delivery:?}"));
     let there = history.users.get(&delivery.user).is_some_and(|row| row.person.is_some());
-    found.expect(!there || status != "cancelled", "I5", || format!("cancelled for nothing: {delivery:?}"));
+    found.expect(!there || status != "cancelled", "I5", || format!("cancelled though the user exists: {delivery:?}"));
 }
 
-/// I6: the server has every sent mail, and more than one copy only where the answer was lost or a lease ended, under one
-/// Message-ID. It has none that was not meant.
+/// I6: the server has every sent mail, and no mail without a delivery. All copies of a mail have
+/// one Message-ID. There is more than one copy only if the answer was lost or the lease ended.
 fn mailed(history: &History, email: &Email, found: &mut Found) {
     let users: BTreeMap<Uuid, Uuid> = email.deliveries.iter().map(|delivery| (delivery.id, delivery.user)).collect();
     let addresses = addresses(history);
@@ -69,15 +69,17 @@ fn mailed(history: &History, email: &Email, found: &mut Found) {
         let count = copies.remove(&delivery.id).unwrap_or(0);
         let sent = delivery.states.last().is_some_and(|status| status == "sent");
         found.expect(!sent || count > 0, "I6", || format!("sent, but the server has no mail: {delivery:?}"));
-        let most = if in_doubt(delivery) { usize::MAX } else { 1 };
-        found.expect(count <= most, "I6", || format!("{count} copies without a reason: {delivery:?}"));
+        let most = if may_have_copies(delivery) { usize::MAX } else { 1 };
+        found.expect(count <= most, "I6", || {
+            format!("{count} copies, but neither a lost answer nor an ended lease: {delivery:?}")
+        });
     }
     for (id, count) in copies {
-        found.add("I6", format!("{count} mails of a delivery that does not exist: {id}"));
+        found.add("I6", format!("{count} mails with the Message-ID of no delivery: {id}"));
     }
 }
 
-/// The addresses that each user ever had.
+/// Every address that each user ever had.
 fn addresses(history: &History) -> BTreeMap<Uuid, BTreeSet<String>> {
     let mut addresses: BTreeMap<Uuid, BTreeSet<String>> = BTreeMap::new();
     for (user, known) in history.states.iter().filter_map(Known::of) {
@@ -86,21 +88,22 @@ fn addresses(history: &History) -> BTreeMap<Uuid, BTreeSet<String>> {
     addresses
 }
 
-/// Whether the answer to the mail was lost once, or a lease ended: then somebody took the delivery out of a sender's hands.
-fn in_doubt(delivery: &Delivery) -> bool {
+/// Whether the answer to the mail was lost, or a lease ended and another sender took the delivery
+/// over.
+fn may_have_copies(delivery: &Delivery) -> bool {
     let taken = |next: &str| ["sending", "held", "cancelled"].contains(&next);
-    let ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && taken(&pair[1]));
-    ended || delivery.states.iter().any(|status| status == "unknown")
+    let lease_ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && taken(&pair[1]));
+    lease_ended || delivery.states.iter().any(|status| status == "unknown")
 }
 
-/// I6: each end of a delivery is told once, and told as it was.
-fn told(email: &Email, found: &mut Found) {
-    let mut told: BTreeMap<String, Vec<String>> = BTreeMap::new();
+/// I6: the end of each delivery is published once, as the right event.
+fn published(email: &Email, found: &mut Found) {
+    let mut published: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for record in &email.facts {
         if seen.insert(record.header("ce_id")) {
             let kind = record.header("ce_type").unwrap_or_default().to_owned();
-            told.entry(record.key_text()).or_default().push(kind);
+            published.entry(record.key_text()).or_default().push(kind);
         }
     }
     for delivery in &email.deliveries {
@@ -109,7 +112,7 @@ fn told(email: &Email, found: &mut Found) {
             Some("failed") => vec!["email.failed"],
             _ => vec![],
         };
-        let told = told.remove(&delivery.id.to_string()).unwrap_or_default();
-        found.expect(told == expected, "I6", || format!("told as {told:?}: {delivery:?}"));
+        let published = published.remove(&delivery.id.to_string()).unwrap_or_default();
+        found.expect(published == expected, "I6", || format!("published as {published:?}: {delivery:?}"));
     }
 }

@@ -1,7 +1,8 @@
-//! Judges a run by what it left behind: a pure function from everything that was recorded to the promises that were broken.
+//! The checker: a pure function from the recorded history of a run to its violations.
 //!
-//! The promises are the invariants of `docs/guarantees.md`. The function knows nothing of how the run was made, so it serves a
-//! test of one fault, a soak of random ones, and a history written by hand alike.
+//! The invariants I1 to I14 are those of `docs/guarantees.md`. The function does not know how the
+//! run was made, so it checks a test of one fault, a soak with random faults, and a history written
+//! by hand.
 
 mod effects;
 mod history;
@@ -17,7 +18,8 @@ pub use history::{
 };
 pub use violation::Violation;
 
-/// Every violation in a run that was healed and drained; none is what the project promises.
+/// Every violation in a run whose faults are healed and whose work is drained. The project promises
+/// none.
 pub fn violations(history: &History) -> Vec<Violation> {
     let mut found = Found::default();
     log::check(history, &mut found);
@@ -26,8 +28,8 @@ pub fn violations(history: &History) -> Vec<Violation> {
     }
     effects::check(history, &mut found);
     letters::check(history, &mut found);
-    for behind in &history.behind {
-        found.add("I12", format!("not drained: {behind}"));
+    for work_left in &history.work_left {
+        found.add("I12", format!("not drained: {work_left}"));
     }
     for ended in &history.ended {
         found.add("I12", format!("ended by itself: {ended}"));

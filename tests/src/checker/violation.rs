@@ -1,8 +1,8 @@
-//! A broken promise, and the list of those that were found.
+//! The violations of a run.
 
 use std::fmt;
 
-/// A broken promise and what shows it.
+/// A broken invariant, with the evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// `I1` to `I14`.

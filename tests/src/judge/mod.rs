@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use topology::{ANALYTICS, CACHE, EMAIL, USER};
 
 use crate::checker::{self, Email, History, Violation};
-use crate::load::Answered;
+use crate::load::Answers;
 use crate::record::Record;
 use crate::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE, dead_letters_of, groups, service_of};
 use crate::system::System;
@@ -18,7 +18,7 @@ const PERSONAL: [&str; 2] = ["@example.com", "Lovelace"];
 /// The places that may contain personal data.
 const ALLOWED: [&str; 4] = ["cache", "email public.recipients", "topic user.state.v1", "user public.users"];
 
-/// The services that wrote to an outbox are recorded from the beginning of the judge.
+/// Records the outboxes and the deliveries since it was created.
 pub struct Judge {
     records_email: bool,
 }
@@ -40,9 +40,15 @@ impl Judge {
     /// Waits until the system is idle and checks the run.
     ///
     /// # Panics
-    /// There are violations. The message lists all of them, and the whole history is written next to the logs.
-    pub async fn check(&self, system: &mut System, answered: &Answered) -> History {
-        let (history, violations) = self.violations(system, answered).await;
+    /// There are violations. The message lists all of them, and the whole history is written next
+    /// to the logs.
+    pub async fn check(&self, system: &mut System) -> History {
+        self.check_with(system, &Answers::default()).await
+    }
+
+    /// As [`Judge::check`], and checks that the answers which the clients got are true.
+    pub async fn check_with(&self, system: &mut System, answers: &Answers) -> History {
+        let (history, violations) = self.violations(system, answers).await;
         if !violations.is_empty() {
             let file = system.processes.file("history.txt");
             std::fs::write(&file, format!("{history:#?}")).unwrap();
@@ -53,22 +59,25 @@ impl Judge {
     }
 
     /// Waits until the system is idle, and returns the history of the run and its violations.
-    pub async fn violations(&self, system: &mut System, answered: &Answered) -> (History, Vec<Violation>) {
-        let behind = system.drain(DEADLINE).await;
-        let mut history = self.history(system, answered).await;
-        history.behind = behind;
+    pub async fn violations(&self, system: &mut System, answers: &Answers) -> (History, Vec<Violation>) {
+        let work_left = system.drain(DEADLINE).await;
+        let mut history = self.history(system, answers).await;
+        history.work_left = work_left;
         let violations = checker::violations(&history);
         (history, violations)
     }
 
-    /// The places with any of `texts`, sorted: `user public.users`, `topic user.state.v1`, `cache`, `log of email`, …
+    /// The places with any of `texts`, sorted: `user public.users`, `topic user.state.v1`, `cache`,
+    /// `log of email`, …
     pub async fn places_of(&self, system: &System, texts: &[&str]) -> Vec<String> {
         search::places_of(system, texts).await
     }
 
-    async fn history(&self, system: &mut System, answered: &Answered) -> History {
+    async fn history(&self, system: &mut System, answers: &Answers) -> History {
         let ended = ended(system).await;
-        let (kafka, stores, processes) = (&system.kafka, &system.stores, &system.processes);
+        let kafka = &system.kafka;
+        let stores = &system.stores;
+        let processes = &system.processes;
         let mut letters = BTreeMap::new();
         let mut open = BTreeMap::new();
         for group in groups() {
@@ -77,10 +86,10 @@ impl Judge {
             open.insert(group, kafka.dead_letters(group).into_values().collect());
         }
         History {
-            operations: answered.operations.clone(),
+            operations: answers.operations.clone(),
             users: stores.users().await,
             inserted: stores.outbox_record(USER).await,
-            by_hand: kafka.written_by_test(),
+            written_by_test: kafka.written_by_test(),
             facts: kafka.read(USER_EVENTS),
             states: kafka.read(USER_STATE),
             compacted: kafka.was_compacted(),
@@ -90,7 +99,7 @@ impl Judge {
             letters,
             open,
             counted: counted(system).await,
-            behind: vec![],
+            work_left: vec![],
             ended,
             leaks: leaks(system).await,
         }
@@ -117,7 +126,8 @@ async fn email(system: &System) -> Email {
     }
 }
 
-/// How many records each group counted, where one process has run since the beginning: counters are lost with their process.
+/// How many records each group counted, where one process has run since the beginning: counters are
+/// lost with their process.
 async fn counted(system: &System) -> BTreeMap<&'static str, u64> {
     let mut counted = BTreeMap::new();
     for group in groups() {

@@ -1,4 +1,5 @@
-//! Searches every table, topic, cache key, log and metrics page of a system for texts that must not be there.
+//! Searches every table, topic, cache key, log and metrics page of a system for texts that must not
+//! be there.
 
 use sqlx::AssertSqlSafe;
 use topology::Service;
@@ -10,7 +11,8 @@ use crate::system::System;
 const TABLES: &str = "select format('%I.%I', schemaname, tablename) from pg_tables
                       where schemaname not in ('pg_catalog', 'information_schema')";
 
-/// The places with any of `texts`, sorted: `user public.users`, `topic user.state.v1`, `cache`, `log of email`, …
+/// The places with any of `texts`, sorted: `user public.users`, `topic user.state.v1`, `cache`,
+/// `log of email`, …
 pub async fn places_of(system: &System, texts: &[&str]) -> Vec<String> {
     let mut places = vec![];
     for service in system.processes.started().filter(|service| service.has_database) {

@@ -42,7 +42,8 @@ impl Kafka {
         .await;
     }
 
-    /// `None` if no broker answers in time. The client is new each time, so it asks a broker that is up.
+    /// `None` if no broker answers in time. The client is new each time, so it asks a broker that
+    /// is up.
     fn metadata(&self) -> Option<Metadata> {
         let client: BaseConsumer = self.client().create().unwrap();
         tokio::task::block_in_place(|| client.fetch_metadata(None, METADATA_LIMIT)).ok()

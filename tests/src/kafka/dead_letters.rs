@@ -26,7 +26,8 @@ impl Kafka {
         format!("{}-{partition}-{offset}", self.prefixed(topic_of(group)))
     }
 
-    /// Waits until exactly the records at these partitions and offsets have open dead letters in the group.
+    /// Waits until exactly the records at these partitions and offsets have open dead letters in
+    /// the group.
     pub async fn until_dead_letters(&self, group: &str, records: &[(i32, i64)]) {
         let mut expected: Vec<_> = records.iter().map(|record| self.letter_key(group, *record)).collect();
         expected.sort();

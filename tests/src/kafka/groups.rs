@@ -21,7 +21,8 @@ impl Kafka {
         ids
     }
 
-    /// A line for each partition with offsets that the group has not committed. Transaction markers have offsets too.
+    /// A line for each partition with offsets that the group has not committed. Transaction markers
+    /// have offsets too.
     pub fn lag(&self, group: &str) -> Vec<String> {
         let name = self.prefixed(topic_of(group));
         let consumer = self.member(group);

@@ -1,5 +1,5 @@
-//! The facet `kafka`: topics, records, consumer groups and brokers, as other clients and operators of Kafka see them. A topic or
-//! group is named without the prefix of the test.
+//! The facet `kafka`: topics, records, consumer groups and brokers, as other clients and operators
+//! of Kafka see them. A topic or group is named without the prefix of the test.
 
 mod brokers;
 mod dead_letters;
@@ -49,8 +49,8 @@ impl Kafka {
         format!("{}{name}", self.prefix)
     }
 
-    /// Every committed record of a topic, partition by partition, from the beginning to the end at the time of the call. A topic
-    /// that does not exist is empty.
+    /// Every committed record of a topic, partition by partition, from the beginning to the end at
+    /// the time of the call. A topic that does not exist is empty.
     pub fn read(&self, topic: &str) -> Vec<Record> {
         let name = self.prefixed(topic);
         let consumer: BaseConsumer = self
@@ -105,7 +105,8 @@ impl Kafka {
         deliveries.into_iter().map(|delivery| (delivery.partition, delivery.offset)).collect()
     }
 
-    /// Writes a record in a transaction and aborts it. A relay that dies in its round leaves such records.
+    /// Writes a record in a transaction and aborts it. A relay that is killed in its round leaves
+    /// such records.
     pub async fn write_aborted(&self, topic: &str, draft: &Draft) {
         self.note_written(draft);
         let id = self.prefixed("aborting");
@@ -116,8 +117,8 @@ impl Kafka {
         producer.abort_transaction(TIMEOUT).unwrap();
     }
 
-    /// Writes a record that client libraries refuse to send, byte by byte, and waits for Kafka's answer: partition and offset.
-    /// Works on a system with one broker.
+    /// Writes a record that client libraries refuse to send, byte by byte, and waits for Kafka's
+    /// answer: partition and offset. Works on a system with one broker.
     pub async fn write_bytes(
         &self,
         topic: &str,

@@ -85,7 +85,8 @@ impl Kafka {
         deleted.elements()[0].error().unwrap();
     }
 
-    /// Lets Kafka compact `user.state.v1` as soon as [`Kafka::roll_states`] has closed its segments.
+    /// Lets Kafka compact `user.state.v1` as soon as [`Kafka::roll_states`] has closed its
+    /// segments.
     pub async fn force_compaction(&self) {
         self.compacted.store(true, Ordering::Relaxed);
         let settings = [
@@ -98,14 +99,16 @@ impl Kafka {
         self.alter_topic(USER_STATE, &settings).await;
     }
 
-    /// Writes a tombstone of an unknown user to each partition of `user.state.v1`. Only an append closes a segment, and only a
-    /// closed segment is compacted. Call it repeatedly: the broker may not know the settings of [`Kafka::force_compaction`] yet.
+    /// Writes a tombstone of an unknown user to each partition of `user.state.v1`. Only an append
+    /// closes a segment, and only a closed segment is compacted. Call it repeatedly: the broker may
+    /// not know the settings of [`Kafka::force_compaction`] yet.
     pub async fn roll_states(&self) {
         let tombstone = |partition| Draft::user_state(Uuid::now_v7(), 1, None).on(partition);
         self.write_all(USER_STATE, &(0..PARTITIONS).map(tombstone).collect::<Vec<_>>()).await;
     }
 
-    /// Whether Kafka refuses a record of this size. A record that it accepts has no headers, so it is no dead letter.
+    /// Whether Kafka refuses a record of this size. A record that it accepts has no headers, so it
+    /// is no dead letter.
     pub async fn refuses(&self, topic: &str, bytes: usize) -> bool {
         let producer: FutureProducer = self.client().create().unwrap();
         let name = self.prefixed(topic);

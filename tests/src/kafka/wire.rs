@@ -1,11 +1,11 @@
-//! A record written byte by byte, for content that no client library sends. The formats are in Kafka's protocol guide: `Produce`
-//! version 3 and record batches of magic 2.
+//! A record written byte by byte, for content that no client library sends. The formats are in
+//! Kafka's protocol guide: `Produce` version 3 and record batches of magic 2.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// Asks the broker at this address to append a record with an empty value, whether it leads the partition or not. `topic` has
-/// the prefix of the test. The error is Kafka's error code.
+/// Asks the broker at this address to append a record with an empty value, whether it leads the
+/// partition or not. `topic` has the prefix of the test. The error is Kafka's error code.
 pub async fn append_at(address: String, topic: String, partition: i32, key: &[u8]) -> Result<i64, i16> {
     append(&address, &topic, partition, key, b"", &[]).await
 }

@@ -24,7 +24,8 @@ impl Admin {
         format!("{}{path}", self.url)
     }
 
-    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no answer.
+    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no
+    /// answer.
     pub async fn readiness(&self) -> Option<(bool, Value)> {
         let answer = send(Client::new().get(self.url("/readyz"))).await.ok()?;
         Some((answer.status.is_success(), answer.body))
@@ -41,8 +42,8 @@ impl Admin {
         Client::new().get(self.url("/metrics")).send().await.ok()?.text().await.ok()
     }
 
-    /// The sum of a metric's series whose labels contain all of `labels` (`group="…"`). `None` if there is no such series, or no
-    /// answer.
+    /// The sum of a metric's series whose labels contain all of `labels` (`group="…"`). `None` if
+    /// there is no such series, or no answer.
     pub async fn metric(&self, name: &str, labels: &[&str]) -> Option<f64> {
         sum(&self.metrics_page().await?, name, labels)
     }

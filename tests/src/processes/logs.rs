@@ -21,7 +21,8 @@ impl Processes {
         eventually(&what, async || self.log(service).contains(text).then_some(())).await;
     }
 
-    /// How often the consumers of a service's first process were given or lost partitions, by its log.
+    /// How often the consumers of a service's first process were given or lost partitions, by its
+    /// log.
     pub fn rebalances(&self, service: Service) -> usize {
         self.log(service).matches("rebalanced").count()
     }
@@ -31,7 +32,8 @@ impl Processes {
         fs::read_to_string(self.logs.file(subcommand)).unwrap_or_default()
     }
 
-    /// What all processes logged and printed, including copies and subcommands: the name of each log, and its text.
+    /// What all processes logged and printed, including copies and subcommands: the name of each
+    /// log, and its text.
     pub fn all_logs(&self) -> Vec<(String, String)> {
         let copies = self.copies_logs.lock().unwrap();
         let folders = copies.iter().chain([&self.logs]).map(Logs::folder);

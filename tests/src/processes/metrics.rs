@@ -16,12 +16,14 @@ impl Processes {
         self.addresses.admin(service)
     }
 
-    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no answer.
+    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no
+    /// answer.
     pub async fn readiness(&self, service: Service) -> Option<(bool, Value)> {
         self.admin(service).readiness().await
     }
 
-    /// Waits until `/readyz` answers that the service is not ready. Panics if `/livez` fails meanwhile.
+    /// Waits until `/readyz` answers that the service is not ready. Panics if `/livez` fails
+    /// meanwhile.
     pub async fn until_not_ready(&self, service: Service) {
         let admin = self.admin(service);
         eventually(&format!("{} is not ready", service.name), async || {
@@ -32,8 +34,8 @@ impl Processes {
         .await;
     }
 
-    /// The sum of a metric's series whose labels contain all of `labels` (`group="…"`). `None` if there is no such series, or no
-    /// answer.
+    /// The sum of a metric's series whose labels contain all of `labels` (`group="…"`). `None` if
+    /// there is no such series, or no answer.
     pub async fn metric(&self, service: Service, name: &str, labels: &[&str]) -> Option<f64> {
         self.admin(service).metric(name, labels).await
     }

@@ -1,10 +1,11 @@
-//! The facet `processes`: the services' processes, which a test starts, kills, freezes and observes.
+//! The facet `processes`: the services' processes, which a test starts, kills, freezes and
+//! observes.
 
 mod admin;
-mod instance;
 mod logs;
 mod metrics;
 mod run;
+mod service_process;
 mod subcommands;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,15 +16,15 @@ use testbed::process::Logs;
 use topology::{SERVICES, Service};
 use uuid::Uuid;
 
-pub use instance::{Addresses, Instance, is_frozen};
 pub use metrics::OUTCOMES;
+pub use service_process::{Addresses, ServiceProcess, is_frozen};
 
-/// The variables with which every service is started, and the first process of each service. A service is started with the same
-/// ports each time.
+/// The variables with which every service is started, and the first process of each service. A
+/// service is started with the same ports each time.
 pub struct Processes {
     environment: Vec<(String, String)>,
     addresses: Addresses,
-    running: BTreeMap<&'static str, Instance>,
+    running: BTreeMap<&'static str, ServiceProcess>,
     logs: Logs,
     copies_logs: Mutex<Vec<Logs>>,
     /// Number of starts per service.
@@ -78,8 +79,8 @@ impl Processes {
     pub fn spawn_with(&mut self, service: Service, settings: &[(&str, &str)]) {
         let name = service.name;
         self.note_replaced(service);
-        let instance = Instance::spawn(service, &self.addresses, &self.environment_with(settings), &self.logs);
-        self.running.insert(name, instance);
+        let process = ServiceProcess::spawn(service, &self.addresses, &self.environment_with(settings), &self.logs);
+        self.running.insert(name, process);
         *self.starts.entry(name).or_default() += 1;
         self.stopped.remove(name);
         self.expected_to_end.remove(name);
@@ -109,71 +110,71 @@ impl Processes {
 
     pub async fn until_ready(&mut self, services: &[Service]) {
         for service in services {
-            self.instance(*service).until_ready().await;
+            self.process(*service).until_ready().await;
         }
     }
 
     /// Starts one more process of a service, on ports of its own.
-    pub fn spawn_another(&self, service: Service) -> Instance {
+    pub fn spawn_another(&self, service: Service) -> ServiceProcess {
         self.spawn_another_with(service, &[])
     }
 
     /// As [`Processes::spawn_another`], with further variables.
-    pub fn spawn_another_with(&self, service: Service, settings: &[(&str, &str)]) -> Instance {
+    pub fn spawn_another_with(&self, service: Service, settings: &[(&str, &str)]) -> ServiceProcess {
         self.had_copies.store(true, Ordering::Relaxed);
         let folder = self.logs.folder().file_name().unwrap().to_string_lossy();
         let logs = Logs::fresh(&format!("tests/{folder}-{}", Uuid::now_v7().simple()), false).unwrap();
         self.copies_logs.lock().unwrap().push(logs.clone());
-        Instance::spawn(service, &Addresses::on_free_ports(), &self.environment_with(settings), &logs)
+        ServiceProcess::spawn(service, &Addresses::on_free_ports(), &self.environment_with(settings), &logs)
     }
 
     /// SIGKILL. The process has ended when this returns.
     pub fn kill(&mut self, service: Service) {
         self.stopped.insert(service.name);
-        self.instance(service).kill();
+        self.process(service).kill();
     }
 
     /// SIGSTOP.
     pub fn freeze(&mut self, service: Service) {
-        self.instance(service).freeze();
+        self.process(service).freeze();
     }
 
     /// SIGCONT.
     pub fn thaw(&mut self, service: Service) {
-        self.instance(service).thaw();
+        self.process(service).thaw();
     }
 
     /// SIGUSR1: consumers that the breaker has paused resume.
     pub fn resume_consumers(&mut self, service: Service) {
-        self.instance(service).resume_consumers();
+        self.process(service).resume_consumers();
     }
 
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self, service: Service) {
         self.stopped.insert(service.name);
-        self.instance(service).stop().await;
+        self.process(service).stop().await;
     }
 
     /// Waits until the process has ended by itself or by a fault point. Its log is complete then.
     pub async fn until_ended(&mut self, service: Service) {
-        self.instance(service).until_ended().await;
+        self.process(service).until_ended().await;
     }
 
     /// Whether the process has ended, by itself or by a fault point.
     pub fn has_ended(&mut self, service: Service) -> bool {
-        self.instance(service).exit_status().is_some()
+        self.process(service).exit_status().is_some()
     }
 
     /// Waits until the process is stopped by a fault point. Linux only.
     pub async fn until_frozen(&mut self, service: Service) {
-        self.instance(service).until_frozen().await;
+        self.process(service).until_frozen().await;
     }
 
     pub fn pid(&mut self, service: Service) -> u32 {
-        self.instance(service).pid()
+        self.process(service).pid()
     }
 
-    fn instance(&mut self, service: Service) -> &mut Instance {
+    fn process(&mut self, service: Service) -> &mut ServiceProcess {
         let running = self.running.get_mut(service.name);
         running.unwrap_or_else(|| panic!("{} was not started", service.name))
     }

@@ -21,7 +21,8 @@ impl Processes {
         self.started().filter(|service| !self.stopped.contains(service.name))
     }
 
-    /// Whether one process of the service has run from its start until now, and no service ever had a second process.
+    /// Whether one process of the service has run from its start until now, and no service ever had
+    /// a second process.
     pub fn has_run_alone(&self, service: Service) -> bool {
         let once = self.starts.get(service.name) == Some(&1) && !self.stopped.contains(service.name);
         once && !self.had_copies.load(Ordering::Relaxed)
@@ -30,9 +31,9 @@ impl Processes {
     /// The processes that ended though the test did not end them, with their exit status.
     pub fn ended_by_themselves(&mut self) -> Vec<String> {
         let mut ended = self.ended.clone();
-        for (name, instance) in &mut self.running {
+        for (name, process) in &mut self.running {
             if !self.stopped.contains(name)
-                && let Some(status) = instance.exit_status()
+                && let Some(status) = process.exit_status()
             {
                 ended.push(format!("{name}: {status}"));
             }
@@ -43,10 +44,10 @@ impl Processes {
     /// Removes the process of a service that is started again, and notes if it had ended by itself.
     pub(super) fn note_replaced(&mut self, service: Service) {
         let name = service.name;
-        if let Some(mut instance) = self.running.remove(name)
+        if let Some(mut process) = self.running.remove(name)
             && !self.expected_to_end.contains(name)
             && !self.stopped.contains(name)
-            && let Some(status) = instance.exit_status()
+            && let Some(status) = process.exit_status()
         {
             self.ended.push(format!("{name}: {status}"));
         }

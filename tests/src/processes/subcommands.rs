@@ -4,11 +4,12 @@ use testbed::process::Process;
 use testbed::testing;
 use topology::Service;
 
-use super::{Processes, instance};
+use super::{Processes, service_process};
 use crate::waiting::DEADLINE;
 
 impl Processes {
-    /// Runs a subcommand to its end and returns its output. Fails with the output if the exit status is not 0.
+    /// Runs a subcommand to its end and returns its output. Fails with the output if the exit
+    /// status is not 0.
     pub async fn run(&self, service: Service, arguments: &[&str]) -> anyhow::Result<String> {
         let program = testing::stack().programs.join(service.name);
         let mut command = tokio::process::Command::new(program);
@@ -19,7 +20,8 @@ impl Processes {
         Ok(printed)
     }
 
-    /// Starts a subcommand with further variables, to be killed, frozen or waited for. [`Processes::printed`] returns its output.
+    /// Starts a subcommand with further variables, to be killed, frozen or waited for.
+    /// [`Processes::printed`] returns its output.
     pub fn spawn_subcommand(
         &self,
         service: Service,
@@ -27,7 +29,7 @@ impl Processes {
         arguments: &[&str],
         settings: &[(&str, &str)],
     ) -> Process {
-        let mut command = instance::command(service);
+        let mut command = service_process::command(service);
         command.arg(name).args(arguments).envs(self.environment_with(settings));
         Process::spawn(name, command, &self.logs).unwrap()
     }

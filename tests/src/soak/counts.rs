@@ -1,4 +1,5 @@
-//! How often consumers met what they already had. Their counters die with them, so they are read each second.
+//! Counts the records that consumers received again. Counters are lost with their process, so they
+//! are read each second.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,14 +20,15 @@ pub struct Redelivered {
 
 impl Redelivered {
     pub fn watch(system: &System) -> Self {
-        let (seen, mut readers) = (Arc::new(AtomicU64::new(0)), JoinSet::new());
+        let seen = Arc::new(AtomicU64::new(0));
+        let mut readers = JoinSet::new();
         for service in CONSUMERS {
             readers.spawn(read(system.processes.admin(service).url("/metrics"), seen.clone()));
         }
         Self { seen, readers }
     }
 
-    /// What came between the last look and a death is not in it.
+    /// The number so far. It lacks the records between the last read and the end of a process.
     pub async fn end(mut self) -> u64 {
         self.readers.shutdown().await;
         self.seen.load(Ordering::Relaxed)
@@ -41,7 +43,7 @@ async fn read(url: String, seen: Arc<AtomicU64>) {
             && let Ok(page) = page.text().await
         {
             let now = redelivered(&page);
-            // Less than before: another process, which began at 0.
+            // A smaller number comes from a new process, which began at 0.
             seen.fetch_add(if now < before { now } else { now - before }, Ordering::Relaxed);
             before = now;
         }
@@ -49,7 +51,7 @@ async fn read(url: String, seen: Arc<AtomicU64>) {
     }
 }
 
-/// The duplicates, and what was stale.
+/// The number of duplicate and stale records.
 fn redelivered(page: &str) -> u64 {
     let lines = page.lines().filter(|line| line.starts_with("events_consumed_total"));
     let again = lines.filter(|line| line.contains("outcome=\"duplicate\"") || line.contains("outcome=\"stale\""));

@@ -1,4 +1,4 @@
-//! What a soak does to the system. Each fault is healed before the next one strikes.
+//! The faults of a soak. Each one is healed before the next.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,36 +10,38 @@ use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 use crate::system::System;
 use crate::waiting::POLL;
 
-/// Longer than Kafka's session time-out and Postgres' for an idle transaction: a frozen process loses both.
+/// Longer than the session time-out of Kafka and the time-out of Postgres for idle transactions. A
+/// frozen process loses both.
 const LONG: Duration = Duration::from_secs(12);
-/// Shorter than both.
+/// Shorter than both time-outs.
 const SHORT: Duration = Duration::from_secs(3);
-/// For a fault point to be met under load. Not all are, for example one about an answer that takes a fault to be unknown.
-const MET: Duration = Duration::from_secs(10);
+/// How long a process may take to reach a fault point under load. Some are never reached: an
+/// unknown answer, for example, needs another fault.
+const REACH_LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy)]
 pub enum Fault {
     /// SIGKILL.
     Kill(Service),
-    /// SIGTERM, as a roll-out does.
+    /// SIGTERM, as in a rolling restart.
     Restart(Service),
-    /// SIGKILL between two chosen effects.
+    /// SIGKILL at a fault point.
     CrashAt(Service, &'static str),
     /// SIGSTOP, and SIGCONT after this time.
     Freeze(Service, Duration),
-    /// A second process of a service joins, and is killed.
+    /// A second process of the service starts and is killed.
     SecondCopy(Service),
     KillKafka,
     FreezeKafka(Duration),
     KillPostgres,
-    /// Valkey keeps nothing.
+    /// Valkey loses its data.
     KillValkey,
     FlushValkey,
     /// The next mails fail in this way.
     Mail(&'static str),
 }
 
-/// The crashes between two effects, and whose they are.
+/// The fault points, with the services that have them.
 const CRASHES: [(Service, &str); 17] = [
     (USER, "user.before_commit"),
     (USER, "user.after_commit"),
@@ -83,14 +85,14 @@ impl Fault {
     }
 
     /// Injects the fault and heals it.
-    pub async fn strike(self, system: &mut System) {
+    pub async fn inject(self, system: &mut System) {
         match self {
             Self::Kill(service) => system.processes.kill(service),
             Self::Restart(service) => system.processes.stop(service).await,
             Self::CrashAt(service, point) => crash_at(system, service, point).await,
             Self::Freeze(service, time) => {
                 system.processes.freeze(service);
-                tokio::time::sleep(time).await; // the fault itself, no condition
+                tokio::time::sleep(time).await; // the duration of the fault
                 system.processes.thaw(service);
             }
             Self::SecondCopy(service) => second_copy(system, service).await,
@@ -129,17 +131,18 @@ impl fmt::Display for Fault {
     }
 }
 
-/// The service dies when it meets the point under load; one that never does dies of an ordinary kill.
+/// The process is killed at the fault point. If it does not reach the point in time, it is killed
+/// anyway.
 async fn crash_at(system: &mut System, service: Service, point: &str) {
     system.processes.spawn_with(service, &[("FAULT_AT", &format!("{point}:2:kill"))]);
-    let deadline = tokio::time::Instant::now() + MET;
+    let deadline = tokio::time::Instant::now() + REACH_LIMIT;
     while !system.processes.has_ended(service) && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
     }
     system.processes.kill(service);
 }
 
-/// Takes some of the partitions, or the relay when its leader dies, and is gone again.
+/// A second process takes some of the partitions, and is killed.
 async fn second_copy(system: &System, service: Service) {
     let mut copy = system.processes.spawn_another(service);
     copy.until_ready().await;

@@ -1,6 +1,6 @@
-//! A soak: clients register, change and erase while random faults strike, one after another; then the checker judges the run.
-//! The faults and what the clients do follow from the seed. What the scheduler makes of them does not, so the same seed meets
-//! the same faults, not the same interleaving.
+//! A soak: clients register, change and erase users while random faults are injected, one after
+//! another. Then the checker checks the run. The faults and the requests follow from the seed. The
+//! scheduling does not, so a seed repeats the faults but not the interleaving.
 
 mod counts;
 mod faults;
@@ -25,72 +25,76 @@ use counts::Redelivered;
 pub use faults::Fault;
 
 const CLIENTS: u64 = 2;
-/// How long the system is left in peace between a recovery and the next fault, at most.
-const PEACE: Duration = Duration::from_secs(2);
+/// The longest pause between a recovery and the next fault.
+const PAUSE: Duration = Duration::from_secs(2);
 
-/// What a soak found.
+/// The result of a soak.
 pub struct Summary {
     seed: u64,
     lasted: Duration,
     accepted: usize,
     unanswered: usize,
     faults: BTreeMap<String, usize>,
-    /// Records and mails beyond the first copy, in the logs and at consumers.
+    /// Copies of records and mails, in the topics and at the consumers.
     duplicates: u64,
     /// Rows, profiles and mails.
     effects: usize,
-    /// From the end of each fault until a registration made then had reached everybody.
+    /// Time from the end of each fault until a new registration had all its effects.
     recoveries: Vec<(Duration, Fault)>,
     pub violations: Vec<Violation>,
-    /// Where the whole history and the logs are.
+    /// The file with the whole history. The logs are next to it.
     evidence: String,
 }
 
-/// Runs a soak on components of its own.
+/// Runs a soak on its own components.
 ///
 /// # Panics
-/// The system cannot be started, or a service does not come back.
+/// The system cannot be started.
 pub async fn run(lasting: Duration, seed: u64) -> Summary {
     let mut system = System::empty_on_own_components().await;
-    // A sender may die with a mail in hand: its lease must end before the run is judged.
+    // A sender may be killed while it sends a mail. Its lease must end before the run is checked.
     system.processes.set("LEASE_MS", "15000");
     system.seed = seed;
     system.processes.start_all().await;
     let judge = system.judge().await;
-    let (load, redelivered) = (system.load(CLIENTS), Redelivered::watch(&system));
-    let (begin, mut random) = (Instant::now(), Rng::with_seed(seed));
-    let (mut faults, mut recoveries, mut violations) = (BTreeMap::new(), vec![], vec![]);
+    let load = system.load(CLIENTS);
+    let redelivered = Redelivered::watch(&system);
+    let begin = Instant::now();
+    let mut random = Rng::with_seed(seed);
+    let mut faults = BTreeMap::new();
+    let mut recoveries = vec![];
+    let mut violations = vec![];
     while begin.elapsed() < lasting {
-        tokio::time::sleep(PEACE.mul_f64(random.f64())).await;
+        tokio::time::sleep(PAUSE.mul_f64(random.f64())).await;
         let fault = Fault::any(&mut random);
         *faults.entry(name(fault)).or_insert(0) += 1;
         say(format_args!("{:>5.1} s  {fault}", begin.elapsed().as_secs_f64()));
-        // What panics in here waited in vain, for a process that does not come back or an answer that no client expects.
+        // A panic is a wait that reached its deadline, or an answer that a client did not expect.
         let survived = async {
-            fault.strike(&mut system).await;
+            fault.inject(&mut system).await;
             let healed = Instant::now();
             recovered(&mut system).await.then(|| healed.elapsed())
         };
         match AssertUnwindSafe(survived).catch_unwind().await {
             Ok(Some(time)) => recoveries.push((time, fault)),
             _ => {
-                let evidence = format!("not recovered from {fault} within {DEADLINE:?}");
+                let evidence = format!("no recovery from {fault} within {DEADLINE:?}");
                 violations.push(Violation { invariant: "I12", evidence });
             }
         }
     }
-    let answered = load.end().await;
+    let answers = load.end().await;
     let lasted = begin.elapsed();
     let redelivered = redelivered.end().await;
-    let (history, found) = judge.violations(&mut system, &answered).await;
+    let (history, found) = judge.violations(&mut system, &answers).await;
     violations.extend(found);
     let evidence = system.processes.file("history.txt");
     std::fs::write(&evidence, format!("{history:#?}")).unwrap();
     Summary {
         seed,
         lasted,
-        accepted: answered.accepted().len(),
-        unanswered: answered.operations.iter().filter(|operation| operation.outcome == Outcome::Unknown).count(),
+        accepted: answers.accepted().len(),
+        unanswered: answers.operations.iter().filter(|operation| operation.outcome == Outcome::Unknown).count(),
         faults,
         duplicates: redelivered + copied(&history),
         effects: effects(&history),
@@ -100,7 +104,8 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
     }
 }
 
-/// Waits until all services are ready and somebody who registers now has reached everybody; `false`: not within [`DEADLINE`].
+/// Waits until all services are ready and a new registration has all its effects. `false` if that
+/// takes longer than [`DEADLINE`].
 async fn recovered(system: &mut System) -> bool {
     let journey = async {
         system.processes.until_ready(&SERVICES).await;
@@ -130,7 +135,8 @@ fn copied(history: &History) -> u64 {
 }
 
 fn effects(history: &History) -> usize {
-    let (email, analytics) = (history.email.as_ref().unwrap(), history.analytics.as_ref().unwrap());
+    let email = history.email.as_ref().unwrap();
+    let analytics = history.analytics.as_ref().unwrap();
     let facts: usize = analytics.inbox.values().map(|events| events.len()).sum();
     facts + email.mails.len() + email.recipients.len() + history.cache.as_ref().unwrap().len()
 }
@@ -147,7 +153,8 @@ impl fmt::Display for Summary {
         let mut times = self.recoveries.clone();
         times.sort_by_key(|(time, _)| *time);
         if let (Some((median, _)), Some((worst, fault))) = (times.get(times.len() / 2), times.last()) {
-            let (median, worst) = (median.as_secs_f64(), worst.as_secs_f64());
+            let median = median.as_secs_f64();
+            let worst = worst.as_secs_f64();
             writeln!(f, "recovery                  median {median:.1} s, worst {worst:.1} s after {fault}")?;
         }
         writeln!(f, "evidence                  {}", self.evidence)?;

@@ -39,7 +39,8 @@ impl System {
                 databases.push((what, self.stores.database(service).await, question));
             }
         }
-        // It must be idle twice in a row: between the two halves of the first look a consumer may have created new work.
+        // It must be idle twice in a row: between the two halves of the first look a consumer may
+        // have created new work.
         let mut idle = 0;
         loop {
             let left = self.work_left(&databases).await;

@@ -1,5 +1,5 @@
-//! One Waybill for one test: its own services on the shared components. The tests are isolated by topic prefix, database and key
-//! prefix. A test that breaks a component starts its own.
+//! One Waybill for one test: its own services on the shared components. The tests are isolated by
+//! topic prefix, database and key prefix. A test that breaks a component starts its own.
 
 mod drain;
 mod own;
@@ -48,12 +48,13 @@ impl System {
         system
     }
 
-    /// The user service and the email service, ready, the latter with further variables. Every state of every delivery is
-    /// recorded.
+    /// The user service and the email service, ready, the latter with further variables. Every
+    /// state of every delivery is recorded.
     pub async fn start_mailing(settings: &[(&str, &str)]) -> Self {
         let mut system = Self::start_only(&[USER, EMAIL]).await;
         system.stores.record_deliveries().await;
-        // A second start, because the recording needs the tables and must begin before a fault point is reached.
+        // A second start, because the recording needs the tables and must begin before a fault
+        // point is reached.
         if !settings.is_empty() {
             system.processes.start_with(EMAIL, settings).await;
         }

@@ -54,13 +54,15 @@ impl System {
         Own { component, _scratch: scratch }
     }
 
-    /// Gives the services a Kafka of their own. It has a second listener, behind the proxy: a broker directs its clients to the
-    /// listener that they used first.
+    /// Gives the services a Kafka of their own. It has a second listener, behind the proxy: a
+    /// broker directs its clients to the listener that they used first.
     pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
         let scratch = Scratch::create("own-kafka").unwrap();
         let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
-        let (direct, proxied, controller) = (free_port(), free_port(), free_port());
+        let direct = free_port();
+        let proxied = free_port();
+        let controller = free_port();
         let proxy = Proxy::before(&format!("127.0.0.1:{proxied}")).await;
         let settings = format!(
             "listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://127.0.0.1:{proxied},CONTROLLER://127.0.0.1:{controller}

@@ -74,7 +74,8 @@ impl Requests {
     }
 
     fn places(&self) -> Vec<(&'static str, RequestBuilder)> {
-        let (known, unknown) = (format!("/users/{}", self.id), format!("/users/{}", Uuid::now_v7()));
+        let known = format!("/users/{}", self.id);
+        let unknown = format!("/users/{}", Uuid::now_v7());
         vec![
             ("unknown id", self.to(Method::GET, &unknown)),
             ("change of an unknown id", self.patch(&unknown)),

@@ -1,7 +1,7 @@
 //! Kafka loses brokers: of three that have a copy of everything, any one may be away.
 
 use tests::checker::{Asked, Outcome};
-use tests::load::{Answered, Load};
+use tests::load::{Answers, Load};
 use tests::services::USER_EVENTS;
 use tests::{DEADLINE, System};
 use tokio::time::timeout;
@@ -33,9 +33,9 @@ async fn of_three_brokers_one_may_be_killed_frozen_or_restarted() {
         system.kafka.until_in_sync().await;
     }
 
-    let answered = load.end().await;
-    assert_eq!(not_done(&answered), Vec::<String>::new(), "writes without success");
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    assert_eq!(not_done(&answers), Vec::<String>::new(), "writes without success");
+    judge.check_with(&mut system, &answers).await;
 }
 
 /// SIGKILL: what it had acknowledged is on another.
@@ -75,8 +75,8 @@ async fn new_ones_arrive(system: &System) {
     }
 }
 
-fn not_done(answered: &Answered) -> Vec<String> {
-    let writes = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
+fn not_done(answers: &Answers) -> Vec<String> {
+    let writes = answers.operations.iter().filter(|operation| operation.asked != Asked::Read);
     let failed = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_)));
     failed.map(|operation| format!("{operation:?}")).collect()
 }

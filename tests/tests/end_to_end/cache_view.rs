@@ -174,7 +174,8 @@ async fn the_view_is_the_log(system: &System) {
     })
     .await;
     for record in system.kafka.read(USER_STATE) {
-        let (key, state) = (record.key_text().parse().unwrap(), (record.version(), record.value.is_some()));
+        let key = record.key_text().parse().unwrap();
+        let state = (record.version(), record.value.is_some());
         let known = newest.entry(key).or_insert(state);
         *known = state.max(*known);
     }
@@ -215,7 +216,9 @@ impl Run {
     fn begin(clients: &Users, users: &[Uuid]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let writers = users.chunks(USERS / 3).map(|users| {
-            let (clients, users, stop) = (clients.clone(), users.to_vec(), stop.clone());
+            let clients = clients.clone();
+            let users = users.to_vec();
+            let stop = stop.clone();
             tokio::spawn(async move {
                 let mut changes = 0;
                 while !stop.load(Ordering::Relaxed) {
@@ -259,9 +262,12 @@ struct Reader {
 impl Reader {
     fn begin(clients: &Users, users: &[Uuid]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let (clients, users, stopped) = (clients.clone(), users.to_vec(), stop.clone());
+        let clients = clients.clone();
+        let users = users.to_vec();
+        let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let (mut seen, mut not_ready) = (0, 0);
+            let mut seen = 0;
+            let mut not_ready = 0;
             let mut versions = BTreeMap::new();
             while !stopped.load(Ordering::Relaxed) {
                 for id in &users {

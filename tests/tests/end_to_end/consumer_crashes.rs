@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use crate::effects::assert_effects_once;
-use tests::load::Answered;
 use tests::services::CONSUMERS;
 use tests::users::address;
 use tests::{System, eventually_eq};
@@ -68,7 +67,7 @@ async fn killed_at(points: [(Service, &str); 3]) {
     assert_eq!(system.users.rename(user, "Countess of Lovelace").await.unwrap().version(), 2);
     system.processes.start(&CONSUMERS).await;
     system.users.register_many(2).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// I1 I5 I7 I8: a service that dies takes no other with it, and finds everything when it is back.
@@ -85,7 +84,7 @@ async fn a_service_that_is_killed_alone_hinders_nobody_and_catches_up() {
     }
     users.extend(system.users.register_many(1).await);
     assert_effects_once(&system, &users).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// Registers somebody, if the service that does so lives; whoever else lives has seen it.
@@ -138,7 +137,7 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
     }
     system.processes.until_ready(&[EMAIL, ANALYTICS]).await;
     eventually_eq("the old and the new work together", (10, 10), async || system.users.funnel().await).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     let once: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
     assert_eq!(sent(&system).await, once, "one mail each");
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tests::http::{send, send_with_retries};
 use tests::record::Draft;
-use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_RECIPIENTS, USER_EVENTS, USER_STATE, groups};
+use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_RECIPIENTS, USER_EVENTS, USER_STATE, groups, service_of};
 use tests::users::address;
 use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
@@ -126,9 +126,9 @@ async fn leave_a_dead_letter(system: &System, person: &Person) {
 }
 
 async fn until_dead_letters(system: &System, open: f64) {
-    for (service, label) in [(EMAIL, "group=\"email.recipients\""), (CACHE, "group=\"cache.profiles\"")] {
-        let count = async || system.processes.metric(service, "dead_letters_open", &[label]).await;
-        eventually_eq(&format!("open dead letters of {}", service.name), Some(open), count).await;
+    for group in [EMAIL_RECIPIENTS, CACHE_PROFILES] {
+        let count = async || system.processes.dead_letters_open(group).await;
+        eventually_eq(&format!("open dead letters of {group}"), Some(open), count).await;
     }
 }
 
@@ -181,12 +181,12 @@ async fn every_metric_has_moved(system: &System) {
     moved.push((EMAIL, "deliveries_settled_total", "state=\"sent\"".to_owned()));
     for group in groups() {
         let label = format!("group=\"{group}\"");
-        moved.push((owner(group), "event_age_seconds_count", label.clone()));
-        moved.push((owner(group), "events_consumed_total", format!("{label},outcome=\"applied\"")));
+        moved.push((service_of(group), "event_age_seconds_count", label.clone()));
+        moved.push((service_of(group), "events_consumed_total", format!("{label},outcome=\"applied\"")));
     }
     for group in [EMAIL_RECIPIENTS, CACHE_PROFILES] {
         let label = format!("group=\"{group}\",outcome=\"dead_lettered\"");
-        moved.push((owner(group), "events_consumed_total", label));
+        moved.push((service_of(group), "events_consumed_total", label));
     }
     for (service, name, label) in moved {
         let value = system.processes.metric(service, name, &[&label]).await;
@@ -205,20 +205,12 @@ async fn every_gauge_is_back_at_zero(system: &System) {
     }
     for group in groups() {
         let label = format!("group=\"{group}\"");
-        gauges.push((owner(group), "consumer_lag", label.clone()));
-        gauges.push((owner(group), "dead_letters_open", label));
+        gauges.push((service_of(group), "consumer_lag", label.clone()));
+        gauges.push((service_of(group), "dead_letters_open", label));
     }
     for (service, name, label) in gauges {
         let value = async || system.processes.metric(service, name, &[&label]).await;
         eventually_eq(&format!("{} {name} {label}", service.name), Some(0.0), value).await;
-    }
-}
-
-fn owner(group: &str) -> Service {
-    match group.split('.').next() {
-        Some("email") => EMAIL,
-        Some("analytics") => ANALYTICS,
-        _ => CACHE,
     }
 }
 

@@ -30,7 +30,8 @@ async fn malformed_records_are_set_aside_and_the_others_handled() {
     let mut system = System::start().await;
     let processes = SERVICES.map(|service| system.processes.pid(service));
     let users: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
-    let (facts, states) = (bad_facts(), bad_states());
+    let facts = bad_facts();
+    let states = bad_states();
     let registered = |id| Draft::user_event("user.registered", id, 1);
     let facts_at = among_good(&system, USER_EVENTS, &facts, &users, registered).await;
     let state = |id| Draft::user_state(id, 1, Some(&address()));
@@ -65,7 +66,8 @@ async fn malformed_records_are_set_aside_and_the_others_handled() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_header_name_that_is_not_utf8_is_set_aside() {
     let mut system = System::start().await;
-    let (user, key) = (Uuid::now_v7(), Uuid::now_v7().to_string());
+    let user = Uuid::now_v7();
+    let key = Uuid::now_v7().to_string();
     let good = Draft::user_event("user.profile_changed", user, 2).on(PARTITION);
     system.kafka.write(USER_EVENTS, &good).await;
     let header: (&[u8], &[u8]) = (b"ce_\xff\xfe", b"1");

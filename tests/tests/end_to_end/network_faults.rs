@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use reqwest::StatusCode;
-use tests::load::Answered;
 use tests::proxy::Proxy;
 use tests::services::{ANALYTICS_USERS, groups};
 use tests::users::address;
@@ -36,8 +35,8 @@ async fn a_consumer_that_hears_nothing_from_kafka_is_replaced_and_comes_back() {
 
     proxy.silence();
     system.processes.until_not_ready(ANALYTICS).await;
-    let answered = load.end().await;
-    let users = answered.accepted().len() as i64;
+    let answers = load.end().await;
+    let users = answers.accepted().len() as i64;
     eventually_eq("the other copy counts all", users, async || system.users.funnel().await.0).await;
 
     proxy.heal();
@@ -47,7 +46,7 @@ async fn a_consumer_that_hears_nothing_from_kafka_is_replaced_and_comes_back() {
     eventually_eq("the first copy counts again", users + 1, async || system.users.funnel().await.0).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
     assert_eq!(system.users.registrations().await, Some(users + 1));
-    judge.check(&mut system, &answered).await;
+    judge.check_with(&mut system, &answers).await;
 }
 
 /// Between a service and everything that it needs; a router two rooms away has 1 ms.
@@ -81,8 +80,8 @@ async fn a_network_that_is_slow_and_breaks_changes_nothing_but_the_pace() {
         proxies.iter().for_each(Proxy::reset);
     }
     load.until_accepted(5).await;
-    let answered = load.end().await;
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    judge.check_with(&mut system, &answers).await;
 }
 
 /// T40, I5 I7 I8 I12: silence between each consumer and what its effects go to. It is noticed, nothing is given up, and soon
@@ -117,7 +116,7 @@ async fn consumers_whose_stores_fall_silent_notice_it_and_go_on_afterwards() {
     for group in groups() {
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
     }
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 async fn all_there_once(system: &System, users: &[Uuid]) {
@@ -149,7 +148,8 @@ async fn a_registration_during_the_databases_silence_is_answered_and_done_once()
     system.stores.until_outbox_empty(USER).await;
 
     database.silence();
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let asked = Instant::now();
     let requests = (0..AT_ONCE).map(|_| system.users.post(&email, Some(&key)));
     for answer in join_all(requests).await {
@@ -166,7 +166,7 @@ async fn a_registration_during_the_databases_silence_is_answered_and_done_once()
     .await;
     assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
     system.processes.until_ready(&[USER]).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert_eq!(system.stores.count(USER, "select count(*) from users").await, AT_ONCE + 1);
     assert!(!system.processes.has_ended(USER));
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use tests::checker::{Asked, Outcome};
-use tests::load::Answered;
 use tests::record::Draft;
 use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE, groups, service_of};
 use tests::stores::count;
@@ -23,7 +22,8 @@ const OUTAGE: Duration = Duration::from_secs(15);
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_wait_for_their_dependencies_and_go_on() {
     let mut system = System::empty().await;
-    let (mut postgres, mut valkey) = (system.own_postgres().await, system.own_valkey().await);
+    let mut postgres = system.own_postgres().await;
+    let mut valkey = system.own_valkey().await;
     system.processes.start_all().await;
     let judge = system.judge().await;
     let before = vec![system.users.register().await, system.users.register().await];
@@ -49,7 +49,7 @@ async fn consumers_wait_for_their_dependencies_and_go_on() {
     let after = vec![system.users.register().await];
     all_there(&system, &[before, meanwhile, after].concat()).await;
     still_as_before(&mut system, &groups).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What
@@ -68,10 +68,10 @@ async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else()
         postgres.component.restart().await.unwrap();
     }
     load.until_accepted(10).await;
-    let answered = load.end().await;
-    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
+    let answers = load.end().await;
+    assert!(answers.refused().is_empty(), "{:?}", answers.refused());
     system.processes.until_ready(&SERVICES).await;
-    judge.check(&mut system, &answered).await;
+    judge.check_with(&mut system, &answers).await;
 }
 
 /// T13, I1 I3 I5 I7 I8 I9 I12: the machine dies, everything on it at the same moment, and comes back. SIGKILL leaves what the system has of the disk in
@@ -106,8 +106,8 @@ async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
     stack.kafka.restart().await.unwrap();
     system.processes.until_ready(&SERVICES).await;
     load.until_accepted(10).await;
-    let answered = load.end().await;
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    judge.check_with(&mut system, &answers).await;
 }
 
 /// How long Kafka is away in the test below.
@@ -145,11 +145,11 @@ async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everythin
     .await;
 
     system.components().kafka.restart().await.unwrap();
-    let answered = load.end().await;
-    let all = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
+    let answers = load.end().await;
+    let all = answers.operations.iter().filter(|operation| operation.asked != Asked::Read);
     let failed: Vec<_> = all.filter(|operation| !matches!(operation.outcome, Outcome::Done(_))).collect();
     assert!(failed.is_empty(), "every write was answered with success: {failed:?}");
-    judge.check(&mut system, &answered).await;
+    judge.check_with(&mut system, &answers).await;
 }
 
 /// Users whose records arrive during the outage. Their own service is down as well, so they are written by hand.

@@ -3,8 +3,7 @@
 
 use std::time::Duration;
 
-use tests::load::Answered;
-use tests::processes::Instance;
+use tests::processes::ServiceProcess;
 use tests::proxy::Request;
 use tests::record::Draft;
 use tests::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, CONSUMERS, EMAIL_WELCOME, USER_EVENTS, groups};
@@ -24,7 +23,7 @@ const COPIES: usize = 3;
 async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
     let mut system = System::start().await;
     let judge = system.judge().await;
-    let mut others: Vec<Instance> = vec![];
+    let mut others: Vec<ServiceProcess> = vec![];
     for service in CONSUMERS {
         others.extend((1..COPIES).map(|_| system.processes.spawn_another(service)));
     }
@@ -46,9 +45,9 @@ async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
         other.until_ready().await;
     }
     load.until_accepted(5).await;
-    let answered = load.end().await;
-    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    assert!(answers.refused().is_empty(), "{:?}", answers.refused());
+    judge.check_with(&mut system, &answers).await;
     let mails = system.mail.all();
     let mut recipients: Vec<_> = mails.iter().flat_map(|mail| &mail.to).collect();
     recipients.sort();
@@ -202,7 +201,7 @@ async fn consumers_of_one_process_share_its_partitions() {
         eventually_eq(&format!("members of {group}"), 3, async || system.kafka.members(group).len()).await;
     }
     system.users.register_many(12).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// Registers that many users, and returns how many.

@@ -8,7 +8,6 @@ use reqwest::{Client, StatusCode};
 use serde_json::json;
 use tests::http::{Answer, send, send_with_retries};
 use tests::judge::Judge;
-use tests::load::Answered;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::address;
 use tests::{System, eventually, eventually_eq, within};
@@ -27,7 +26,7 @@ async fn idempotency_keys(system: &System) -> i64 {
 
 /// One user, one fact and one state in the logs, and nothing else.
 async fn assert_one_registration(system: &mut System, judge: &Judge) {
-    judge.check(system, &Answered::default()).await;
+    judge.check(system).await;
     assert_eq!(users(system).await, 1, "one user");
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 1, "one fact");
     assert_eq!(system.kafka.read(USER_STATE).len(), 1, "one state");
@@ -42,7 +41,8 @@ async fn settled(system: &System, email: &str, key: &str) -> Answer {
 async fn fifty_requests_with_one_key_are_one_registration_and_get_one_answer() {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let answers = join_all((0..50).map(|_| settled(&system, &email, &key))).await;
     assert_eq!(answers[0].status, StatusCode::CREATED, "{:?}", answers[0]);
     for answer in &answers {
@@ -90,7 +90,8 @@ async fn one_of_many_registrations_of_an_address_wins_and_the_others_leave_nothi
 /// T01: the service dies at `point` while it answers a registration; what its client then has, the key and the address.
 async fn killed_while_registering(system: &mut System, point: &str) -> (String, String) {
     system.processes.start_with(USER, &[("FAULT_AT", &format!("{point}:1:kill"))]).await;
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let lost = eventually("the request is handled", async || {
         let answer = system.users.post(&email, Some(&key)).await;
         (!matches!(&answer, Ok(answer) if answer.status == 503)).then_some(answer)
@@ -143,7 +144,8 @@ async fn a_service_frozen_inside_a_registration_holds_its_successor_up_only_for_
     system.processes.start_with(USER, &[("FAULT_AT", "user.before_commit:1:stop")]).await;
     let mut successor = system.processes.spawn_another(USER);
     successor.until_ready().await;
-    let (email, key) = (address(), Uuid::now_v7().to_string());
+    let email = address();
+    let key = Uuid::now_v7().to_string();
     let frozen = tokio::spawn(send(system.users.registration(&email, Some(&key))));
     system.processes.until_frozen(USER).await;
 
@@ -187,7 +189,7 @@ async fn changes_of_one_user_at_once_have_one_version_each() {
     let mut versions = join_all((0..AT_ONCE).map(rename)).await;
     versions.sort_unstable();
     assert_eq!(versions, (2..).take(AT_ONCE).collect::<Vec<_>>());
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T39: an answer is kept for a day, by the clock of the database. After that its key is free, and what it stood for is removed.
@@ -200,7 +202,8 @@ async fn a_key_stands_for_its_request_for_a_day() {
         let age = "update idempotency_keys set created_at = created_at - make_interval(hours => $1)";
         sqlx::query(age).bind(hours).execute(&db).await.unwrap();
     };
-    let (email, other) = (address(), address());
+    let email = address();
+    let other = address();
     let first = settled(&system, &email, old).await;
     age(2).await;
     let second = settled(&system, &other, young).await;
@@ -241,6 +244,6 @@ async fn of_two_changes_of_the_version_that_both_have_read_one_wins_and_the_othe
         assert_eq!((now.version(), &now.body["display_name"]), (version + 1, &json!(names[winner])));
     }
     // What was refused has told nobody.
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     eventually_eq("one event a version", 11, async || system.kafka.read(USER_EVENTS).len()).await;
 }

@@ -21,9 +21,9 @@ async fn a_relay_killed_at_any_point_loses_nothing_reorders_nothing_and_doubles_
     }
     system.processes.start(&[USER]).await;
     load.until_accepted(10).await;
-    let answered = load.end().await;
-    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
-    let history = judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    assert!(answers.refused().is_empty(), "{:?}", answers.refused());
+    let history = judge.check_with(&mut system, &answers).await;
     assert!(copies(&history.facts) > 0, "a crash between commit and delete publishes twice");
     let duplicates = system.processes.metric(ANALYTICS, "events_consumed_total", &["outcome=\"duplicate\""]).await;
     assert!(duplicates.is_some_and(|count| count > 0.0), "the copies have reached analytics: {duplicates:?}");

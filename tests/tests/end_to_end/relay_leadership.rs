@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use tests::http::{send, send_with_retries};
-use tests::load::Answered;
-use tests::processes::Instance;
+use tests::processes::ServiceProcess;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::Users;
 use tests::{System, eventually};
@@ -24,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 async fn of_several_relays_one_leads_and_another_takes_over_when_it_dies() {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
-    let mut copies: Vec<Instance> = (0..3).map(|_| system.processes.spawn_another(USER)).collect();
+    let mut copies: Vec<ServiceProcess> = (0..3).map(|_| system.processes.spawn_another(USER)).collect();
     for copy in &mut copies {
         copy.until_ready().await;
     }
@@ -41,12 +40,12 @@ async fn of_several_relays_one_leads_and_another_takes_over_when_it_dies() {
     }
     the_one_that_publishes(&copies).await;
     writers.end().await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert!(system.stores.outbox_record(USER).await.len() > 20, "there was something to publish");
 }
 
 /// Waits until somebody publishes, and watches for a while that nobody else does.
-async fn the_one_that_publishes(copies: &[Instance]) -> Option<usize> {
+async fn the_one_that_publishes(copies: &[ServiceProcess]) -> Option<usize> {
     let published = async || {
         let mut rounds = vec![];
         for copy in copies {
@@ -73,7 +72,7 @@ async fn the_one_that_publishes(copies: &[Instance]) -> Option<usize> {
     Some(leader)
 }
 
-async fn rounds_of(copy: &Instance) -> f64 {
+async fn rounds_of(copy: &ServiceProcess) -> f64 {
     copy.admin().metric("relay_rounds_total", &["outcome=\"published\""]).await.unwrap_or(0.0)
 }
 
@@ -84,7 +83,7 @@ struct Writers {
 }
 
 impl Writers {
-    fn begin(system: &System, copies: &[Instance], users: &[Uuid]) -> Self {
+    fn begin(system: &System, copies: &[ServiceProcess], users: &[Uuid]) -> Self {
         let clients: Vec<Users> = copies.iter().map(|copy| system.users.at(copy)).collect();
         let mut writers = Self { tasks: JoinSet::new(), over: Arc::default() };
         for &id in users {
@@ -134,7 +133,7 @@ async fn a_leader_frozen_at(point: &str) {
     system.processes.thaw(USER);
     assert_eq!(renaming.await.unwrap().unwrap().version(), 2);
     system.processes.until_logged(USER, "the relay starts over").await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert_eq!(system.kafka.read_key(USER_EVENTS, id).len(), 4, "each version once: nothing of the round came late");
 
     system.kafka.force_compaction().await;
@@ -146,7 +145,7 @@ async fn a_leader_frozen_at(point: &str) {
     for record in left.await {
         assert_eq!((record.version(), record.value), (4, None), "I4: the tombstone is what stays");
     }
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T09, I3, I4: what was handed to the client library and not sent before the freeze is not sent after it.

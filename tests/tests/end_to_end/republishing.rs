@@ -46,7 +46,8 @@ async fn states(system: &System) -> BTreeMap<Uuid, Vec<i64>> {
 async fn states_are_republished_as_they_are_and_nothing_else() {
     let mut system = System::start_only(&[USER]).await;
     system.processes.start(&[CACHE]).await;
-    let (alive, erased) = (system.users.register().await, system.users.register().await);
+    let alive = system.users.register().await;
+    let erased = system.users.register().await;
     system.users.rename(alive, "Countess").await.unwrap();
     assert_eq!(system.users.erase(erased).await.unwrap().status, StatusCode::NO_CONTENT);
 
@@ -159,7 +160,8 @@ async fn a_state_topic_that_was_deleted_is_filled_again() {
     let services = [USER, EMAIL, CACHE];
     system.processes.start(&services).await;
     let email = address();
-    let (alive, erased) = (system.users.register_as(&email).await, system.users.register().await);
+    let alive = system.users.register_as(&email).await;
+    let erased = system.users.register().await;
     system.users.rename(alive, "Countess").await.unwrap();
     assert_eq!(system.users.erase(erased).await.unwrap().status, StatusCode::NO_CONTENT);
     eventually_eq("the cache has them", (Ok(2), Err(StatusCode::NOT_FOUND)), async || {
@@ -192,7 +194,8 @@ async fn a_state_topic_that_was_deleted_is_filled_again() {
 async fn an_erased_address_disappears_from_a_quiet_topic() {
     let system = user_service(&[("HEARTBEAT_INTERVAL_MS", "1000")]).await;
     let email = address();
-    let (erased, other) = (system.users.register_as(&email).await, system.users.register().await);
+    let erased = system.users.register_as(&email).await;
+    let other = system.users.register().await;
     eventually("the topic has both", async || (states(&system).await.len() == 2).then_some(())).await;
     let settings = [
         ("cleanup.policy", "compact"),

@@ -1,6 +1,6 @@
 //! The topics: created as they are declared, and refused if they differ.
 
-use tests::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE};
+use tests::services::{CACHE_PROFILES, EMAIL_EVENTS, USER_EVENTS, USER_STATE, dead_letters_of};
 use tests::{System, eventually, eventually_eq};
 use topology::USER;
 
@@ -19,7 +19,8 @@ async fn topics_are_made_with_the_settings_that_the_promises_rest_on() {
         ("segment.ms", "86400000"),
     ];
     let letters = [("cleanup.policy", "compact"), ("max.message.bytes", "2097152")];
-    let topics = [(USER_EVENTS, facts), (EMAIL_EVENTS, facts), (USER_STATE, &states), ("cache.profiles.dlq", &letters)];
+    let dead_letters = dead_letters_of(CACHE_PROFILES);
+    let topics = [(USER_EVENTS, facts), (EMAIL_EVENTS, facts), (USER_STATE, &states), (&dead_letters, &letters)];
     for (topic, settings) in topics {
         let settings = settings.iter().chain(&common).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         assert_eq!(system.kafka.topic_settings(topic).await, (settings.collect(), 1), "{topic}");

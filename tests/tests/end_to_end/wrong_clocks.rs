@@ -36,12 +36,12 @@ async fn clocks_that_are_wrong_and_leap_change_nothing() {
     let load = system.load(4);
     load.until_accepted(12).await;
     for (clock, hours) in clocks.iter().zip([-2, 2, -2, 2]) {
-        clock.leap_to(hours * HOUR);
+        clock.jump_to(hours * HOUR);
     }
     load.until_accepted(12).await;
-    let answered = load.end().await;
-    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
-    judge.check(&mut system, &answered).await;
+    let answers = load.end().await;
+    assert!(answers.refused().is_empty(), "{:?}", answers.refused());
+    judge.check_with(&mut system, &answers).await;
     let (fast, slow) = hours_off(&system);
     assert!(fast && slow, "the user service's clock was fast: {fast}, and slow: {slow}");
 }
@@ -70,7 +70,7 @@ async fn a_clock_that_leaps_ends_no_lease_and_forgets_no_answer() {
     assert_eq!(first.status, StatusCode::CREATED);
     system.stores.until_delivery_states(first.id(), "pending sending").await;
     for clock in &clocks {
-        clock.leap_to(48 * HOUR);
+        clock.jump_to(48 * HOUR);
     }
     assert_eq!(system.users.post(&email, Some("a key")).await.unwrap(), first, "the stored answer");
     system.users.until_mailed(first.id()).await;

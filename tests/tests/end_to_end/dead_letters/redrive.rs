@@ -177,7 +177,8 @@ async fn a_redriven_registration_is_mailed_once_and_not_after_an_erasure() {
     let db = system.stores.database(EMAIL).await;
     add_bug(&db, "deliveries", "true").await;
     let address = address();
-    let (stays, erased) = (system.users.register_as(&address).await, system.users.register().await);
+    let stays = system.users.register_as(&address).await;
+    let erased = system.users.register().await;
     eventually_eq("letters", 2, async || system.kafka.dead_letters(EMAIL_WELCOME).len()).await;
     system.users.erase(erased).await.unwrap();
     eventually_eq("the erasure has come", Some(None), async || {

@@ -1,14 +1,13 @@
 //! The dead letters cannot be written: nothing moves on, and it is said why.
 
 use tests::record::Draft;
-use tests::services::{ANALYTICS_USERS, USER_EVENTS};
+use tests::services::{ANALYTICS_USERS, USER_EVENTS, dead_letters_of};
 use tests::{System, eventually, eventually_eq};
 use topology::ANALYTICS;
 use uuid::Uuid;
 
 use super::analytics;
 
-const LETTERS: &str = "analytics.users.dlq";
 const COMPACTED: (&str, &str) = ("cleanup.policy", "compact");
 
 /// T33, I9 I11: somebody deleted the topic of the dead letters, then the topic takes no record of that size. Each time the consumer
@@ -16,26 +15,27 @@ const COMPACTED: (&str, &str) = ("cleanup.policy", "compact");
 #[tokio::test(flavor = "multi_thread")]
 async fn a_letter_that_cannot_be_written_holds_the_consumer_until_it_can() {
     let (mut system, _) = analytics().await;
+    let letters = dead_letters_of(ANALYTICS_USERS);
     let first = [write_bad_and_good(&system).await, write_bad_and_good(&system).await];
     system.kafka.until_dead_letters(ANALYTICS_USERS, &first).await;
     system.users.until_counted(2, 0).await;
     eventually_eq("letters open", Some(2.0), async || system.processes.dead_letters_open(ANALYTICS_USERS).await).await;
 
-    system.kafka.delete_topic(LETTERS).await;
+    system.kafka.delete_topic(&letters).await;
     let second = write_bad_and_good(&system).await;
     until_it_waits_at_the_letter(&system, second).await;
-    system.kafka.create_topic(LETTERS, 1, &[COMPACTED]).await;
+    system.kafka.create_topic(&letters, 1, &[COMPACTED]).await;
     system.processes.until_ready(&[ANALYTICS]).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[second]).await;
     system.users.until_counted(3, 0).await;
     // The first two went with their topic.
     eventually_eq("letters open", Some(1.0), async || system.processes.dead_letters_open(ANALYTICS_USERS).await).await;
 
-    system.kafka.alter_topic(LETTERS, &[COMPACTED, ("max.message.bytes", "200")]).await;
-    eventually("the limit holds", async || system.kafka.refuses(LETTERS, 300).await.then_some(())).await;
+    system.kafka.alter_topic(&letters, &[COMPACTED, ("max.message.bytes", "200")]).await;
+    eventually("the limit holds", async || system.kafka.refuses(&letters, 300).await.then_some(())).await;
     let third = write_bad_and_good(&system).await;
     until_it_waits_at_the_letter(&system, third).await;
-    system.kafka.alter_topic(LETTERS, &[COMPACTED]).await;
+    system.kafka.alter_topic(&letters, &[COMPACTED]).await;
     system.processes.until_ready(&[ANALYTICS]).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[second, third]).await;
     system.users.until_counted(4, 0).await;
@@ -64,7 +64,7 @@ async fn until_it_waits_at_the_letter(system: &System, (_, offset): (i32, i64)) 
     eventually("it says what it waits for", async || {
         let (ready, body) = system.processes.readiness(ANALYTICS).await?;
         let reason = body["waiting_for"][format!("{ANALYTICS_USERS} 0 dependency")].as_str()?.to_owned();
-        (!ready && reason.contains(&system.kafka.prefixed(LETTERS))).then_some(())
+        (!ready && reason.contains(&system.kafka.prefixed(&dead_letters_of(ANALYTICS_USERS)))).then_some(())
     })
     .await;
     eventually("it tries again", async || {

@@ -92,7 +92,8 @@ async fn an_operator_has_to_say_which_mails() {
 async fn a_released_mail_that_is_put_off_is_not_held_again() {
     use testbed::smtp_sink::{Fault, Stage};
     let system = System::start_mailing(&[]).await;
-    let (old, email) = (Uuid::now_v7(), address());
+    let old = Uuid::now_v7();
+    let email = address();
     write_state(&system, old, 1, &email).await;
     write_fact(&system, "user.registered", old, 1, Duration::from_secs(96 * 3600)).await;
     system.stores.until_delivery_states(old, "pending held").await;

@@ -264,7 +264,8 @@ async fn an_erased_user_whose_mail_was_put_off_gets_none() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_erased_user_whose_address_comes_late_gets_no_mail() {
     let system = System::start_mailing(&[]).await;
-    let (id, email) = (Uuid::now_v7(), address());
+    let id = Uuid::now_v7();
+    let email = address();
     write_fact(&system, "user.registered", id, 1, Duration::ZERO).await;
     system.stores.until_delivery_states(id, "pending").await;
     write_fact(&system, "user.deleted", id, 2, Duration::ZERO).await;
@@ -281,7 +282,8 @@ async fn an_erased_user_whose_address_comes_late_gets_no_mail() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_mail_goes_out_whichever_of_fact_and_address_comes_first() {
     let system = System::start_mailing(&[]).await;
-    let (id, email) = (Uuid::now_v7(), address());
+    let id = Uuid::now_v7();
+    let email = address();
     write_fact(&system, "user.registered", id, 1, Duration::ZERO).await;
     let waiting = async || system.processes.metric(EMAIL, "deliveries_open", &["state=\"unaddressed\""]).await;
     eventually_eq("the intent waits for an address", Some(1.0), waiting).await;
@@ -290,7 +292,8 @@ async fn the_mail_goes_out_whichever_of_fact_and_address_comes_first() {
     system.stores.until_delivery_states(id, "pending sending sent").await;
     assert_eq!(system.mail.to(&email).len(), 1);
 
-    let (id, email) = (Uuid::now_v7(), address());
+    let id = Uuid::now_v7();
+    let email = address();
     write_state(&system, id, 1, &email).await;
     system.kafka.until_caught_up(EMAIL_RECIPIENTS).await;
     assert_eq!(system.stores.delivery_states(id).await, "");
@@ -304,7 +307,10 @@ async fn the_mail_goes_out_whichever_of_fact_and_address_comes_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mail_for_an_old_event_is_held() {
     let system = System::start_mailing(&[]).await;
-    let (old, old_email, young, young_email) = (Uuid::now_v7(), address(), Uuid::now_v7(), address());
+    let old = Uuid::now_v7();
+    let old_email = address();
+    let young = Uuid::now_v7();
+    let young_email = address();
     write_state(&system, old, 1, &old_email).await;
     write_state(&system, young, 1, &young_email).await;
     system.kafka.until_caught_up(EMAIL_RECIPIENTS).await;

@@ -20,10 +20,10 @@ impl Addresses {
         Self(SERVICES.map(|service| (service.name, program(service).on_free_ports())).into())
     }
 
-    /// The same, with this instance instead of the first one of its service.
-    pub(crate) fn with(&self, instance: &Instance) -> Self {
+    /// The same, with this process instead of the first one of its service.
+    pub(crate) fn with(&self, process: &ServiceProcess) -> Self {
         let mut addresses = self.clone();
-        addresses.0.insert(instance.service.name, instance.running.service);
+        addresses.0.insert(process.service.name, process.running.service);
         addresses
     }
 
@@ -42,12 +42,12 @@ fn program(service: Service) -> programs::Service {
 }
 
 /// A running process of a service. It is killed when it is dropped.
-pub struct Instance {
+pub struct ServiceProcess {
     pub service: Service,
     running: programs::Running,
 }
 
-impl Instance {
+impl ServiceProcess {
     pub(super) fn spawn(
         service: Service,
         addresses: &Addresses,

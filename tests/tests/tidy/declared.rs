@@ -1,0 +1,186 @@
+//! The topology declares every service once. Here it is compared with the code of the services and
+//! with the compose file.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use shared::events::{EmailEvent, Event, Topic, UserEvent, UserState};
+use topology::{SERVICES, Service};
+
+use crate::tree::{code, files, read};
+
+/// The topics that `shared` declares, by the name of their constant.
+const TOPICS: [(&str, Topic); 3] =
+    [("USER_EVENTS", Topic::USER_EVENTS), ("USER_STATE", Topic::USER_STATE), ("EMAIL_EVENTS", Topic::EMAIL_EVENTS)];
+
+/// The topic of each event type that a handler can name.
+const EVENTS: [(&str, Topic); 3] =
+    [("UserEvent", UserEvent::TOPIC), ("UserState", UserState::TOPIC), ("EmailEvent", EmailEvent::TOPIC)];
+
+#[test]
+fn the_topology_lists_the_services_of_the_tree() {
+    let manifests = files("services", "/Cargo.toml");
+    let in_tree: BTreeSet<&str> = manifests.keys().filter_map(|path| path.split('/').nth(1)).collect();
+    let declared: BTreeSet<&str> = SERVICES.iter().map(|service| service.name).collect();
+    assert_eq!(declared, in_tree, "services of the topology, and folders below services/");
+}
+
+#[test]
+fn the_topology_lists_the_topics_of_shared() {
+    let constants = read("shared/src/events/topics.rs");
+    for name in constants_of_topics(&constants) {
+        assert!(TOPICS.iter().any(|(known, _)| *known == name), "Topic::{name} is missing in this test");
+    }
+    let declared: BTreeSet<&str> = SERVICES.iter().flat_map(|service| service.writes).copied().collect();
+    let in_code: BTreeSet<&str> = TOPICS.iter().map(|(_, topic)| topic.name).collect();
+    assert_eq!(declared, in_code, "topics that services of the topology write, and topics of shared");
+}
+
+#[test]
+fn the_topology_lists_the_topics_that_each_service_owns() {
+    for service in SERVICES {
+        let main = read(&format!("services/{}/src/main.rs", service.name));
+        let owned: BTreeSet<&str> = owned_topics(&main).into_iter().map(topic_named).collect();
+        let declared: BTreeSet<&str> = service.writes.iter().copied().collect();
+        assert_eq!(declared, owned, "topics that {} writes, and topics that its main.rs owns", service.name);
+    }
+}
+
+#[test]
+fn the_topology_lists_the_groups_that_each_service_consumes_with() {
+    for service in SERVICES {
+        let declared =
+            service.groups.iter().map(|group| (group.name.to_owned(), group.topic)).collect::<BTreeMap<_, _>>();
+        assert_eq!(declared, groups_in_code(service), "groups of {} with their topics", service.name);
+    }
+}
+
+#[test]
+fn the_topology_has_the_ports_of_the_services_and_of_the_compose_file() {
+    let compose = read("docker-compose.yml");
+    for Service { name, http, admin, .. } in SERVICES {
+        let main = read(&format!("services/{name}/src/main.rs"));
+        assert_eq!(default_port(&main, "http_addr"), Some(http), "the default of HTTP_ADDR of {name}");
+        let stanza = stanza(&compose, name).unwrap_or_else(|| panic!("docker-compose.yml has no service {name}"));
+        for line in [
+            format!("HTTP_ADDR: 0.0.0.0:{http}"),
+            format!("ADMIN_ADDR: 0.0.0.0:{admin}"),
+            format!("ports: [\"127.0.0.1:{http}:{http}\", \"127.0.0.1:{admin}:{admin}\"]"),
+        ] {
+            assert!(stanza.contains(&line), "docker-compose.yml, {name}: no {line}");
+        }
+    }
+    let built = compose.lines().filter(|line| line.trim_start().starts_with("build:")).count();
+    assert_eq!(built, SERVICES.len(), "services that docker-compose.yml builds");
+}
+
+fn topic_named(constant: &str) -> &'static str {
+    let known = TOPICS.iter().find(|(name, _)| *name == constant);
+    known.map(|(_, topic)| topic.name).unwrap_or_else(|| panic!("Topic::{constant} is missing in this test"))
+}
+
+/// The names of `pub const NAME: Self = …`.
+fn constants_of_topics(text: &str) -> Vec<&str> {
+    let constants = code(text).filter_map(|line| line.trim_start().strip_prefix("pub const "));
+    constants.filter_map(|line| line.split_once(": Self").map(|(name, _)| name)).collect()
+}
+
+/// The constants in `own_topics(&[Topic::…])`.
+fn owned_topics(main: &str) -> Vec<&str> {
+    let Some((_, list)) = main.split_once("own_topics(&[") else { return vec![] };
+    let list = list.split(']').next().unwrap_or_default();
+    list.split(',').filter_map(|topic| topic.trim().strip_prefix("Topic::")).collect()
+}
+
+/// The consumer groups of a service, each with the topic of its handler's events.
+fn groups_in_code(service: Service) -> BTreeMap<String, &'static str> {
+    let mut groups = BTreeMap::new();
+    for (path, text) in files(&format!("services/{}/src", service.name), ".rs") {
+        for (group, event) in handlers(&text) {
+            let known = EVENTS.iter().find(|(name, _)| *name == event);
+            let (_, topic) = known.unwrap_or_else(|| panic!("{path}: {event} is missing in this test"));
+            groups.insert(group, topic.name);
+        }
+    }
+    groups
+}
+
+/// Group and event type of each implementation of a handler: `const GROUP: &'static str = "…";` and
+/// `type Event = …;`, in any order.
+fn handlers(text: &str) -> Vec<(String, String)> {
+    let mut found = vec![];
+    let mut group = None;
+    let mut event = None;
+    for line in code(text) {
+        if line.starts_with("impl") {
+            group = None;
+            event = None;
+        }
+        let line = line.trim();
+        if let Some(value) =
+            line.strip_prefix("const GROUP: &'static str = \"").and_then(|rest| rest.strip_suffix("\";"))
+        {
+            group = Some(value.to_owned());
+        }
+        if let Some(value) = line.strip_prefix("type Event = ").and_then(|rest| rest.strip_suffix(';')) {
+            event = Some(value.to_owned());
+        }
+        if let (Some(name), Some(kind)) = (&group, &event) {
+            found.push((name.clone(), kind.clone()));
+            group = None;
+            event = None;
+        }
+    }
+    found
+}
+
+/// The port in the `default_value` of a setting.
+fn default_port(main: &str, field: &str) -> Option<u16> {
+    let lines: Vec<&str> = main.lines().map(str::trim).collect();
+    let at = lines.iter().position(|line| line.starts_with(&format!("{field}: ")))?;
+    let attribute = lines[..at].iter().rev().find(|line| line.starts_with("#[arg("))?;
+    let (_, value) = attribute.split_once("default_value = \"")?;
+    value.split('"').next()?.rsplit(':').next()?.parse().ok()
+}
+
+/// The lines of one service in a compose file.
+fn stanza(compose: &str, service: &str) -> Option<String> {
+    let (_, rest) = compose.split_once(&format!("\n  {service}:\n"))?;
+    let lines = rest.lines().take_while(|line| line.is_empty() || line.starts_with("    "));
+    Some(lines.collect::<Vec<_>>().join("\n"))
+}
+
+#[test]
+fn handlers_are_read_with_their_group_and_their_event() {
+    let text = "
+impl Handler for Welcome {
+    type Event = UserEvent;
+    const GROUP: &'static str = \"email.welcome\";
+}
+impl Projection for Emails {
+    const GROUP: &'static str = \"analytics.emails\";
+    type Event = EmailEvent;
+}
+impl Other for Nothing {
+    type Event = UserState;
+}
+#[cfg(test)]
+mod tests { const GROUP: &'static str = \"no.group\"; }
+";
+    let found = handlers(text);
+    let found: Vec<(&str, &str)> = found.iter().map(|(group, event)| (group.as_str(), event.as_str())).collect();
+    assert_eq!(found, [("email.welcome", "UserEvent"), ("analytics.emails", "EmailEvent")]);
+}
+
+#[test]
+fn ports_topics_and_stanzas_are_read() {
+    let main = "    #[arg(long, env, default_value = \"127.0.0.1:8081\")]\n    http_addr: SocketAddr,\n";
+    assert_eq!(default_port(main, "http_addr"), Some(8081));
+    assert_eq!(default_port(main, "admin_addr"), None);
+    assert_eq!(
+        owned_topics("service.own_topics(&[Topic::USER_EVENTS, Topic::USER_STATE]);"),
+        ["USER_EVENTS", "USER_STATE"]
+    );
+    let compose = "services:\n  user:\n    a: 1\n      b: 2\n\n  email:\n    c: 3\n";
+    assert_eq!(stanza(compose, "user").unwrap(), "    a: 1\n      b: 2\n");
+    assert_eq!(stanza(compose, "cache"), None);
+}
