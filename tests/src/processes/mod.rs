@@ -123,7 +123,7 @@ impl Processes {
     pub fn spawn_another_with(&self, service: Service, settings: &[(&str, &str)]) -> ServiceProcess {
         self.had_copies.store(true, Ordering::Relaxed);
         let folder = self.logs.folder().file_name().unwrap().to_string_lossy();
-        let logs = Logs::fresh(&format!("tests/{folder}-{}", Uuid::now_v7().simple()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/{folder}-{}", Uuid::now_v7().simple())).unwrap();
         self.copies_logs.lock().unwrap().push(logs.clone());
         ServiceProcess::spawn(service, &Addresses::on_free_ports(), &self.environment_with(settings), &logs)
     }

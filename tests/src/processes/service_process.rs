@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitStatus;
 
 use testbed::process::{Logs, Process};
-use testbed::services as programs;
+use testbed::services::{Instance, RunningService};
 use testbed::testing;
 use topology::{SERVICES, Service};
 
@@ -13,17 +13,17 @@ use crate::waiting::{DEADLINE, eventually};
 
 /// Where the services listen, by name. Each system has ports of its own.
 #[derive(Clone)]
-pub struct Addresses(BTreeMap<&'static str, programs::Service>);
+pub struct Addresses(BTreeMap<&'static str, Instance>);
 
 impl Addresses {
     pub(super) fn on_free_ports() -> Self {
-        Self(SERVICES.map(|service| (service.name, program(service).on_free_ports())).into())
+        Self(SERVICES.map(|service| (service.name, Instance::on_free_ports(service))).into())
     }
 
     /// The same, with this process instead of the first one of its service.
     pub(crate) fn with(&self, process: &ServiceProcess) -> Self {
         let mut addresses = self.clone();
-        addresses.0.insert(process.service.name, process.running.service);
+        addresses.0.insert(process.service.name, process.running.instance);
         addresses
     }
 
@@ -36,15 +36,10 @@ impl Addresses {
     }
 }
 
-fn program(service: Service) -> programs::Service {
-    let known = programs::ALL.into_iter().find(|program| program.name == service.name);
-    known.expect("the test bed knows every service of the topology")
-}
-
 /// A running process of a service. It is killed when it is dropped.
 pub struct ServiceProcess {
     pub service: Service,
-    running: programs::Running,
+    running: RunningService,
 }
 
 impl ServiceProcess {
@@ -59,7 +54,7 @@ impl ServiceProcess {
     }
 
     pub fn admin(&self) -> Admin {
-        Admin::new(self.running.service.admin_url())
+        Admin::new(self.running.instance.admin_url())
     }
 
     pub async fn until_ready(&mut self) {

@@ -66,7 +66,7 @@ impl System {
         let shared = testing::stack();
         let mut databases = BTreeMap::new();
         for service in topology::with_database() {
-            databases.insert(service.name, testing::database(service.name).await);
+            databases.insert(service.name, testing::database(service).await);
         }
         Self::new(shared.kafka, shared.valkey, databases, None, None).await
     }
@@ -83,11 +83,11 @@ impl System {
 
     async fn empty_on(ports: Ports) -> Self {
         let scratch = Scratch::create("own-components").unwrap();
-        let logs = Logs::fresh(&format!("tests/components-{}", testing::prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/components-{}", testing::prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let durability = testbed::postgres::Durability::Process;
         let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
-        let url = |service: Service| (service.name, stack.postgres.service_url(service.name));
+        let url = |service: Service| (service.name, stack.postgres.service_url(service));
         let databases = topology::with_database().map(url).collect();
         Self::new(stack.kafka_addresses(), stack.redis.url(), databases, Some(stack), Some(scratch)).await
     }
@@ -113,7 +113,7 @@ impl System {
         for service in topology::with_database() {
             environment.push((service.database_url_setting(), databases[service.name].clone()));
         }
-        let processes = Processes::new(environment, Logs::fresh(&format!("tests/{prefix}"), false).unwrap());
+        let processes = Processes::new(environment, Logs::to_files(&format!("tests/{prefix}")).unwrap());
         Self {
             users: Users::new(processes.addresses()),
             kafka: Kafka::new(kafka, prefix.clone()),

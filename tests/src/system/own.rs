@@ -31,7 +31,7 @@ impl System {
     /// Gives the cache a Valkey of its own.
     pub async fn own_valkey(&mut self) -> Own<Redis> {
         let scratch = Scratch::create("own-valkey").unwrap();
-        let logs = Logs::fresh(&format!("tests/valkey-{}", prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/valkey-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let component = Redis::start(&fetched, scratch.path(), free_port(), &logs).await.unwrap();
         self.stores.set_valkey(component.url());
@@ -42,12 +42,12 @@ impl System {
     /// Gives the services a Postgres of their own.
     pub async fn own_postgres(&mut self) -> Own<Postgres> {
         let scratch = Scratch::create("own-postgres").unwrap();
-        let logs = Logs::fresh(&format!("tests/postgres-{}", prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/postgres-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let component =
             Postgres::start(&fetched, scratch.path(), free_port(), Durability::Process, &logs).await.unwrap();
         for service in topology::with_database() {
-            let url = component.service_url(service.name);
+            let url = component.service_url(service);
             self.processes.set(&service.database_url_setting(), &url);
             self.stores.set_database(service, url);
         }
@@ -58,7 +58,7 @@ impl System {
     /// broker directs its clients to the listener that they used first.
     pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
         let scratch = Scratch::create("own-kafka").unwrap();
-        let logs = Logs::fresh(&format!("tests/kafka-{}", prefix()), false).unwrap();
+        let logs = Logs::to_files(&format!("tests/kafka-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let direct = free_port();
         let proxied = free_port();
