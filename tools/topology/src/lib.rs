@@ -5,8 +5,7 @@
 /// One service of the workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// The name of its folder below `services/`, of its program and, in upper case, the prefix of
-    /// its settings.
+    /// The name of its folder below `services/`, of its package and of its program.
     pub name: &'static str,
     /// The port of its public API.
     pub http: u16,

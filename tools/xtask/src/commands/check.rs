@@ -30,8 +30,9 @@ async fn check_dependencies(logs: &Logs) -> Result<()> {
         say("cargo deny check: skipped, because cargo-deny is not on the PATH (`cargo install --locked cargo-deny`)");
         return Ok(());
     }
-    run_cargo(&["deny", "check", "--hide-inclusion-graph"], "fix what cargo-deny reports above, or allow it in deny.toml with a reason", logs)
-        .await
+    let arguments = ["deny", "check", "--hide-inclusion-graph"];
+    let remedy = "fix what cargo-deny reports above, or allow it in deny.toml with a reason";
+    run_cargo(&arguments, remedy, logs).await
 }
 
 async fn run_cargo(arguments: &[&str], remedy: &str, logs: &Logs) -> Result<()> {
