@@ -28,8 +28,8 @@ const STEPS: [&str; 6] = [
     "rebuild.after_commit",
 ];
 
-/// T35, I7: The rebuild runs under load. It is killed at each step, and the last one runs to its
-/// end. Before the commit the live tables stay; after it the rebuilt tables have replaced them.
+/// T35, I7: Rebuilds run under load. One is killed at each step, and the last one runs to its end.
+/// Before the commit the live tables stay; after it the rebuilt tables have replaced them.
 /// Meanwhile every query is answered, and no count decreases. In the end the tables equal the fold
 /// of the log.
 #[tokio::test(flavor = "multi_thread")]

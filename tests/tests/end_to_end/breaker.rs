@@ -13,7 +13,8 @@ use uuid::Uuid;
 use crate::dead_letters::{add_bug, analytics_with, redrive, remove_bug};
 
 const SETTINGS: [(&str, &str); 2] = [("BREAKER_WINDOW", "20"), ("BREAKER_MINIMUM", "5")];
-/// If every record is rejected, the breaker opens at the fifth one. That one gets no letter.
+/// Letters that are written before the breaker opens, if every record is rejected. It opens at the
+/// fifth rejection, which gets no letter.
 const LETTERS: usize = 4;
 /// Several turns of a consumer: enough time to do something wrong.
 const OBSERVATION: Duration = Duration::from_secs(2);

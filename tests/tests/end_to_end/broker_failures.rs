@@ -1,4 +1,4 @@
-//! Kafka loses brokers. Three brokers have a copy of everything, so any one of them may be down.
+//! Kafka loses brokers. Each of three brokers has a copy of everything, so any one may be down.
 
 use tests::checker::{Asked, Outcome};
 use tests::load::{Answered, Load};

@@ -33,7 +33,7 @@ async fn consumers_killed_after_their_effect_is_durable_do_nothing_twice() {
     kill_consumers_and_judge(points).await;
 }
 
-/// T16, I5 I7 I8: Killed between the effect and the store of the offset.
+/// T16, I5 I7 I8: Killed after the effect, before the offset is stored.
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_killed_before_they_store_the_offset_do_nothing_twice() {
     let point = "consumer.after_effect";

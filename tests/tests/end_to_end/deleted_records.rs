@@ -1,5 +1,5 @@
-//! Records are deleted before a group has read them. No service can restore them, so it must report
-//! the loss: it exits with an error.
+//! Records are deleted before a group has read them. The service cannot restore them, so it exits
+//! with an error that reports the loss.
 
 use tests::record::Draft;
 use tests::services::{ANALYTICS_USERS, USER_EVENTS};

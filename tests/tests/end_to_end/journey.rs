@@ -86,7 +86,7 @@ async fn register(system: &System, person: &mut Person) {
     assert_eq!(second.status, StatusCode::CONFLICT, "{second:?}");
 }
 
-/// Waits until the metrics show that so many rows are in the outbox, and that one is a second old.
+/// Waits until the metrics show that this many rows are in the outbox, and that one is a second old.
 /// The relay is held, so they stay there.
 async fn until_outbox_shows(system: &System, service: Service, rows: f64) {
     eventually(&format!("the metrics of {} show {rows} old outbox rows", service.name), async || {

@@ -95,8 +95,8 @@ async fn a_letter_that_fails_five_times_is_parked_until_a_redrive_names_it() {
 }
 
 /// T34, I7 I11: After a bad deploy with the breaker off there are thousands of letters. The
-/// operator runs a redrive dry first. The next one is killed in the middle, and the last one runs
-/// to its end. Every registration counts once.
+/// operator starts with a dry run. Then one redrive is killed in the middle, and another runs to
+/// its end. Every registration counts once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_of_thousands_of_letters_counts_each_registration_once() {
     let (mut system, db) = analytics_with(&[BREAKER_OFF]).await;
