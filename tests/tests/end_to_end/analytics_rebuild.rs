@@ -1,5 +1,5 @@
-//! `analytics rebuild`: the read model is folded anew beside the live one and takes its place, while everything goes on, and
-//! while the rebuild or the service is killed or frozen.
+//! `analytics rebuild` folds the log into new tables and swaps them with the live ones, while the
+//! service keeps running. Here the rebuild or the service is killed or frozen meanwhile.
 
 use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
-/// Where a rebuild dies: after each of its effects.
+/// The fault points of a rebuild, one after each of its effects.
 const STEPS: [&str; 6] = [
     "rebuild.created",
     "replay.after_batch",
@@ -28,294 +28,308 @@ const STEPS: [&str; 6] = [
     "rebuild.after_commit",
 ];
 
-/// T35, I7: under load, killed at each step, then once to its end. Until the commit the live tables stay, after it they are
-/// others; whoever asks meanwhile is answered, and no count goes back. In the end the tables are the fold of the log.
+/// T35, I7: Rebuilds run under load. One is killed at each step, and the last one runs to its end.
+/// Before the commit the live tables stay; after it the rebuilt tables have replaced them.
+/// Meanwhile every query is answered, and no count decreases. In the end the tables equal the fold
+/// of the log.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebuild_may_die_at_any_step_and_ends_with_the_fold_of_the_log() {
+async fn a_rebuild_killed_at_any_step_leaves_a_complete_model() {
     let mut system = System::start().await;
     let db = system.stores.database(ANALYTICS).await;
-    let service = system.processes.pid(ANALYTICS);
-    let queries = Queries::ask(&system);
+    let pid = system.processes.pid(ANALYTICS);
+    let query_client = QueryClient::start(&system);
     let judge = system.judge().await;
     let load = system.load(2);
     load.until_accepted(20).await;
     for step in STEPS {
-        let before = identity(&db).await;
-        let mut rebuild = spawn_rebuild(&system, &[], &format!("{step}:1:kill"));
+        let before = table_id(&db).await;
+        let mut rebuild = spawn_rebuild(&system, &format!("{step}:1:kill"));
         let status = rebuild.wait().await;
-        assert_eq!(status.signal(), Some(9), "killed at {step}: {}", system.processes.printed("rebuild"));
-        assert_eq!(identity(&db).await != before, step == "rebuild.after_commit", "swapped when killed at {step}");
+        let output = system.processes.printed("rebuild");
+        assert_eq!(status.signal(), Some(9), "the rebuild was not killed at {step}: {output}");
+        let swapped = table_id(&db).await != before;
+        assert_eq!(
+            swapped,
+            step == "rebuild.after_commit",
+            "whether a rebuild killed at {step} has swapped the tables"
+        );
     }
-    let before = identity(&db).await;
+    let before = table_id(&db).await;
     system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap();
-    assert_ne!(identity(&db).await, before, "swapped");
+    assert_ne!(table_id(&db).await, before, "the rebuild did not swap the tables");
     load.until_accepted(10).await;
-    let answers = load.end().await;
-    judge.check_with(&mut system, &answers).await;
-    assert!(queries.end().await > 50, "queries were asked all the time");
-    assert_eq!(schemas(&db).await, Vec::<String>::new(), "nothing is left of the rebuilds that died");
-    assert_eq!((system.processes.pid(ANALYTICS), system.processes.has_ended(ANALYTICS)), (service, false));
+    let answered = load.end().await;
+    judge.check(&mut system, &answered).await;
+    assert!(query_client.stop().await > 50, "too few queries ran alongside the rebuilds");
+    assert_eq!(rebuild_schemas(&db).await, Vec::<String>::new(), "schemas of killed rebuilds are left");
+    assert_eq!(system.processes.pid(ANALYTICS), pid, "the service was restarted");
+    assert!(!system.processes.has_ended(ANALYTICS), "the service has ended");
 }
 
-/// A release swaps only tables that it would have made itself: the running one goes on with what it finds.
+/// A rebuild swaps only if the live tables have the migrations of its own release. The running
+/// service uses the tables as they are after the swap, whatever its release.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rebuild_by_another_release_is_refused() {
     let (system, db) = analytics().await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
-    let before = identity(&db).await;
-    let other =
+    let before = table_id(&db).await;
+    let other_migrations =
         "update _sqlx_migrations set checksum = '\\x00' where version = (select max(version) from _sqlx_migrations)";
-    sqlx::query(other).execute(&db).await.unwrap();
-    let refused = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
-    assert!(refused.contains("other migrations than this release"), "{refused}");
-    assert_eq!(identity(&db).await, before, "not swapped");
+    sqlx::query(other_migrations).execute(&db).await.unwrap();
+    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    assert!(error.contains("other migrations than this release"), "{error}");
+    assert_eq!(table_id(&db).await, before, "the refused rebuild has swapped the tables");
 }
 
-/// I7: a live model that is not the fold of its events is found out, and goes only on request.
+/// I7: The rebuild detects a live model that is not the fold of its events. It replaces such a
+/// model only with `--accept-differences`.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_model_that_differs_is_swapped_on_request_only() {
+async fn a_rebuild_replaces_a_different_model_only_on_request() {
     let (system, db) = analytics().await;
-    let registered = register(&system, 0).await;
+    let registration = write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
     sqlx::raw_sql("update registrations set registrations = 7; delete from funnel").execute(&db).await.unwrap();
-    let refused = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
-    assert!(refused.contains("registrations: 1 rows only in the live model: (\"20"), "{refused}");
-    assert!(refused.contains("funnel: 1 rows only in the rebuilt model"), "{refused}");
-    assert!(refused.contains("--accept-differences"), "{refused}");
-    assert_eq!(system.users.registrations().await, Some(7), "the live model is as it was");
+    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    assert!(error.contains("registrations: 1 rows only in the live model: (\"20"), "{error}");
+    assert!(error.contains("funnel: 1 rows only in the rebuilt model"), "{error}");
+    assert!(error.contains("--accept-differences"), "{error}");
+    assert_eq!(system.users.registrations().await, Some(7), "the refused rebuild has changed the live model");
     system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap();
     system.users.until_counted(1, 0).await;
-    // It still knows what it has.
-    system.kafka.write(USER_EVENTS, &registered).await;
-    register(&system, 1).await;
+    // The inbox was rebuilt as well, so a copy of an applied fact is a duplicate.
+    system.kafka.write(USER_EVENTS, &registration).await;
+    write_registration(&system, 1).await;
     system.users.until_counted(2, 0).await;
-    assert_model_is_the_fold(&system).await;
+    assert_model_equals_log(&system).await;
 }
 
-/// I7 I11: a fact that the live model had set aside is in the rebuilt one, whose projection takes it; its letter settles without
-/// a second effect.
+/// I7 I11: The live model has dead-lettered a fact. The rebuilt model contains it, because the
+/// rebuilt tables do not have the bug. A redrive settles the letter without a second effect.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebuild_takes_in_what_was_set_aside() {
+async fn a_rebuild_applies_a_fact_that_the_live_model_dead_lettered() {
     let (system, db) = analytics().await;
     let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1).on(0);
-    let bug =
-        format!("alter table funnel add check (user_id <> '{}')", String::from_utf8_lossy(fact.key.as_ref().unwrap()));
+    let user = String::from_utf8_lossy(fact.key.as_ref().unwrap());
+    let bug = format!("alter table funnel add check (user_id <> '{user}')");
     sqlx::raw_sql(sqlx::AssertSqlSafe(bug)).execute(&db).await.unwrap();
-    let at = system.kafka.write(USER_EVENTS, &fact).await;
-    register(&system, 0).await;
-    system.kafka.until_dead_letters(ANALYTICS_USERS, &[at]).await;
+    let coordinates = system.kafka.write(USER_EVENTS, &fact).await;
+    write_registration(&system, 0).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[coordinates]).await;
     system.users.until_counted(1, 0).await;
-    let refused = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
-    assert!(refused.contains("1 events are new"), "{refused}");
+    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    assert!(error.contains("1 events are new"), "{error}");
     system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap();
     system.users.until_counted(2, 0).await;
-    let redriven = system.processes.run(ANALYTICS, &["redrive"]).await.unwrap();
-    assert!(redriven.contains(&format!("{ANALYTICS_USERS}: 1 settled")), "{redriven}");
-    assert_model_is_the_fold(&system).await;
+    let printed = system.processes.run(ANALYTICS, &["redrive"]).await.unwrap();
+    assert!(printed.contains(&format!("{ANALYTICS_USERS}: 1 settled")), "{printed}");
+    assert_model_equals_log(&system).await;
 }
 
-/// A log that has lost its beginning gives no whole model, and neither does a topic that was emptied. The operator is told, and
-/// may give the history up.
+/// A topic without its first records gives an incomplete model, and so does an emptied topic. The
+/// rebuild reports it. The operator may accept the loss.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rebuild_from_a_truncated_log_is_refused() {
     let (system, _) = analytics().await;
-    register(&system, 0).await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(2, 0).await;
     system.kafka.delete_records(USER_EVENTS, 0, 1).await;
-    let refused = system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap_err().to_string();
-    assert!(refused.contains("deleted the first 1 offsets") && refused.contains("--accept-lost-history"), "{refused}");
-    let refused = system.processes.run(ANALYTICS, &["rebuild", "--accept-lost-history"]).await.unwrap_err().to_string();
-    assert!(refused.contains("the effects of 1 events of the live model are given up"), "{refused}");
-    assert!(refused.contains("--accept-differences"), "{refused}");
+    let error = system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap_err().to_string();
+    assert!(error.contains("deleted the first 1 offsets"), "{error}");
+    assert!(error.contains("--accept-lost-history"), "{error}");
+    let error = system.processes.run(ANALYTICS, &["rebuild", "--accept-lost-history"]).await.unwrap_err().to_string();
+    assert!(error.contains("the effects of 1 events of the live model are lost"), "{error}");
+    assert!(error.contains("--accept-differences"), "{error}");
     system.users.until_counted(2, 0).await;
-    let both = ["rebuild", "--accept-lost-history", "--accept-differences"];
-    system.processes.run(ANALYTICS, &both).await.unwrap();
-    register(&system, 0).await;
+    let accept_both = ["rebuild", "--accept-lost-history", "--accept-differences"];
+    system.processes.run(ANALYTICS, &accept_both).await.unwrap();
+    write_registration(&system, 0).await;
     system.users.until_counted(2, 0).await;
-    assert_model_is_the_fold(&system).await;
+    assert_model_equals_log(&system).await;
 }
 
-/// An event that only the live model has (here: one that was never in Kafka) is not lost by accident either.
+/// An event that only the live model contains is not lost by accident. Here the event was never in
+/// Kafka. A rebuild does not wait indefinitely for a service that is down.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebuild_that_lacks_an_event_or_a_running_service_is_refused() {
+async fn a_rebuild_is_refused_if_kafka_lacks_an_event_or_the_service_is_down() {
     let (mut system, db) = analytics().await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
     sqlx::query("insert into inbox values ($1, gen_random_uuid())").bind(ANALYTICS_USERS).execute(&db).await.unwrap();
-    let refused = system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap_err().to_string();
-    assert!(refused.contains("1 events of the live model could not be found in Kafka"), "{refused}");
+    let error = system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap_err().to_string();
+    assert!(error.contains("1 events of the live model are not in Kafka"), "{error}");
     system.processes.stop(ANALYTICS).await;
-    register(&system, 0).await;
-    let refused = system.processes.run(ANALYTICS, &["rebuild", "--wait-seconds", "1"]).await.unwrap_err().to_string();
-    assert!(refused.contains("is the service running?"), "{refused}");
+    write_registration(&system, 0).await;
+    let error = system.processes.run(ANALYTICS, &["rebuild", "--wait-seconds", "1"]).await.unwrap_err().to_string();
+    assert!(error.contains("is the service running?"), "{error}");
 }
 
-/// T45: one rebuild at a time. One that is frozen in the middle of the swap lets the live model go after seconds, another rebuild
-/// takes its place, and thawed it changes nothing.
+/// T45: Only one rebuild runs at a time. If a rebuild freezes during the swap, Postgres closes its
+/// session after seconds. Then the live model is unlocked, and another rebuild can run. The frozen
+/// one changes nothing when it resumes.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frozen_rebuild_holds_nobody_up_and_swaps_nothing_later() {
+async fn a_frozen_rebuild_is_replaced_and_swaps_nothing_when_it_resumes() {
     let (system, db) = analytics().await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
-    let mut first = spawn_rebuild(&system, &[], "rebuild.created:1:stop");
+    let mut first = spawn_rebuild(&system, "rebuild.created:1:stop");
     until_frozen(&first).await;
-    let refused = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
-    assert!(refused.contains("another rebuild is running"), "{refused}");
+    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    assert!(error.contains("another rebuild is running"), "{error}");
     first.thaw();
     assert!(first.wait().await.success(), "{}", system.processes.printed("rebuild"));
 
-    let mut frozen = spawn_rebuild(&system, &[], "rebuild.before_commit:1:stop");
+    let mut frozen = spawn_rebuild(&system, "rebuild.before_commit:1:stop");
     until_frozen(&frozen).await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(2, 0).await;
     system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap();
-    let swapped = identity(&db).await;
+    let swapped_in = table_id(&db).await;
     frozen.thaw();
     assert!(!frozen.wait().await.success(), "{}", system.processes.printed("rebuild"));
-    assert_eq!(identity(&db).await, swapped, "the frozen one swapped nothing");
-    register(&system, 0).await;
+    assert_eq!(table_id(&db).await, swapped_in, "the resumed rebuild has swapped the tables");
+    write_registration(&system, 0).await;
     system.users.until_counted(3, 0).await;
-    assert_model_is_the_fold(&system).await;
+    assert_model_equals_log(&system).await;
 }
 
-/// I9: a service that was frozen during the swap, with an event yet to be read, writes it into the new tables, though all that it
-/// has prepared was for the old ones.
+/// I9: The service is frozen during the swap, before it reads the last event. When it resumes, it
+/// applies the event to the new tables, although its statements were prepared for the old ones.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_frozen_during_the_swap_goes_on_in_the_new_tables() {
+async fn a_service_frozen_during_the_swap_resumes_in_the_new_tables() {
     let (mut system, db) = analytics().await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
-    let before = identity(&db).await;
-    let mut rebuild = spawn_rebuild(&system, &[], "rebuild.caught_up:1:stop");
+    let before = table_id(&db).await;
+    let mut rebuild = spawn_rebuild(&system, "rebuild.caught_up:1:stop");
     until_frozen(&rebuild).await;
     system.processes.freeze(ANALYTICS);
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     rebuild.thaw();
     assert!(rebuild.wait().await.success(), "{}", system.processes.printed("rebuild"));
-    assert_ne!(identity(&db).await, before, "swapped");
+    assert_ne!(table_id(&db).await, before, "the rebuild did not swap the tables");
     system.processes.thaw(ANALYTICS);
     system.users.until_counted(2, 0).await;
-    assert_model_is_the_fold(&system).await;
+    assert_model_equals_log(&system).await;
 }
 
-/// T45 I9: a service that is frozen in the transaction of an effect keeps the swap waiting, for seconds: Postgres ends the
-/// transaction, and the effect comes again, once.
+/// T45 I9: The service is frozen inside the transaction of an effect. The swap waits for seconds,
+/// until Postgres ends that transaction. Afterwards the event comes again and takes effect once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_frozen_within_its_effect_delays_the_swap_and_loses_nothing() {
+async fn a_service_frozen_inside_a_transaction_delays_the_swap_and_loses_nothing() {
     let (mut system, db) = analytics().await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
     system.processes.stop(ANALYTICS).await;
     system.processes.start_with(ANALYTICS, &[("FAULT_AT", "inbox.before_commit:1:stop")]).await;
-    let before = identity(&db).await;
-    let mut rebuild = spawn_rebuild(&system, &[], "rebuild.caught_up:1:stop");
+    let before = table_id(&db).await;
+    let mut rebuild = spawn_rebuild(&system, "rebuild.caught_up:1:stop");
     until_frozen(&rebuild).await;
-    register(&system, 0).await;
+    write_registration(&system, 0).await;
     system.processes.until_frozen(ANALYTICS).await;
     rebuild.thaw();
-    eventually("the swap has to wait", async || {
-        system.processes.printed("rebuild").contains("trying again").then_some(())
+    eventually("the rebuild retries the swap", async || {
+        system.processes.printed("rebuild").contains("will retry the swap").then_some(())
     })
     .await;
-    assert_eq!(identity(&db).await, before, "not swapped while somebody writes");
-    let open =
+    assert_eq!(table_id(&db).await, before, "the rebuild has swapped during a transaction of the service");
+    let open_transactions =
         "select count(*) from pg_stat_activity where state = 'idle in transaction' and datname = current_database()";
-    eventually_eq("Postgres ends the transaction", 0_i64, async || {
-        sqlx::query_scalar(open).fetch_one(&db).await.unwrap()
+    eventually_eq("transactions that Postgres has not ended", 0_i64, async || {
+        sqlx::query_scalar(open_transactions).fetch_one(&db).await.unwrap()
     })
     .await;
     system.processes.thaw(ANALYTICS);
     assert!(rebuild.wait().await.success(), "{}", system.processes.printed("rebuild"));
-    assert_ne!(identity(&db).await, before, "swapped");
+    assert_ne!(table_id(&db).await, before, "the rebuild did not swap the tables");
     system.users.until_counted(2, 0).await;
-    assert_model_is_the_fold(&system).await;
+    assert_model_equals_log(&system).await;
 }
 
-/// The user and email services, for their topics, and analytics; and analytics' database.
+/// The analytics service, the two services that create its topics, and its database.
 async fn analytics() -> (System, PgPool) {
     let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
     let db = system.stores.database(ANALYTICS).await;
     (system, db)
 }
 
-/// The fact of a registration, which is written to a partition.
-async fn register(system: &System, partition: i32) -> Draft {
+/// Writes the fact of a new user's registration to a partition, and returns it.
+async fn write_registration(system: &System, partition: i32) -> Draft {
     let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1).on(partition);
     system.kafka.write(USER_EVENTS, &fact).await;
     fact
 }
 
-fn spawn_rebuild(system: &System, arguments: &[&str], fault: &str) -> Process {
-    system.processes.spawn_subcommand(ANALYTICS, "rebuild", arguments, &[("FAULT_AT", fault)])
+fn spawn_rebuild(system: &System, fault: &str) -> Process {
+    system.processes.spawn_subcommand(ANALYTICS, "rebuild", &[], &[("FAULT_AT", fault)])
 }
 
 async fn until_frozen(process: &Process) {
     eventually("the rebuild is frozen", async || is_frozen(process).then_some(())).await;
 }
 
-/// Changes with every swap.
-async fn identity(db: &PgPool) -> i64 {
-    let identity = "select 'funnel'::regclass::oid::bigint";
-    sqlx::query_scalar(identity).fetch_one(db).await.unwrap()
+/// The object id of a live table. Each swap changes it.
+async fn table_id(db: &PgPool) -> i64 {
+    sqlx::query_scalar("select 'funnel'::regclass::oid::bigint").fetch_one(db).await.unwrap()
 }
 
-/// What rebuilds have left.
-async fn schemas(db: &PgPool) -> Vec<String> {
-    let left = r"select nspname::text from pg_namespace where nspname like 'rebuild\_%'";
-    sqlx::query_scalar(left).fetch_all(db).await.unwrap()
+/// The schemas of rebuilds that have not swapped.
+async fn rebuild_schemas(db: &PgPool) -> Vec<String> {
+    let schemas = r"select nspname::text from pg_namespace where nspname like 'rebuild\_%'";
+    sqlx::query_scalar(schemas).fetch_all(db).await.unwrap()
 }
 
-/// Asks the service's queries all the time.
-struct Queries {
-    over: Arc<AtomicBool>,
+/// A client that sends the service's queries, one after another, until it is stopped.
+struct QueryClient {
+    stop: Arc<AtomicBool>,
     answers: JoinHandle<usize>,
 }
 
-impl Queries {
-    fn ask(system: &System) -> Self {
+impl QueryClient {
+    fn start(system: &System) -> Self {
         let urls = ["/funnel", "/registrations?bucket=hour"].map(|path| system.users.url(ANALYTICS, path));
-        let over = Arc::new(AtomicBool::new(false));
-        let answers = tokio::spawn(ask(urls, over.clone()));
-        Self { over, answers }
+        let stop = Arc::new(AtomicBool::new(false));
+        let answers = tokio::spawn(send_queries(urls, stop.clone()));
+        Self { stop, answers }
     }
 
-    /// How many answers came, all of them good.
-    async fn end(self) -> usize {
-        self.over.store(true, Ordering::Relaxed);
+    /// Returns how often both queries were answered.
+    ///
+    /// # Panics
+    /// A query failed, or a count decreased.
+    async fn stop(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
         self.answers.await.unwrap()
     }
 }
 
-async fn ask([funnel, registrations]: [String; 2], over: Arc<AtomicBool>) -> usize {
+async fn send_queries([funnel_url, registrations_url]: [String; 2], stop: Arc<AtomicBool>) -> usize {
     let client = Client::new();
     let mut answers = 0;
-    let mut counted = [0; 3];
-    while !over.load(Ordering::Relaxed) {
-        let funnel = send(client.get(&funnel)).await.unwrap();
-        let registrations = send(client.get(&registrations)).await.unwrap();
-        assert_eq!(
-            (funnel.status, registrations.status),
-            (StatusCode::OK, StatusCode::OK),
-            "{funnel:?} {registrations:?}"
-        );
+    let mut previous = [0; 3];
+    while !stop.load(Ordering::Relaxed) {
+        let funnel = send(client.get(&funnel_url)).await.unwrap();
+        let registrations = send(client.get(&registrations_url)).await.unwrap();
+        assert_eq!(funnel.status, StatusCode::OK, "{funnel:?}");
+        assert_eq!(registrations.status, StatusCode::OK, "{registrations:?}");
         let hours = registrations.body.as_array().unwrap().iter();
         let registrations: i64 = hours.map(|hour| hour["registrations"].as_i64().unwrap()).sum();
-        let count = |name: &str| funnel.body[name].as_i64().unwrap();
-        let now = [count("registered"), count("mailed"), registrations];
-        assert!(now.iter().zip(&counted).all(|(now, before)| now >= before), "{now:?} after {counted:?}");
+        let in_funnel = |name: &str| funnel.body[name].as_i64().unwrap();
+        let counts = [in_funnel("registered"), in_funnel("mailed"), registrations];
+        let decreased = counts.iter().zip(&previous).any(|(count, before)| count < before);
+        assert!(!decreased, "a count decreased: {counts:?} after {previous:?}");
         answers += 1;
-        counted = now;
+        previous = counts;
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     answers
 }
 
-async fn assert_model_is_the_fold(system: &System) {
+async fn assert_model_equals_log(system: &System) {
     let users = system.kafka.read(USER_EVENTS);
     let emails = system.kafka.read(EMAIL_EVENTS);
     let model = system.stores.analytics().await;
     let folded = Analytics::fold(&Fact::distinct(&users), &Fact::distinct(&emails));
-    assert_eq!((model.registrations, model.funnel), folded, "I7: the tables, and the fold of the log");
+    assert_eq!((model.registrations, model.funnel), folded, "I7: the tables differ from the fold of the log");
 }

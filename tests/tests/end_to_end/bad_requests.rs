@@ -1,4 +1,5 @@
-//! What the user service answers to requests that are wrong: a problem (RFC 9457) that names the field and the remedy.
+//! The user service answers a bad request with a problem (RFC 9457) that names the field and the
+//! remedy.
 
 use reqwest::{Client, Method, RequestBuilder};
 use tests::users::address;
@@ -6,50 +7,51 @@ use tests::{System, eventually};
 use topology::USER;
 use uuid::Uuid;
 
-/// Larger than the service reads.
+/// Bytes. More than the service reads of a body.
 const TOO_LARGE: usize = 17 * 1024;
 
-/// The bad requests, by what is bad about each.
+/// Builds the bad requests, each with a description of its fault.
 struct Requests {
     client: Client,
-    base: String,
+    base_url: String,
     /// A registered user.
-    id: Uuid,
-    /// Their address.
-    taken: String,
-    /// Another user's address.
-    others: String,
+    user: Uuid,
+    /// The address of `user`.
+    own_address: String,
+    /// The address of another registered user.
+    other_address: String,
 }
 
 impl Requests {
-    fn to(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client.request(method, format!("{}{path}", self.base))
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}{path}", self.base_url))
     }
 
     fn post(&self, body: impl Into<reqwest::Body>) -> RequestBuilder {
-        self.to(Method::POST, "/users").header("content-type", "application/json").body(body)
+        self.request(Method::POST, "/users").header("content-type", "application/json").body(body)
     }
 
     fn register(&self, email: &str, display_name: &str) -> RequestBuilder {
         self.post(format!(r#"{{"email":"{email}","display_name":"{display_name}"}}"#))
     }
 
-    fn patch(&self, path: &str) -> RequestBuilder {
+    fn rename(&self, path: &str) -> RequestBuilder {
         let body = r#"{"display_name":"Countess"}"#;
-        self.to(Method::PATCH, path).header("content-type", "application/json").body(body)
+        self.request(Method::PATCH, path).header("content-type", "application/json").body(body)
     }
 
-    fn put_email(&self, email: &str) -> RequestBuilder {
+    fn change_email(&self, email: &str) -> RequestBuilder {
+        let path = format!("/users/{}/email", self.user);
         let body = format!(r#"{{"email":"{email}"}}"#);
-        self.to(Method::PUT, &format!("/users/{}/email", self.id)).header("content-type", "application/json").body(body)
+        self.request(Method::PUT, &path).header("content-type", "application/json").body(body)
     }
 
-    fn bodies(&self) -> Vec<(&'static str, RequestBuilder)> {
-        let plain = self.to(Method::POST, "/users").header("content-type", "text/plain").body("{}");
+    fn bad_bodies(&self) -> Vec<(&'static str, RequestBuilder)> {
+        let plain_text = self.request(Method::POST, "/users").header("content-type", "text/plain").body("{}");
         vec![
             ("malformed JSON", self.post(r#"{"email":"ada@example.com","#)),
             ("no body", self.post("")),
-            ("wrong content type", plain),
+            ("wrong content type", plain_text),
             ("missing field", self.post(r#"{"email":"ada@example.com"}"#)),
             ("unknown field", self.post(r#"{"email":"ada@example.com","display_name":"Ada","admin":true}"#)),
             ("wrong type", self.post(r#"{"email":7,"display_name":"Ada"}"#)),
@@ -57,7 +59,7 @@ impl Requests {
         ]
     }
 
-    fn values(&self) -> Vec<(&'static str, RequestBuilder)> {
+    fn bad_values(&self) -> Vec<(&'static str, RequestBuilder)> {
         let long_address = format!("ada@{}.com", "example.".repeat(32));
         vec![
             ("name too long", self.register("ada@example.com", &"a".repeat(101))),
@@ -67,63 +69,73 @@ impl Requests {
             ("not an address", self.register("ada.example.com", "Ada")),
             ("address with two lines", self.register(r"ada@example.com\r\nBcc: eve@example.com", "Ada")),
             ("address that is not ASCII", self.register("ädä@example.com", "Ada")),
-            ("address taken", self.register(&self.taken, "Ada")),
+            ("address taken", self.register(&self.own_address, "Ada")),
             ("key too long", self.register("eve@example.com", "Eve").header("idempotency-key", "k".repeat(256))),
             ("key reused", self.register("eve@example.com", "Eve").header("idempotency-key", "used")),
         ]
     }
 
-    fn places(&self) -> Vec<(&'static str, RequestBuilder)> {
-        let known = format!("/users/{}", self.id);
+    fn bad_paths_and_preconditions(&self) -> Vec<(&'static str, RequestBuilder)> {
+        let known = format!("/users/{}", self.user);
         let unknown = format!("/users/{}", Uuid::now_v7());
+        let stale = |request: RequestBuilder| request.header("if-match", "\"7\"");
         vec![
-            ("unknown id", self.to(Method::GET, &unknown)),
-            ("change of an unknown id", self.patch(&unknown)),
-            ("erasure of an unknown id", self.to(Method::DELETE, &unknown)),
-            ("id that is not a UUID", self.to(Method::GET, "/users/ada")),
-            ("stale version", self.patch(&known).header("if-match", "\"7\"")),
-            ("move from a stale version", self.put_email("eve@example.com").header("if-match", "\"7\"")),
-            ("erasure of a stale version", self.to(Method::DELETE, &known).header("if-match", "\"7\"")),
-            ("move to a taken address", self.put_email(&self.others)),
-            ("bad If-Match", self.patch(&known).header("if-match", "1")),
-            ("method not allowed", self.to(Method::PUT, &known)),
-            ("unknown path", self.to(Method::GET, "/accounts")),
+            ("unknown id", self.request(Method::GET, &unknown)),
+            ("rename of an unknown id", self.rename(&unknown)),
+            ("erasure of an unknown id", self.request(Method::DELETE, &unknown)),
+            ("id that is not a UUID", self.request(Method::GET, "/users/ada")),
+            ("rename of a stale version", stale(self.rename(&known))),
+            ("change of address of a stale version", stale(self.change_email("eve@example.com"))),
+            ("erasure of a stale version", stale(self.request(Method::DELETE, &known))),
+            ("change to a taken address", self.change_email(&self.other_address)),
+            ("malformed If-Match", self.rename(&known).header("if-match", "1")),
+            ("method not allowed", self.request(Method::PUT, &known)),
+            ("unknown path", self.request(Method::GET, "/accounts")),
         ]
     }
 }
 
-/// Status, content type and body as a client sees them.
-async fn shown(what: &str, request: RequestBuilder) -> String {
+/// Sends a request, and returns its description with the status, content type and body of the
+/// answer.
+///
+/// # Panics
+/// The answer is not a problem with a detail and a status of 400 to 499.
+async fn answer_of(description: &str, request: RequestBuilder) -> String {
     let response = request.send().await.unwrap();
     let status = response.status();
     let content_type = response.headers().get("content-type").map(|value| value.to_str().unwrap().to_owned());
     let body = response.text().await.unwrap();
-    assert!(status.is_client_error(), "{what}: {status} {body}");
-    assert_eq!(content_type.as_deref(), Some("application/problem+json"), "{what}: {status} {body}");
+    assert!(status.is_client_error(), "{description}: {status} {body}");
+    assert_eq!(content_type.as_deref(), Some("application/problem+json"), "{description}: {status} {body}");
     let problem: serde_json::Value = serde_json::from_str(&body).unwrap();
-    assert_eq!(problem["status"], status.as_u16(), "{what}");
-    assert!(problem["detail"].is_string(), "{what}: no detail: {body}");
-    format!("{what}\n{status} · {}\n{problem:#}\n", content_type.unwrap_or_default())
+    assert_eq!(problem["status"], status.as_u16(), "{description}");
+    assert!(problem["detail"].is_string(), "{description}: no detail in {body}");
+    format!("{description}\n{status} · {}\n{problem:#}\n", content_type.unwrap_or_default())
 }
 
-/// Every bad input is told apart, by a problem whose detail says what to do. None of them shows what another user typed.
+/// The detail of each problem says what to do. No answer contains the address of a registered user.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_bad_request_is_answered_with_a_problem_that_names_field_and_remedy() {
+async fn every_bad_request_gets_a_problem_that_names_the_field_and_the_remedy() {
     let system = System::start_only(&[USER]).await;
-    let taken = address();
-    let registered = eventually("somebody is registered", async || {
-        system.users.post(&taken, Some("used")).await.ok().filter(|answer| answer.status == 201)
+    let own_address = address();
+    let registered = eventually("the user is registered", async || {
+        system.users.post(&own_address, Some("used")).await.ok().filter(|answer| answer.status == 201)
     });
-    let id = registered.await.id();
-    let others = address();
-    system.users.register_as(&others).await;
-    let requests = Requests { client: Client::new(), base: system.users.url(USER, ""), id, taken, others };
+    let user = registered.await.id();
+    let other_address = address();
+    system.users.register_as(&other_address).await;
+    let base_url = system.users.url(USER, "");
+    let requests = Requests { client: Client::new(), base_url, user, own_address, other_address };
+    let mut bad_requests = requests.bad_bodies();
+    bad_requests.extend(requests.bad_values());
+    bad_requests.extend(requests.bad_paths_and_preconditions());
     let mut answers = vec![];
-    for (what, request) in requests.bodies().into_iter().chain(requests.values()).chain(requests.places()) {
-        answers.push(shown(what, request).await);
+    for (description, request) in bad_requests {
+        answers.push(answer_of(description, request).await);
     }
-    let answers = answers.join("\n").replace(&id.to_string(), "<id>");
-    let addresses = [&requests.taken, &requests.others];
-    assert!(!addresses.iter().any(|address| answers.contains(*address)), "an address is nobody else's business");
+    let answers = answers.join("\n").replace(&user.to_string(), "<id>");
+    for address in [&requests.own_address, &requests.other_address] {
+        assert!(!answers.contains(address), "an answer contains the address of a registered user");
+    }
     insta::assert_snapshot!("problems", answers);
 }

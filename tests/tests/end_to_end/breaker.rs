@@ -1,4 +1,5 @@
-//! The breaker: a bad deploy does not turn a topic into dead letters. Its rules are small here, so that few records trip it.
+//! The breaker pauses a consumer that rejects too many records, so that a bad deploy does not turn
+//! a topic into dead letters. Small settings let few records trip it.
 
 use std::time::Duration;
 
@@ -11,78 +12,75 @@ use uuid::Uuid;
 
 use crate::dead_letters::{add_bug, analytics_with, redrive, remove_bug};
 
-/// The fifth rejection trips it, if nothing else came: four letters.
-const RULES: [(&str, &str); 2] = [("BREAKER_WINDOW", "20"), ("BREAKER_MINIMUM", "5")];
+const SETTINGS: [(&str, &str); 2] = [("BREAKER_WINDOW", "20"), ("BREAKER_MINIMUM", "5")];
+/// Letters that are written before the breaker opens, if every record is rejected. It opens at the
+/// fifth rejection, which gets no letter.
 const LETTERS: usize = 4;
-/// Some turns of the consumer, in which it could do what it must not.
-const A_WHILE: Duration = Duration::from_secs(2);
+/// Several turns of a consumer: enough time to do something wrong.
+const OBSERVATION: Duration = Duration::from_secs(2);
 
-/// I9 I11: everything is rejected. After a few letters the consumer pauses and says so; nothing moves, the group keeps it, and the
-/// other group goes on. SIGUSR1 lets it try again: with the bug still there it stops again, without it goes on where it stood.
+/// I9 I11: Every registration is rejected. After four letters the consumer pauses and reports it.
+/// It stays in its group and changes nothing, and the service's other group keeps working. SIGUSR1
+/// makes it retry. It pauses again while the bug is there, and resumes where it paused once the bug
+/// is fixed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bad_deploy_stops_a_consumer_until_it_is_told_to_go_on() {
+async fn a_bad_deploy_pauses_its_consumer_until_an_operator_resumes_it() {
     let (mut system, db) = broken_analytics().await;
-    let group = (system.kafka.members(ANALYTICS_USERS), system.processes.rebalances(ANALYTICS));
-    let at = system.kafka.write_all(USER_EVENTS, &registrations(30, Some(0))).await;
-    until_open(&system).await;
-    eventually("it is logged", async || {
-        let log = system.processes.log(ANALYTICS);
-        log.contains("the breaker is open: paused, since 5 of the last 5 records").then_some(())
-    })
-    .await;
-    let (ready, body) = system.processes.readiness(ANALYTICS).await.unwrap();
-    let reason = body["waiting_for"][format!("{ANALYTICS_USERS} 0 breaker")].as_str().unwrap_or_default();
-    assert!(!ready && reason.contains("5 of the last 5") && reason.contains("SIGUSR1"), "{body}");
+    let members = system.kafka.members(ANALYTICS_USERS);
+    let rebalances = system.processes.rebalances(ANALYTICS);
+    let first = system.kafka.write_all(USER_EVENTS, &registrations(30, Some(0))).await;
+    until_breaker_open(&system).await;
+    assert_pause_is_reported(&system).await;
 
     system.kafka.write_all(USER_EVENTS, &registrations(3, None)).await;
-    let mailed = format!(r#"{{"delivery_id":"{0}","user_id":"{0}","template":"welcome"}}"#, Uuid::now_v7());
-    let mailed = Draft::envelope("email.sent", Uuid::now_v7(), 1).with_value(mailed.as_bytes());
-    system.kafka.write(EMAIL_EVENTS, &mailed).await;
-    eventually_eq("the other group goes on", 1.0, async || system.processes.counted(ANALYTICS_EMAILS, "applied").await)
-        .await;
-    throughout(A_WHILE, "nothing moves", async || stands(&system, 33, LETTERS)).await;
-    system.kafka.until_dead_letters(ANALYTICS_USERS, &at[..LETTERS]).await;
-    assert_eq!((system.kafka.members(ANALYTICS_USERS), system.processes.rebalances(ANALYTICS)), group);
-    let lag =
-        async || system.processes.metric(ANALYTICS, "consumer_lag", &[&format!("group=\"{ANALYTICS_USERS}\"")]).await;
-    eventually("its lag is seen to grow", async || lag().await.filter(|lag| *lag >= 25.0)).await;
+    write_sent_mail(&system).await;
+    let applied_mails = async || system.processes.counted(ANALYTICS_EMAILS, "applied").await;
+    eventually_eq("records that the other group applied", 1.0, applied_mails).await;
+    throughout(OBSERVATION, "letters and committed offsets stay the same", async || {
+        only_letters_are_committed(&system, 33, LETTERS)
+    })
+    .await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &first[..LETTERS]).await;
+    assert_eq!(system.kafka.members(ANALYTICS_USERS), members, "the paused consumer left its group");
+    assert_eq!(system.processes.rebalances(ANALYTICS), rebalances, "the pause caused a rebalance");
+    eventually("the metric of its lag grows", async || {
+        system.processes.group_metric(ANALYTICS_USERS, "consumer_lag").await.filter(|lag| *lag >= 25.0)
+    })
+    .await;
 
     system.processes.resume_consumers(ANALYTICS);
-    system.kafka.until_dead_letters(ANALYTICS_USERS, &at[..2 * LETTERS]).await;
-    until_open(&system).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &first[..2 * LETTERS]).await;
+    until_breaker_open(&system).await;
 
     remove_bug(&db).await;
     system.processes.resume_consumers(ANALYTICS);
     system.processes.until_ready(&[ANALYTICS]).await;
     system.users.until_counted(25, 0).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
-    assert_eq!(open(&system).await, Some(0.0));
-    // Each once, though the batch was tried three times.
-    eventually_eq("applied", 25.0, async || system.processes.counted(ANALYTICS_USERS, "applied").await).await;
-    assert_eq!(
-        (
-            system.processes.counted(ANALYTICS_USERS, "dead_lettered").await,
-            system.processes.counted_in_all(ANALYTICS_USERS).await
-        ),
-        (8.0, 33.0)
-    );
-    let settled = "8 settled, 0 superseded, 0 failed again, 0 parked";
-    assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, settled);
+    assert_eq!(open_breakers(&system).await, Some(0.0));
+    // Each record is counted once, although the batch was tried three times.
+    let applied = async || system.processes.counted(ANALYTICS_USERS, "applied").await;
+    eventually_eq("applied records", 25.0, applied).await;
+    assert_eq!(system.processes.counted(ANALYTICS_USERS, "dead_lettered").await, 8.0);
+    assert_eq!(system.processes.counted_in_all(ANALYTICS_USERS).await, 33.0);
+    let all_settled = "8 settled, 0 superseded, 0 failed again, 0 parked";
+    assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, all_settled);
     system.users.until_counted(33, 0).await;
 }
 
-/// I9: a restart is the other way to go on. While the bug is there each one adds a few letters at most and what was not handled is
-/// not committed; without the bug nothing is lost and nothing is done twice.
+/// I9: A restart closes the breaker too. While the bug is there, each restart adds at most four
+/// letters, and no unhandled record is committed. Once the bug is fixed, every record takes effect
+/// once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_goes_on_where_the_breaker_stopped() {
+async fn a_restarted_consumer_resumes_where_the_breaker_paused_it() {
     let (mut system, db) = broken_analytics().await;
     system.kafka.write_all(USER_EVENTS, &registrations(30, Some(0))).await;
     for starts in 1..=3 {
-        until_open(&system).await;
+        until_breaker_open(&system).await;
         let letters = system.kafka.dead_letters(ANALYTICS_USERS).len();
         assert!((LETTERS..=starts * LETTERS).contains(&letters), "{letters} letters after {starts} starts");
         system.processes.stop(ANALYTICS).await;
-        assert!(stands(&system, 30, letters), "stopped, it committed what was not handled");
+        assert!(only_letters_are_committed(&system, 30, letters), "the stopped service committed unhandled records");
         if starts == 3 {
             remove_bug(&db).await;
         }
@@ -95,27 +93,33 @@ async fn a_restart_goes_on_where_the_breaker_stopped() {
     assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0);
 }
 
-/// T19, I9: partitions go to a second copy and come back while the breaker is open. They stay as they are until somebody says so.
+/// T19, I9: While the breaker is open, partitions move to a second copy and come back. They stay
+/// paused until an operator resumes the consumer.
 #[tokio::test(flavor = "multi_thread")]
-async fn partitions_assigned_while_it_is_open_wait_as_well() {
+async fn partitions_assigned_while_the_breaker_is_open_stay_paused() {
     let (mut system, db) = broken_analytics().await;
     system.kafka.write_all(USER_EVENTS, &registrations(60, None)).await;
-    until_open(&system).await;
-    let mut another = system.processes.spawn_another(ANALYTICS);
-    let admin = another.admin();
-    eventually("the second copy stops as well", async || {
+    until_breaker_open(&system).await;
+    let mut copy = system.processes.spawn_another(ANALYTICS);
+    let admin = copy.admin();
+    eventually("the breaker of the second copy is open", async || {
         let (_, body) = admin.readiness().await?;
         body.to_string().contains(&format!("{ANALYTICS_USERS} 0 breaker")).then_some(())
     })
     .await;
-    let before = system.processes.rebalances(ANALYTICS);
-    another.stop().await;
-    let members =
-        async || (system.kafka.members(ANALYTICS_USERS).len(), system.processes.rebalances(ANALYTICS) > before);
-    eventually_eq("its partitions have come back", (1, true), members).await;
+    let rebalances = system.processes.rebalances(ANALYTICS);
+    copy.stop().await;
+    eventually("the partitions of the copy have come back", async || {
+        let is_alone = system.kafka.members(ANALYTICS_USERS).len() == 1;
+        (is_alone && system.processes.rebalances(ANALYTICS) > rebalances).then_some(())
+    })
+    .await;
     let letters = system.kafka.dead_letters(ANALYTICS_USERS).len();
     assert!((LETTERS..=2 * LETTERS).contains(&letters), "{letters} letters of two consumers");
-    throughout(A_WHILE, "nothing moves", async || stands(&system, 60, letters)).await;
+    throughout(OBSERVATION, "letters and committed offsets stay the same", async || {
+        only_letters_are_committed(&system, 60, letters)
+    })
+    .await;
     remove_bug(&db).await;
     system.processes.resume_consumers(ANALYTICS);
     system.processes.until_ready(&[ANALYTICS]).await;
@@ -125,34 +129,58 @@ async fn partitions_assigned_while_it_is_open_wait_as_well() {
     assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0);
 }
 
-/// Analytics with a bug that meets every registration, and only those.
+/// The analytics service with a bug that makes it reject every registration, and no other event.
 async fn broken_analytics() -> (System, PgPool) {
-    let (system, db) = analytics_with(&RULES).await;
+    let (system, db) = analytics_with(&SETTINGS).await;
     add_bug(&db, "registrations", "true").await;
     (system, db)
 }
 
 fn registrations(count: usize, partition: Option<i32>) -> Vec<Draft> {
-    let registered = || Draft { partition, ..Draft::user_event("user.registered", Uuid::now_v7(), 1) };
-    (0..count).map(|_| registered()).collect()
+    let registration = || Draft { partition, ..Draft::user_event("user.registered", Uuid::now_v7(), 1) };
+    (0..count).map(|_| registration()).collect()
 }
 
-/// Of so many records so many have letters, no more; and none is committed without one, since all are rejected.
-fn stands(system: &System, records: i64, letters: usize) -> bool {
+/// Writes an event for the service's other group.
+async fn write_sent_mail(system: &System) {
+    let data = format!(r#"{{"delivery_id":"{0}","user_id":"{0}","template":"welcome"}}"#, Uuid::now_v7());
+    let event = Draft::envelope("email.sent", Uuid::now_v7(), 1).with_value(data.as_bytes());
+    system.kafka.write(EMAIL_EVENTS, &event).await;
+}
+
+/// Checks that the log and `/readyz` report the pause and its reason.
+async fn assert_pause_is_reported(system: &System) {
+    eventually("the log says that the breaker opened, and why", async || {
+        let log = system.processes.log(ANALYTICS);
+        let mut opened = log.lines().filter(|line| line.contains("breaker opened"));
+        opened.any(|line| line.contains(r#""rejected":5,"of":5"#)).then_some(())
+    })
+    .await;
+    let (ready, body) = system.processes.readiness(ANALYTICS).await.unwrap();
+    let reason = body["waiting_for"][format!("{ANALYTICS_USERS} 0 breaker")].as_str().unwrap_or_default();
+    assert!(!ready, "{body}");
+    assert!(reason.contains("5 of the last 5"), "{body}");
+    assert!(reason.contains("SIGUSR1"), "{body}");
+}
+
+/// Whether exactly `letters` of the `records` in the topic have a dead letter, and no other record
+/// is committed. Every record is rejected, so none may be committed without a letter.
+fn only_letters_are_committed(system: &System, records: i64, letters: usize) -> bool {
     let number = |text: &str| text.trim().parse::<i64>().unwrap_or_else(|_| panic!("not a lag: {text}"));
-    let behind = |line: &String| {
+    let lag = |line: &String| {
         let (_, offsets) = line.rsplit_once(':').unwrap();
         let (committed, end) = offsets.split_once(" of ").unwrap();
         number(end) - number(committed)
     };
-    let uncommitted: i64 = system.kafka.lag(ANALYTICS_USERS).iter().map(behind).sum();
+    let uncommitted: i64 = system.kafka.lag(ANALYTICS_USERS).iter().map(lag).sum();
     system.kafka.dead_letters(ANALYTICS_USERS).len() == letters && records - uncommitted <= letters as i64
 }
 
-async fn open(system: &System) -> Option<f64> {
-    system.processes.metric(ANALYTICS, "consumer_breaker_open", &[&format!("group=\"{ANALYTICS_USERS}\"")]).await
+/// The number of open breakers, by the metric.
+async fn open_breakers(system: &System) -> Option<f64> {
+    system.processes.group_metric(ANALYTICS_USERS, "consumer_breaker_open").await
 }
 
-async fn until_open(system: &System) {
-    eventually_eq("the breaker is open", Some(1.0), async || open(system).await).await;
+async fn until_breaker_open(system: &System) {
+    eventually_eq("open breakers", Some(1.0), async || open_breakers(system).await).await;
 }

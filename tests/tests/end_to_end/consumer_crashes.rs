@@ -1,55 +1,59 @@
-//! Consumers are killed and frozen at any point: each effect is there once.
+//! Consumers are killed and frozen at any point. Each effect happens once.
 
 use std::collections::BTreeMap;
 
 use crate::effects::assert_effects_once;
+use tests::load::Answered;
 use tests::services::CONSUMERS;
 use tests::users::address;
 use tests::{System, eventually_eq};
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 use uuid::Uuid;
 
-/// T16, I5 I7 I8 I9: killed with a batch in hand and nothing done. A consumer that committed before its effect would lose it.
+/// T16, I5 I7 I8 I9: Killed with a polled batch, before any effect. A consumer that committed
+/// before the effect would lose it.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_when_consumers_die_with_a_batch_in_hand() {
+async fn consumers_killed_before_they_handle_a_batch_lose_nothing() {
     let point = "consumer.after_poll";
-    killed_at([(EMAIL, point), (ANALYTICS, point), (CACHE, point)]).await;
+    kill_consumers_and_judge([(EMAIL, point), (ANALYTICS, point), (CACHE, point)]).await;
 }
 
-/// T16, I5 I7 I8 I9: killed within the effect, just before it becomes durable.
+/// T16, I5 I7 I8 I9: Killed inside the effect, just before it is durable.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_when_consumers_die_before_their_effect_is_durable() {
+async fn consumers_killed_before_their_effect_is_durable_lose_nothing() {
     let points = [(EMAIL, "email.before_commit"), (ANALYTICS, "inbox.before_commit"), (CACHE, "cache.before_script")];
-    killed_at(points).await;
+    kill_consumers_and_judge(points).await;
 }
 
-/// T16, I5 I7 I8: killed just after the effect became durable (the cache: after its first partition, the others undone). The
-/// batch comes again.
+/// T16, I5 I7 I8: Killed just after the effect became durable. The cache has written its first
+/// partition and not the others. The batch comes again.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_done_twice_when_consumers_die_after_their_effect_is_durable() {
+async fn consumers_killed_after_their_effect_is_durable_do_nothing_twice() {
     let points = [(EMAIL, "consumer.after_effect"), (ANALYTICS, "inbox.after_commit"), (CACHE, "cache.after_script")];
-    killed_at(points).await;
+    kill_consumers_and_judge(points).await;
 }
 
-/// T16, I5 I7 I8: killed between the effect and the offset.
+/// T16, I5 I7 I8: Killed after the effect, before the offset is stored.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_done_twice_when_consumers_die_before_they_store_the_offset() {
+async fn consumers_killed_before_they_store_the_offset_do_nothing_twice() {
     let point = "consumer.after_effect";
-    killed_at([(EMAIL, point), (ANALYTICS, point), (CACHE, point)]).await;
+    kill_consumers_and_judge([(EMAIL, point), (ANALYTICS, point), (CACHE, point)]).await;
 }
 
-/// T16, I5 I7 I8: killed with the offset stored and not yet committed in Kafka.
+/// T16, I5 I7 I8: Killed after the offset was stored in the client, before it is committed in
+/// Kafka.
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_done_twice_when_consumers_die_before_the_offset_is_committed() {
+async fn consumers_killed_before_the_offset_is_committed_do_nothing_twice() {
     let point = "consumer.after_store";
-    killed_at([(EMAIL, point), (ANALYTICS, point), (CACHE, point)]).await;
+    kill_consumers_and_judge([(EMAIL, point), (ANALYTICS, point), (CACHE, point)]).await;
 }
 
-/// All three consumers die at their point, at the first records they get; work goes on meanwhile; then they are started again.
-/// A killed member keeps its partitions until Kafka gives it up after ten seconds, so the three die together.
-async fn killed_at(points: [(Service, &str); 3]) {
+/// Kills all three consumers at their points, at the first records that they get. Users register
+/// and change meanwhile. Then the consumers are started again, and the run is judged. The three are
+/// killed together, because Kafka removes a killed member only after ten seconds.
+async fn kill_consumers_and_judge(points: [(Service, &str); 3]) {
     let mut system = System::empty().await;
-    // A sender may be killed in the middle of a mail: its lease must end within this test.
+    // A sender may be killed in the middle of a mail. Its lease must end within this test.
     system.processes.set("LEASE_MS", "10000");
     system.processes.start_all().await;
     let judge = system.judge().await;
@@ -67,48 +71,51 @@ async fn killed_at(points: [(Service, &str); 3]) {
     assert_eq!(system.users.rename(user, "Countess of Lovelace").await.unwrap().version(), 2);
     system.processes.start(&CONSUMERS).await;
     system.users.register_many(2).await;
-    judge.check(&mut system).await;
+    judge.check(&mut system, &Answered::default()).await;
 }
 
-/// I1 I5 I7 I8: a service that dies takes no other with it, and finds everything when it is back.
+/// I1 I5 I7 I8: Each service is killed in turn. The others keep working. After its restart it
+/// handles what happened meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_is_killed_alone_hinders_nobody_and_catches_up() {
+async fn a_killed_service_stops_no_other_and_catches_up() {
     let mut system = System::start().await;
     let judge = system.judge().await;
     let mut users = system.users.register_many(1).await;
-    for dead in SERVICES {
+    for killed in SERVICES {
         assert_effects_once(&system, &users).await;
-        system.processes.kill(dead);
-        users.extend(the_others_go_on(&system, dead, &users).await);
-        system.processes.start(&[dead]).await;
+        system.processes.kill(killed);
+        if killed != USER {
+            users.extend(system.users.register_many(1).await);
+        }
+        until_others_have(&system, killed, &users).await;
+        system.processes.start(&[killed]).await;
     }
     users.extend(system.users.register_many(1).await);
     assert_effects_once(&system, &users).await;
-    judge.check(&mut system).await;
+    judge.check(&mut system, &Answered::default()).await;
 }
 
-/// Registers somebody, if the service that does so lives; whoever else lives has seen it.
-async fn the_others_go_on(system: &System, dead: Service, users: &[Uuid]) -> Vec<Uuid> {
-    let fresh = if dead == USER { vec![] } else { system.users.register_many(1).await };
-    let known = users.len() + fresh.len();
-    for id in users.iter().chain(&fresh) {
-        if dead != CACHE {
+/// Waits until the services that run have the effects of these registrations.
+async fn until_others_have(system: &System, killed: Service, users: &[Uuid]) {
+    for id in users {
+        if killed != CACHE {
             system.users.until_cached(*id, 1).await;
         }
-        if dead != EMAIL {
+        if killed != EMAIL {
             system.users.until_mailed(*id).await;
         }
     }
-    if dead != ANALYTICS {
-        eventually_eq("registered", known as i64, async || system.users.funnel().await.0).await;
+    if killed != ANALYTICS {
+        let count = users.len() as i64;
+        eventually_eq("registered users in the funnel", count, async || system.users.funnel().await.0).await;
     }
-    fresh
 }
 
-/// T45, I5, I7, I9: consumers that are frozen inside their transaction hold rows and partitions. Kafka takes the partitions away
-/// after 10 s, Postgres ends the transactions after 5 s, and copies go on. What the first ones do when they wake up is undone.
+/// T45, I5, I7, I9: Consumers are frozen inside their transactions, where they hold rows and
+/// partitions. Kafka gives the partitions to copies after 10 s, and Postgres ends the transactions
+/// after 5 s. What the frozen consumers write after they resume is rolled back.
 #[tokio::test(flavor = "multi_thread")]
-async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothing() {
+async fn consumers_frozen_inside_a_transaction_are_replaced_and_do_nothing_twice() {
     let mut system = System::empty().await;
     system.processes.spawn(USER);
     system.processes.spawn_with(EMAIL, &[("FAULT_AT", "email.before_commit:1:stop")]);
@@ -122,12 +129,12 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
     system.processes.until_frozen(EMAIL).await;
     system.processes.until_frozen(ANALYTICS).await;
 
-    let mut email = system.processes.spawn_another(EMAIL);
-    let mut analytics = system.processes.spawn_another(ANALYTICS);
-    email.until_ready().await;
-    analytics.until_ready().await;
-    let at_copy = system.users.at(&analytics);
-    eventually_eq("the copies have done all the work", (5, 5), async || at_copy.funnel().await).await;
+    let mut email_copy = system.processes.spawn_another(EMAIL);
+    let mut analytics_copy = system.processes.spawn_another(ANALYTICS);
+    email_copy.until_ready().await;
+    analytics_copy.until_ready().await;
+    let at_copy = system.users.at(&analytics_copy);
+    eventually_eq("the funnel of the copy", (5, 5), async || at_copy.funnel().await).await;
 
     system.processes.thaw(EMAIL);
     system.processes.thaw(ANALYTICS);
@@ -136,14 +143,13 @@ async fn consumers_frozen_inside_their_transaction_are_replaced_and_double_nothi
         system.users.register_as(email).await;
     }
     system.processes.until_ready(&[EMAIL, ANALYTICS]).await;
-    eventually_eq("the old and the new work together", (10, 10), async || system.users.funnel().await).await;
-    judge.check(&mut system).await;
-    let once: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
-    assert_eq!(sent(&system).await, once, "one mail each");
+    eventually_eq("the funnel after the first processes resumed", (10, 10), async || system.users.funnel().await).await;
+    judge.check(&mut system, &Answered::default()).await;
+    let one_each: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
+    assert_eq!(mails_per_address(&system), one_each);
 }
 
-/// Who has how many mails.
-async fn sent(system: &System) -> BTreeMap<String, usize> {
+fn mails_per_address(system: &System) -> BTreeMap<String, usize> {
     let mut mails = BTreeMap::new();
     for mail in system.mail.all() {
         *mails.entry(mail.to.join(",")).or_default() += 1;

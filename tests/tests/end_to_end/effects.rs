@@ -5,7 +5,8 @@ use tests::services::groups;
 use topology::EMAIL;
 use uuid::Uuid;
 
-/// The effects of these registrations and of no others, each once, in every service; and nothing under way any more.
+/// Checks that every service has the effects of these registrations and of no others, each once,
+/// and that no work is left.
 pub async fn assert_effects_once(system: &System, users: &[Uuid]) {
     let count = users.len() as i64;
     for id in users {
@@ -14,19 +15,20 @@ pub async fn assert_effects_once(system: &System, users: &[Uuid]) {
     }
     system.users.until_counted(count, count).await;
     system.until_drained().await;
-    // What was counted may not be counted once more by what came last.
+    // Again, because the last records must not have been counted twice.
     system.users.until_counted(count, count).await;
     for id in users {
-        one_mail(system, *id).await;
+        assert_one_mail(system, *id).await;
     }
     for group in groups() {
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
     }
 }
 
-/// One intent; and one copy of its mail, except where a sender was killed with the mail in hand: then all copies are one to a
-/// mailbox (I6).
-async fn one_mail(system: &System, id: Uuid) {
+/// Checks that the user has one delivery and got one copy of its mail. More copies are allowed if a
+/// sender was killed while it sent the mail. All copies have the same Message-ID, so a mailbox can
+/// recognise them (I6).
+async fn assert_one_mail(system: &System, id: Uuid) {
     let deliveries: Vec<(Uuid, i32)> = sqlx::query_as("select id, attempt from deliveries where user_id = $1")
         .bind(id)
         .fetch_all(&system.stores.database(EMAIL).await)
@@ -38,10 +40,7 @@ async fn one_mail(system: &System, id: Uuid) {
     let copies: Vec<_> = mails.iter().filter(|mail| mail.to.contains(&address)).collect();
     assert!((1..=attempts as usize).contains(&copies.len()), "{} copies after {attempts} attempts", copies.len());
     for mail in copies {
-        assert!(
-            mail.message_id.as_ref().unwrap().contains(&delivery.to_string()),
-            "{:?} of {delivery}",
-            mail.message_id
-        );
+        let message_id = mail.message_id.as_ref().unwrap();
+        assert!(message_id.contains(&delivery.to_string()), "the Message-ID of {delivery} is {message_id}");
     }
 }

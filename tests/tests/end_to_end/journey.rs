@@ -1,4 +1,4 @@
-//! One registration, from the request to every effect, and its erasure from everywhere.
+//! One registration, from the request to every effect, and its erasure from every place.
 
 use reqwest::{Client, StatusCode};
 use serde_json::json;
@@ -11,7 +11,8 @@ use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
 
-/// Somebody, before and after a change of address and name. No other text of a system is like these.
+/// A user, before and after a change of address and name. These texts occur nowhere else in the
+/// system, so a search for them finds only this user.
 struct Person {
     id: Uuid,
     addresses: [String; 2],
@@ -29,68 +30,74 @@ impl Person {
     }
 }
 
-/// I1, I5, I8, I13, I14: the whole path, station by station; every metric that the services promise moves on the way; and after
-/// the erasure nothing of the person is left in any table, topic, cache key, dead letter, log line or metric.
+/// I1, I5, I8, I13, I14: The whole path, step by step. The services' metrics move on the way. After
+/// the erasure no table, topic, cache key, dead letter, log line or metric contains personal data
+/// of the user.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registration_reaches_everybody_and_its_erasure_too() {
+async fn a_registration_and_its_erasure_reach_every_service() {
     let mut system = System::empty().await;
-    let user_relay = Held::relay(&system, USER).await;
-    let email_relay = Held::relay(&system, EMAIL).await;
+    let user_relay = HeldLock::of_relay(&system, USER).await;
+    let email_relay = HeldLock::of_relay(&system, EMAIL).await;
     system.processes.start_all().await;
     let judge = system.judge().await;
     let mut person = Person::new();
 
     register(&system, &mut person).await;
-    waits_in_the_outbox(&system, USER, 2.0).await;
-    let funnel = Held::table(&system, ANALYTICS, "funnel").await;
+    until_outbox_shows(&system, USER, 2.0).await;
+    let funnel = HeldLock::of_table(&system, ANALYTICS, "funnel").await;
     user_relay.release().await;
-    is_mailed(&system, &person).await;
-    waits_in_the_outbox(&system, EMAIL, 1.0).await;
-    is_tried_again(&system, ANALYTICS_USERS).await;
+    until_mailed(&system, &person).await;
+    until_outbox_shows(&system, EMAIL, 1.0).await;
+    until_retried(&system, ANALYTICS_USERS).await;
     funnel.release().await;
     email_relay.release().await;
-    eventually_eq("the registration and its mail are counted", (1, 1), async || system.users.funnel().await).await;
+    eventually_eq("the funnel", (1, 1), async || system.users.funnel().await).await;
 
     change(&system, &person).await;
-    leave_a_dead_letter(&system, &person).await;
-    // What is searched for can be found: where it belongs, and nowhere else.
+    cause_dead_letters(&system, &person).await;
+    // The search finds the data before the erasure, in the places where it belongs and in no other.
     let holders = ["cache", "email public.recipients", "topic user.state.v1", "user public.users"];
-    assert_eq!(judge.places_of(&system, &person.personal_data()).await, holders, "who holds personal data");
+    assert_eq!(judge.places_of(&system, &person.personal_data()).await, holders);
 
     erase(&system, &person).await;
     system.kafka.force_compaction().await;
-    let places = async || {
+    eventually_eq("places with personal data after the erasure", Vec::<String>::new(), async || {
         system.kafka.roll_states().await;
         judge.places_of(&system, &person.personal_data()).await
-    };
-    eventually_eq("nothing of the person is left", Vec::<String>::new(), places).await;
-    settle_the_dead_letters(&system).await;
-    every_metric_has_moved(&system).await;
+    })
+    .await;
+    redrive_dead_letters(&system).await;
+    assert_metrics_moved(&system).await;
+    until_gauges_are_zero(&system).await;
 }
 
-/// 201 with id and version alone. The address is also the idempotency key, since callers put anything into it; and the second
-/// registration of the address is refused, so that refusals are searched too.
+/// The answer is 201 with id and version alone. The address is also the idempotency key, because
+/// callers put anything into it. A second registration of the address is refused, so that the
+/// search covers refusals too.
 async fn register(system: &System, person: &mut Person) {
     let body = json!({ "email": person.addresses[0], "display_name": person.names[0] });
     let post = || Client::new().post(system.users.url(USER, "/users")).json(&body);
     let answer = send_with_retries(|| post().header("idempotency-key", &person.addresses[0])).await;
-    assert_eq!((answer.status, answer.etag.as_deref()), (StatusCode::CREATED, Some("\"1\"")));
+    assert_eq!(answer.status, StatusCode::CREATED);
+    assert_eq!(answer.etag.as_deref(), Some("\"1\""));
     person.id = answer.id();
     assert_eq!(answer.body, json!({ "id": person.id, "version": 1 }));
-    let again = send(post()).await.unwrap();
-    assert_eq!(again.status, StatusCode::CONFLICT, "{again:?}");
+    let second = send(post()).await.unwrap();
+    assert_eq!(second.status, StatusCode::CONFLICT, "{second:?}");
 }
 
-/// With the relay held, the outbox shows what it has and how long it has had it.
-async fn waits_in_the_outbox(system: &System, service: Service, rows: f64) {
-    eventually(&format!("{} shows what waits in its outbox", service.name), async || {
+/// Waits until the metrics show that this many rows are in the outbox, and that one is a second old.
+/// The relay is held, so they stay there.
+async fn until_outbox_shows(system: &System, service: Service, rows: f64) {
+    eventually(&format!("the metrics of {} show {rows} old outbox rows", service.name), async || {
         let age = system.processes.metric(service, "outbox_oldest_age_seconds", &[]).await?;
-        (system.processes.metric(service, "outbox_rows", &[]).await? == rows && age >= 1.0).then_some(())
+        let measured_rows = system.processes.metric(service, "outbox_rows", &[]).await?;
+        (measured_rows == rows && age >= 1.0).then_some(())
     })
     .await;
 }
 
-async fn is_mailed(system: &System, person: &Person) {
+async fn until_mailed(system: &System, person: &Person) {
     system.users.until_mailed(person.id).await;
     let mails = system.mail.all();
     assert_eq!(mails.len(), 1);
@@ -98,16 +105,13 @@ async fn is_mailed(system: &System, person: &Person) {
     assert!(mails[0].text.as_ref().unwrap().contains(&person.names[0]));
 }
 
-/// With its table held, the handler's statement times out: the batch is put off, not lost.
-async fn is_tried_again(system: &System, group: &str) {
-    let label = format!("group=\"{group}\"");
-    eventually("the batch was put off", async || {
-        system.processes.metric(ANALYTICS, "consumer_retries_total", &[&label]).await.filter(|retries| *retries >= 1.0)
-    })
-    .await;
+/// The table is locked, so the handler's statement times out. The batch is retried later, not lost.
+async fn until_retried(system: &System, group: &str) {
+    eventually("the metric of retries moves", async || (system.processes.retries(group).await >= 1.0).then_some(()))
+        .await;
 }
 
-/// Another name, another address; the readers have them as soon as they ask for that version.
+/// Changes name and address. Readers that ask for the new version get it.
 async fn change(system: &System, person: &Person) {
     assert_eq!(system.users.until_cached(person.id, 1).await.body["email"], person.addresses[0]);
     assert_eq!(system.users.rename(person.id, &person.names[1]).await.unwrap().version(), 2);
@@ -117,53 +121,55 @@ async fn change(system: &System, person: &Person) {
     system.until_drained().await;
 }
 
-/// A broken record with the person's data in it: what is kept of it must not outlive the erasure.
-async fn leave_a_dead_letter(system: &System, person: &Person) {
+/// Writes a malformed record with personal data, which becomes a dead letter in two groups. The
+/// letters must not keep the data after the erasure.
+async fn cause_dead_letters(system: &System, person: &Person) {
     let value = json!({ "email": person.addresses[1], "display_name": person.names[1] }).to_string();
-    let whole = Draft { value: Some(value.into_bytes()), ..Draft::envelope("user.state", person.id, 4) };
-    system.kafka.write(USER_STATE, &whole.without_header("ce_id")).await;
-    until_dead_letters(system, 1.0).await;
+    let state = Draft::envelope("user.state", person.id, 4).with_value(value.as_bytes());
+    system.kafka.write(USER_STATE, &state.without_header("ce_id")).await;
+    until_open_dead_letters(system, 1.0).await;
 }
 
-async fn until_dead_letters(system: &System, open: f64) {
+async fn until_open_dead_letters(system: &System, count: f64) {
     for group in [EMAIL_RECIPIENTS, CACHE_PROFILES] {
-        let count = async || system.processes.dead_letters_open(group).await;
-        eventually_eq(&format!("open dead letters of {group}"), Some(open), count).await;
+        let open = async || system.processes.dead_letters_open(group).await;
+        eventually_eq(&format!("open dead letters of {group}"), Some(count), open).await;
     }
 }
 
 async fn erase(system: &System, person: &Person) {
     assert_eq!(system.users.erase(person.id).await.unwrap().status, StatusCode::NO_CONTENT);
     let status = async || system.users.profile(person.id, Some(4)).await.unwrap().status.as_u16();
-    eventually_eq("the cache has forgotten", 404, status).await;
+    eventually_eq("the status that the cache answers", 404, status).await;
     assert_eq!(system.users.get(USER, &format!("/users/{}", person.id)).await.unwrap().status, StatusCode::NOT_FOUND);
-    let again = [
+    let later_commands = [
         system.users.erase(person.id).await,
         system.users.rename(person.id, &person.names[0]).await,
         system.users.change_email(person.id, &person.addresses[0]).await,
     ];
-    for answer in again {
-        assert_eq!(answer.unwrap().status, StatusCode::NOT_FOUND, "of somebody who is not there any more");
+    for answer in later_commands {
+        assert_eq!(answer.unwrap().status, StatusCode::NOT_FOUND, "a command on an erased user");
     }
     system.until_drained().await;
     let facts = system.kafka.read(USER_EVENTS).into_iter();
     let facts: Vec<_> = facts.map(|fact| (fact.version(), fact.header("ce_type").unwrap().to_owned())).collect();
-    let expected = ["user.registered", "user.profile_changed", "user.email_changed", "user.deleted"];
-    assert_eq!(facts, (1..).zip(expected.map(str::to_owned)).collect::<Vec<_>>());
+    let kinds = ["user.registered", "user.profile_changed", "user.email_changed", "user.deleted"];
+    let expected: Vec<_> = (1..).zip(kinds.map(str::to_owned)).collect();
+    assert_eq!(facts, expected);
 }
 
-/// The letters point to a record that the compaction took.
-async fn settle_the_dead_letters(system: &System) {
+/// The letters are pointers to a record that was compacted away, so they are superseded.
+async fn redrive_dead_letters(system: &System) {
     for service in [EMAIL, CACHE] {
         let printed = system.processes.run(service, &["redrive"]).await.unwrap();
         assert!(printed.contains("0 settled, 1 superseded, 0 failed"), "{printed}");
     }
-    until_dead_letters(system, 0.0).await;
+    until_open_dead_letters(system, 0.0).await;
 }
 
-/// Every metric that the issue names: it is there, on the services that have it, and it is not where it began, or it went up and
-/// came back, as seen above.
-async fn every_metric_has_moved(system: &System) {
+/// Checks that each counter and histogram has counted something, in every service that has it. The
+/// gauges have moved in the steps above.
+async fn assert_metrics_moved(system: &System) {
     let requests = [
         (USER, "route=\"/users\",status=\"201\""),
         (USER, "route=\"/users\",status=\"409\""),
@@ -178,7 +184,7 @@ async fn every_metric_has_moved(system: &System) {
     for service in [USER, EMAIL] {
         moved.push((service, "relay_rounds_total", "outcome=\"published\"".to_owned()));
     }
-    moved.push((EMAIL, "deliveries_settled_total", "state=\"sent\"".to_owned()));
+    moved.push((EMAIL, "deliveries_ended_total", "state=\"sent\"".to_owned()));
     for group in groups() {
         let label = format!("group=\"{group}\"");
         moved.push((service_of(group), "event_age_seconds_count", label.clone()));
@@ -192,13 +198,14 @@ async fn every_metric_has_moved(system: &System) {
         let value = system.processes.metric(service, name, &[&label]).await;
         assert!(value.is_some_and(|value| value >= 1.0), "{} {name} {label}: {value:?}", service.name);
     }
-    every_gauge_is_back_at_zero(system).await;
 }
 
-async fn every_gauge_is_back_at_zero(system: &System) {
+/// Waits until every gauge is 0 again, because no work is left.
+async fn until_gauges_are_zero(system: &System) {
     let mut gauges = vec![];
     for service in [USER, EMAIL] {
-        gauges.extend([(service, "outbox_rows", String::new()), (service, "outbox_oldest_age_seconds", String::new())]);
+        gauges.push((service, "outbox_rows", String::new()));
+        gauges.push((service, "outbox_oldest_age_seconds", String::new()));
     }
     for state in ["pending", "sending", "unknown", "unaddressed"] {
         gauges.push((EMAIL, "deliveries_open", format!("state=\"{state}\"")));
@@ -214,20 +221,20 @@ async fn every_gauge_is_back_at_zero(system: &System) {
     }
 }
 
-/// Something that a service needs and does not get, so that it can be seen waiting.
-struct Held(PgConnection);
+/// A lock in a service's database. While the test holds it, the service waits.
+struct HeldLock(PgConnection);
 
-impl Held {
-    /// The lock that the leading relay of an outbox holds.
-    async fn relay(system: &System, service: Service) -> Self {
-        Self::by(system, service, "select pg_advisory_lock(x'6f7574626f78'::bigint)").await
+impl HeldLock {
+    /// The lock that the leading relay of a service holds.
+    async fn of_relay(system: &System, service: Service) -> Self {
+        Self::take(system, service, "select pg_advisory_lock(x'6f7574626f78'::bigint)").await
     }
 
-    async fn table(system: &System, service: Service, table: &str) -> Self {
-        Self::by(system, service, &format!("begin; lock table {table}")).await
+    async fn of_table(system: &System, service: Service, table: &str) -> Self {
+        Self::take(system, service, &format!("begin; lock table {table}")).await
     }
 
-    async fn by(system: &System, service: Service, statement: &str) -> Self {
+    async fn take(system: &System, service: Service, statement: &str) -> Self {
         let mut connection = system.stores.database(service).await.acquire().await.unwrap().detach();
         sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut connection).await.unwrap();
         Self(connection)

@@ -1,4 +1,5 @@
-//! The end-to-end tests: real services on real components. `cargo xtask test` starts what they need.
+//! The end-to-end tests: the real services on real Kafka, Postgres, Valkey and SMTP.
+//! `cargo xtask test` starts these components and runs the tests.
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a panic is how a test fails")]
 

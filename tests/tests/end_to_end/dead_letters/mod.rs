@@ -1,4 +1,5 @@
-//! Dead letters: listed and redriven by an operator, and held up by a topic that refuses them.
+//! Dead letters: an operator lists and redrives them, and a consumer waits while they cannot be
+//! written.
 
 mod list;
 mod redrive;
@@ -10,10 +11,10 @@ use tests::System;
 use tests::services::service_of;
 use topology::{ANALYTICS, EMAIL, Service, USER};
 
-/// Stands in keys and values of bad records, and must not appear in any output.
+/// Part of keys and values of bad records. It must not appear in the output of a command.
 const SECRET: &str = "ada.lovelace@secret.example";
 
-/// The analytics service and the services whose topics it reads, ready; and the analytics database.
+/// The analytics service with the services whose topics it reads, all ready, and its database.
 pub async fn analytics() -> (System, PgPool) {
     analytics_with(&[]).await
 }
@@ -29,7 +30,8 @@ pub async fn analytics_with(settings: &[(&str, &str)]) -> (System, PgPool) {
     (system, db)
 }
 
-/// Gives a handler a bug: its database refuses the rows of `table` that meet `condition`, as a wrong check would.
+/// Gives a handler a bug: its database rejects the rows of `table` that meet `condition`, as a
+/// wrong check constraint would.
 pub async fn add_bug(db: &PgPool, table: &str, condition: &str) {
     let sql = format!(
         "create function bug() returns trigger language plpgsql as
@@ -43,20 +45,21 @@ pub async fn remove_bug(db: &PgPool) {
     sqlx::raw_sql("drop function bug() cascade").execute(db).await.unwrap();
 }
 
-/// Redrives the dead letters of a group's service, and returns the last line that the subcommand prints about the group.
+/// Redrives the dead letters of a group's service, and returns the last line that the subcommand
+/// prints about the group, without the group's name.
 pub async fn redrive(system: &System, group: &str, options: &[&str]) -> String {
     let arguments: Vec<&str> = ["redrive"].iter().chain(options).copied().collect();
     let printed = system.processes.run(service_of(group), &arguments).await.unwrap();
     let line = printed.lines().filter_map(|line| line.strip_prefix(&format!("{group}: "))).next_back();
-    line.unwrap_or_else(|| panic!("nothing about {group} in {printed}")).to_owned()
+    line.unwrap_or_else(|| panic!("no line about {group} in {printed}")).to_owned()
 }
 
-/// The number of attempts that a dead letter has had.
+/// How often the record of a dead letter was tried.
 pub fn attempts(system: &System, group: &str, key: &str) -> u32 {
     system.kafka.dead_letters(group)[key].header("dlq-attempts").unwrap().parse().unwrap()
 }
 
-/// The lines of `dead-letters --json`.
+/// The output of `dead-letters --json`, one value per line.
 async fn listed(system: &System, service: Service) -> Vec<Value> {
     let printed = system.processes.run(service, &["dead-letters", "--json"]).await.unwrap();
     assert!(!printed.contains(SECRET), "{printed}");
