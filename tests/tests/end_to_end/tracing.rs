@@ -199,8 +199,8 @@ fn handled_events(system: &System, service: Service) -> Vec<HandledEvent> {
 
 /// With `LOG_EVENTS=true` a service logs one line for each event that it handles, on each of the
 /// three topics. The events are published before analytics and the cache start, so that a batch has
-/// several events: each line names the trace of its own event. Without the setting a service logs no
-/// such line.
+/// several events: each line names the trace of its own event. Without the setting a service logs
+/// no such line.
 #[tokio::test(flavor = "multi_thread")]
 async fn log_events_writes_one_line_per_handled_event() {
     let mut system = System::start_only(&[USER, EMAIL]).await;
