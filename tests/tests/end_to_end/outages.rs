@@ -117,8 +117,8 @@ async fn the_system_recovers_when_all_processes_die_at_once() {
     judge.check(&mut system, &answered).await;
 }
 
-/// Stands for minutes: after 20 s every time-out of the relay's transaction and of the connection
-/// pool has expired, and the outbox has grown.
+/// How long Kafka is down, instead of minutes. After 20 s every time-out of the relay's transaction
+/// and of the connection pool has expired, and the outbox has grown.
 const KAFKA_OUTAGE: Duration = Duration::from_secs(20);
 
 /// T12, I1, I3, I4: a registration does not need Kafka.

@@ -158,7 +158,7 @@ async fn a_malformed_traceparent_is_ignored() {
     }
 }
 
-/// What the log line about a handled event says.
+/// The content of the log line about a handled event.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct HandledEvent {
     id: String,

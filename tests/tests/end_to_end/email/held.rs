@@ -24,12 +24,12 @@ async fn held(system: &System) -> Option<f64> {
     system.processes.metric(EMAIL, "deliveries_open", &["state=\"held\""]).await
 }
 
-/// Runs `email send-held` and returns what it prints.
+/// Runs `email send-held` and returns its output.
 async fn send_held(system: &System, arguments: &[&str]) -> String {
     system.processes.run(EMAIL, &[&["send-held"], arguments].concat()).await.unwrap()
 }
 
-/// What `email send-held` prints.
+/// The output of `email send-held`.
 fn printed(released: usize, still_held: usize) -> String {
     format!("{released} released, to be sent by the running service; {still_held} still held\n")
 }
