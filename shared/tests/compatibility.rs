@@ -1,7 +1,8 @@
-//! T42: releases of different age read each other's events. The rules: fields are only ever added; a reader ignores what it does
-//! not know, misses what it needs, and never takes one thing for another; whatever the bytes are, it does not panic.
+//! T42: releases of different age read each other's events. A release only adds fields. A reader
+//! ignores fields that it does not know, rejects an event without a field that it needs, and never
+//! mistakes one event type for another. No bytes make it panic.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -14,7 +15,8 @@ use uuid::{Uuid, uuid};
 const USER: Uuid = uuid!("01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01");
 const DELIVERY: Uuid = uuid!("01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02");
 
-/// What the first release wrote, byte for byte. Topics are kept for ever, so this is never edited, only added to.
+/// Data and headers as the first release wrote them, byte for byte. Topics are kept permanently, so
+/// these samples are never edited; new ones are added.
 const USER_REF: &str = r#"{"user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01"}"#;
 const PROFILE: &str = r#"{"email":"ada@example.com","display_name":"Ada Lovelace"}"#;
 const SENT: &str = r#"{"delivery_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02","user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01","template":"welcome"}"#;
@@ -40,8 +42,10 @@ fn delivery() -> Delivery {
     Delivery { delivery_id: DELIVERY, user_id: USER, template: "welcome".to_owned() }
 }
 
-/// A sample of every type, and what it means.
-fn user_events() -> Vec<(&'static str, &'static str, UserEvent)> {
+/// An event type, its data, and the event that they mean.
+type Sample<E> = (&'static str, &'static str, E);
+
+fn user_events() -> Vec<Sample<UserEvent>> {
     vec![
         ("user.registered", USER_REF, UserEvent::Registered(user())),
         ("user.profile_changed", USER_REF, UserEvent::ProfileChanged(user())),
@@ -50,57 +54,61 @@ fn user_events() -> Vec<(&'static str, &'static str, UserEvent)> {
     ]
 }
 
-fn user_states() -> Vec<(&'static str, &'static str, UserState)> {
+fn user_states() -> Vec<Sample<UserState>> {
     let profile = Profile { email: "ada@example.com".to_owned(), display_name: "Ada Lovelace".to_owned() };
     vec![("user.state", PROFILE, UserState::Current(profile))]
 }
 
-fn email_events() -> Vec<(&'static str, &'static str, EmailEvent)> {
+fn email_events() -> Vec<Sample<EmailEvent>> {
     let failed = Undelivered { delivery: delivery(), smtp_code: 550 };
     vec![("email.sent", SENT, EmailEvent::Sent(delivery())), ("email.failed", FAILED, EmailEvent::Failed(failed))]
 }
 
-/// Old samples, this release: read as what they meant, and written in the same way still, so that older readers go on.
-fn old_is_read_and_written<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) {
+/// Checks that this release reads the old samples, and that it writes the same bytes, which older
+/// readers need.
+fn assert_read_and_written_unchanged<E: Event + PartialEq>(samples: Vec<Sample<E>>) {
     for (kind, data, event) in samples {
         let (written_kind, written) = event.encode();
-        assert_eq!((written_kind, written.as_deref()), (kind, Some(data.as_bytes())), "{kind} is written as ever");
-        assert!(E::decode(kind, Some(data.as_bytes())) == Ok(Some(event)), "{kind} is read as what it meant");
+        assert_eq!(written_kind, kind, "the written type of {kind}");
+        assert_eq!(written.as_deref(), Some(data.as_bytes()), "the written data of {kind}");
+        assert!(E::decode(kind, Some(data.as_bytes())) == Ok(Some(event)), "{kind} is read as another event");
     }
 }
 
 /// T42.
 #[test]
-fn what_the_first_release_wrote_is_read_and_written_still() {
-    old_is_read_and_written(user_events());
-    old_is_read_and_written(user_states());
-    old_is_read_and_written(email_events());
+fn events_of_the_first_release_are_read_and_written_unchanged() {
+    assert_read_and_written_unchanged(user_events());
+    assert_read_and_written_unchanged(user_states());
+    assert_read_and_written_unchanged(email_events());
     assert!(UserState::decode("user.state", None) == Ok(Some(UserState::Erased)));
     assert!(UserState::Erased.encode() == ("user.state", None));
 }
 
-/// New samples, this release as the old reader: what a later release adds is ignored, wherever it stands and whatever it is.
-fn additions_are_ignored<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) {
+/// Checks that this release ignores fields of any type and name that a later release adds.
+fn assert_added_fields_are_ignored<E: Event + PartialEq>(samples: Vec<Sample<E>>) {
     for (kind, data, event) in samples {
         let added =
             json!({ "locale": "en", "tags": ["a", null], "address": { "user_id": 7 }, "smtp_code_v2": 1.5e300 });
         let mut newer: Value = serde_json::from_str(data).unwrap();
         newer.as_object_mut().unwrap().extend(added.as_object().unwrap().clone());
-        assert!(E::decode(kind, Some(newer.to_string().as_bytes())) == Ok(Some(event)), "{kind} with more fields");
+        let read = E::decode(kind, Some(newer.to_string().as_bytes()));
+        assert!(read == Ok(Some(event)), "{kind} with more fields is not read as the same event");
     }
 }
 
 /// T42.
 #[test]
-fn what_a_later_release_adds_is_ignored() {
-    additions_are_ignored(user_events());
-    additions_are_ignored(user_states());
-    additions_are_ignored(email_events());
+fn fields_added_by_a_later_release_are_ignored() {
+    assert_added_fields_are_ignored(user_events());
+    assert_added_fields_are_ignored(user_states());
+    assert_added_fields_are_ignored(email_events());
 }
 
-/// T42: a type of a later release is skipped, not guessed from its data; nor is one topic's type read on another.
+/// T42: a type that a later release adds is skipped and not guessed from its data. A type of
+/// another topic is unknown too.
 #[test]
-fn an_unknown_type_is_skipped_whatever_it_carries() {
+fn an_unknown_event_type_is_skipped_whatever_its_data() {
     for kind in ["user.promoted", "user.registered.v2", "User.Registered", "user.registered ", "email.opened", ""] {
         for data in [Some(USER_REF), Some(PROFILE), Some(SENT), Some("not JSON"), None] {
             let data = data.map(str::as_bytes);
@@ -113,9 +121,9 @@ fn an_unknown_type_is_skipped_whatever_it_carries() {
     assert!(UserState::decode("user.deleted", Some(USER_REF.as_bytes())) == Ok(None));
 }
 
-/// A field that a release needs is not made up where another left it out, made it null, or changed its type; and the reason
-/// that ends in a dead letter's header holds no value.
-fn needs_are_missed<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) {
+/// Checks that an event is rejected if a field is missing, null or of another type. The reason is
+/// written to a header of the dead letter, so it must not contain a value.
+fn assert_every_field_is_required<E: Event + PartialEq>(samples: Vec<Sample<E>>) {
     for (kind, data, _) in samples {
         let sample: Value = serde_json::from_str(data).unwrap();
         for field in sample.as_object().unwrap().keys() {
@@ -128,21 +136,23 @@ fn needs_are_missed<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>) {
                 changed
             });
             for bad in changed.iter().chain([&without]) {
-                let Err(error) = E::decode(kind, Some(bad.to_string().as_bytes())) else { panic!("{kind}: {bad}") };
+                let Err(error) = E::decode(kind, Some(bad.to_string().as_bytes())) else {
+                    panic!("{kind} is read without a valid {field}: {bad}");
+                };
                 assert_eq!(error.field, "data", "{kind}: {bad}");
-                assert!(!error.to_string().contains("ada"), "{error}");
+                assert!(!error.to_string().contains("ada"), "the error quotes a value: {error}");
             }
         }
-        assert!(kind == "user.state" || E::decode(kind, None).is_err(), "{kind} is a fact and carries data");
+        assert!(kind == "user.state" || E::decode(kind, None).is_err(), "the fact {kind} is read without data");
     }
 }
 
 /// T42.
 #[test]
-fn what_is_needed_is_missed_and_never_made_up() {
-    needs_are_missed(user_events());
-    needs_are_missed(user_states());
-    needs_are_missed(email_events());
+fn an_event_without_a_valid_required_field_is_rejected() {
+    assert_every_field_is_required(user_events());
+    assert_every_field_is_required(user_states());
+    assert_every_field_is_required(email_events());
 }
 
 fn parse(headers: &[(String, Option<Vec<u8>>)]) -> Result<Envelope, DecodeError> {
@@ -154,13 +164,12 @@ fn headers() -> Vec<(String, Option<Vec<u8>>)> {
     HEADERS.map(|(name, value)| (name.to_owned(), Some(value.as_bytes().to_vec()))).into()
 }
 
-/// T42: the envelope of the first release, with what a later one, or somebody else's library, adds to it.
+/// T42: a later release, or another CloudEvents library, may add headers to the envelope.
 #[test]
-fn the_first_envelope_is_read_still_and_additions_to_it_are_ignored() {
+fn an_envelope_of_the_first_release_is_read_and_added_headers_are_ignored() {
     let first = parse(&headers()).unwrap();
     assert_eq!((first.key, first.version, first.kind.as_str()), (USER, 1, "user.registered"));
-    let written: Vec<_> = first.headers().into_iter().collect();
-    assert_eq!(written, HEADERS.map(|(name, value)| (name, value.to_owned())), "it is written as ever");
+    assert_eq!(first.headers(), HEADERS.map(|(name, value)| (name, value.to_owned())), "the written headers");
     let mut newer = headers();
     newer.push(("ce_partitionkey".to_owned(), Some(b"7".to_vec())));
     newer.push(("ce_partitionkey".to_owned(), None));
@@ -173,7 +182,7 @@ fn the_first_envelope_is_read_still_and_additions_to_it_are_ignored() {
     assert_eq!(parse(&newer), Ok(first));
 }
 
-/// How bytes are spoilt.
+/// One damage to bytes.
 #[derive(Clone, Debug)]
 enum Damage {
     Set(Index, u8),
@@ -194,7 +203,7 @@ fn damage() -> impl Strategy<Value = Vec<Damage>> {
     prop::collection::vec(one, 1..4)
 }
 
-fn spoil(bytes: &mut Vec<u8>, damages: &[Damage]) {
+fn apply(damages: &[Damage], bytes: &mut Vec<u8>) {
     for damage in damages {
         if bytes.is_empty() {
             return;
@@ -209,16 +218,20 @@ fn spoil(bytes: &mut Vec<u8>, damages: &[Damage]) {
     }
 }
 
-/// Whatever is read of spoilt bytes can be written and read again as the same: nothing half-read gets through.
-fn survives<E: Event + PartialEq>(samples: Vec<(&str, &str, E)>, damages: &[Damage]) -> Result<(), TestCaseError> {
+/// Checks that an event that is read from damaged data can be written and read again as the same
+/// event. So no event is read in part.
+fn check_damaged<E: Event + PartialEq>(samples: Vec<Sample<E>>, damages: &[Damage]) -> Result<(), TestCaseError> {
     for (kind, data, _) in samples {
         let mut bytes = data.as_bytes().to_vec();
-        spoil(&mut bytes, damages);
+        apply(damages, &mut bytes);
         if let Ok(read) = E::decode(kind, Some(&bytes)) {
-            let Some(event) = read else { return Err(TestCaseError::fail(format!("{kind} became unknown"))) };
+            let Some(event) = read else {
+                return Err(TestCaseError::fail(format!("{kind} is skipped as an unknown type")));
+            };
             let (written_kind, written) = event.encode();
             prop_assert_eq!(written_kind, kind);
-            prop_assert!(E::decode(kind, written.as_deref()) == Ok(Some(event)), "{} is not what was read", kind);
+            let read_again = E::decode(kind, written.as_deref());
+            prop_assert!(read_again == Ok(Some(event)), "{} is read again as another event", kind);
         }
     }
     Ok(())
@@ -229,23 +242,27 @@ proptest! {
 
     /// T42.
     #[test]
-    fn spoilt_data_is_refused_or_read_whole(damages in damage()) {
-        survives(user_events(), &damages)?;
-        survives(user_states(), &damages)?;
-        survives(email_events(), &damages)?;
+    fn damaged_data_is_rejected_or_read_completely(damages in damage()) {
+        check_damaged(user_events(), &damages)?;
+        check_damaged(user_states(), &damages)?;
+        check_damaged(email_events(), &damages)?;
     }
 
     /// T42.
     #[test]
-    fn spoilt_headers_are_refused_or_read_whole(which in any::<Index>(), in_name in any::<bool>(), damages in damage()) {
+    fn damaged_headers_are_rejected_or_read_completely(
+        which in any::<Index>(),
+        in_name in any::<bool>(),
+        damages in damage(),
+    ) {
         let mut headers = headers();
         let (name, value) = which.get_mut(&mut headers);
         if in_name {
             let mut bytes = name.clone().into_bytes();
-            spoil(&mut bytes, &damages);
+            apply(&damages, &mut bytes);
             *name = String::from_utf8_lossy(&bytes).into_owned();
         } else {
-            spoil(value.as_mut().unwrap(), &damages);
+            apply(&damages, value.as_mut().unwrap());
         }
         if let Ok(envelope) = parse(&headers) {
             let written = envelope.headers().into_iter();

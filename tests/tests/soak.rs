@@ -1,19 +1,19 @@
-//! Two minutes of the soak, with a seed that stays the same. For more, `cargo xtask soak` and
-//! `cargo xtask test --full` say so in the environment, and print what this has found.
+//! Two minutes of the soak with a fixed seed. `cargo xtask soak` and `cargo xtask test --full` set
+//! the duration and the seed in the environment, and print the summary.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a panic is how a test fails")]
 
 use std::time::Duration;
 
-const MINUTES: u64 = 2;
-const SEED: u64 = 1;
+const DEFAULT_MINUTES: u64 = 2;
+const DEFAULT_SEED: u64 = 1;
 
-/// T41, I1 to I14: the whole system under load while random faults strike.
+/// T41, I1 to I14: random faults happen while the whole system is under load.
 #[tokio::test(flavor = "multi_thread")]
-async fn random_faults_under_load_break_no_promise() {
-    let wanted = |name, usual| std::env::var(name).map_or(usual, |number| number.parse().unwrap());
-    let minutes = wanted("WAYBILL_SOAK_MINUTES", MINUTES);
-    let seed = wanted("WAYBILL_SEED", SEED);
+async fn random_faults_under_load_break_no_invariant() {
+    let number = |variable, default| std::env::var(variable).map_or(default, |number| number.parse().unwrap());
+    let minutes = number("WAYBILL_SOAK_MINUTES", DEFAULT_MINUTES);
+    let seed = number("WAYBILL_SEED", DEFAULT_SEED);
     let summary = tests::soak::run(Duration::from_secs(60 * minutes), seed).await;
     match std::env::var("WAYBILL_SOAK_SUMMARY") {
         Ok(file) => std::fs::write(file, summary.to_string()).unwrap(),

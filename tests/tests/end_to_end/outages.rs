@@ -1,10 +1,12 @@
-//! A dependency is down for a while. Nothing is lost or dead-lettered, and no other service is affected.
+//! A dependency is down for a while. Nothing is lost or dead-lettered, and no other service is
+//! affected.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use reqwest::StatusCode;
 use tests::checker::{Asked, Outcome};
+use tests::load::Answered;
 use tests::record::Draft;
 use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE, groups, service_of};
 use tests::stores::count;
@@ -13,51 +15,54 @@ use tests::{System, eventually, throughout};
 use topology::{SERVICES, Service, USER};
 use uuid::Uuid;
 
-/// A minute in the fault table, a quarter of an hour in life. It takes 15 s: longer than the session of a consumer that does not
-/// poll (10 s) and than the largest pause between two tries (5 s), which are what could go wrong.
+/// Longer than the two time-outs that an outage could exceed: the session time-out of a consumer
+/// that does not poll (10 s) and the longest pause between two retries (5 s).
 const OUTAGE: Duration = Duration::from_secs(15);
 
-/// T32, I1 I11 I12: Postgres and Valkey are down. Consumers pause and stay in their groups, readiness says why, registrations fail
-/// with a problem, nothing becomes a dead letter; when both are back, everything that came meanwhile is there once.
+/// T32, I1, I11, I12: Postgres and Valkey are down. Consumers pause and stay in their groups,
+/// `/readyz` names the reason, registrations are answered with a problem document, and no record is
+/// dead-lettered. After the outage every record that arrived during it has been applied once.
 #[tokio::test(flavor = "multi_thread")]
-async fn consumers_wait_for_their_dependencies_and_go_on() {
+async fn consumers_wait_for_their_dependencies_and_resume() {
     let mut system = System::empty().await;
     let mut postgres = system.own_postgres().await;
     let mut valkey = system.own_valkey().await;
     system.processes.start_all().await;
     let judge = system.judge().await;
     let before = vec![system.users.register().await, system.users.register().await];
-    all_there(&system, &before).await;
+    until_applied(&system, &before).await;
     let groups = members_and_rebalances(&system);
 
     postgres.component.process.kill();
     valkey.component.process.kill();
-    let meanwhile = records_meanwhile(&system).await;
+    let during = write_records_of_new_users(&system).await;
     for service in CONSUMERS {
-        waits_for_its_dependency(&system, service).await;
+        until_waiting_for_dependency(&system, service).await;
     }
     let retries = retries(&system).await;
-    throughout(OUTAGE, "registrations are refused as they should be", async || refused(&system).await).await;
+    throughout(OUTAGE, "registrations are answered with 503", async || registration_gets_503(&system).await).await;
     for (group, earlier) in retries {
-        assert!(system.processes.retries(group).await > earlier, "{group} did not try again");
+        assert!(system.processes.retries(group).await > earlier, "{group} must retry during the outage");
     }
-    still_as_before(&mut system, &groups).await;
+    assert_no_rebalance_and_no_dead_letter(&system, &groups).await;
 
     postgres.component.restart().await.unwrap();
     valkey.component.restart().await.unwrap();
     system.processes.until_ready(&SERVICES).await;
     let after = vec![system.users.register().await];
-    all_there(&system, &[before, meanwhile, after].concat()).await;
-    still_as_before(&mut system, &groups).await;
-    judge.check(&mut system).await;
+    until_applied(&system, &[before, during, after].concat()).await;
+    assert_no_rebalance_and_no_dead_letter(&system, &groups).await;
+    judge.check(&mut system, &Answered::default()).await;
 }
 
-/// T13, I1 to I5, I7, I8: Postgres is killed with `kill -9` under load, twice. Its backends die in whatever they were doing. What
-/// was accepted is there with its events, and nothing of what was not.
+/// T13, I1 to I5, I7, I8: Postgres gets SIGKILL under load, twice. Its backends die at any point.
+/// Every accepted request has its row and its events, and a transaction that did not commit leaves
+/// nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else() {
+async fn a_killed_postgres_keeps_all_committed_changes_and_no_others() {
     let mut system = System::empty().await;
-    system.processes.set("LEASE_MS", "15000"); // a claim whose answer died with Postgres has to end within this test
+    // If the answer to a claim is lost with Postgres, its lease must end within this test.
+    system.processes.set("LEASE_MS", "15000");
     let mut postgres = system.own_postgres().await;
     system.processes.start_all().await;
     let judge = system.judge().await;
@@ -68,18 +73,20 @@ async fn what_postgres_accepted_before_it_was_killed_is_there_and_nothing_else()
         postgres.component.restart().await.unwrap();
     }
     load.until_accepted(10).await;
-    let answers = load.end().await;
-    assert!(answers.refused().is_empty(), "{:?}", answers.refused());
+    let answered = load.end().await;
+    assert!(answered.refused().is_empty(), "{:?}", answered.refused());
     system.processes.until_ready(&SERVICES).await;
-    judge.check_with(&mut system, &answers).await;
+    judge.check(&mut system, &answered).await;
 }
 
-/// T13, I1 I3 I5 I7 I8 I9 I12: the machine dies, everything on it at the same moment, and comes back. SIGKILL leaves what the system has of the disk in
-/// its memory, so this is about processes; disks are not promised.
+/// T13, I1, I3, I5, I7, I8, I9, I12: all processes of a machine die at the same moment and are
+/// started again. SIGKILL leaves the page cache of the operating system intact, so this tests
+/// processes and not disks, for which Waybill promises nothing.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
+async fn the_system_recovers_when_all_processes_die_at_once() {
     let mut system = System::empty_on_own_components().await;
-    system.processes.set("LEASE_MS", "15000"); // a claim that died with its sender has to end within this test
+    // The lease of a sender that was killed must end within this test.
+    system.processes.set("LEASE_MS", "15000");
     system.processes.start_all().await;
     let judge = system.judge().await;
     let load = system.load(2);
@@ -92,13 +99,13 @@ async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
     stack.kafka.process.kill();
     stack.postgres.process.kill();
     stack.redis.process.kill();
-    // The services are up first, and wait for what they need.
+    // The services start first and wait for their dependencies.
     for service in SERVICES {
         system.processes.spawn(service);
     }
     for service in SERVICES {
-        let waits = async || system.processes.readiness(service).await.filter(|(ready, _)| !ready);
-        eventually(&format!("{} is up and waits", service.name), waits).await;
+        let not_ready = async || system.processes.readiness(service).await.filter(|(ready, _)| !ready);
+        eventually(&format!("{} runs and is not ready", service.name), not_ready).await;
     }
     let stack = system.components();
     stack.postgres.restart().await.unwrap();
@@ -106,80 +113,82 @@ async fn a_machine_that_dies_as_a_whole_comes_back_as_a_whole() {
     stack.kafka.restart().await.unwrap();
     system.processes.until_ready(&SERVICES).await;
     load.until_accepted(10).await;
-    let answers = load.end().await;
-    judge.check_with(&mut system, &answers).await;
+    let answered = load.end().await;
+    judge.check(&mut system, &answered).await;
 }
 
-/// How long Kafka is away in the test below.
+/// How long Kafka is down, instead of minutes. After 20 s every time-out of the relay's transaction
+/// and of the connection pool has expired, and the outbox has grown.
 const KAFKA_OUTAGE: Duration = Duration::from_secs(20);
 
-/// T12, I1, I3, I4: registering does not need Kafka. The outage takes 20 s instead of minutes: by then every time-out of the
-/// relay's transaction and of the pool has passed, and what grows has grown.
+/// T12, I1, I3, I4: a registration does not need Kafka.
 #[tokio::test(flavor = "multi_thread")]
-async fn while_kafka_is_away_registrations_are_accepted_and_afterwards_everything_drains_in_order() {
+async fn registrations_succeed_while_kafka_is_down_and_are_published_in_order_later() {
     let mut system = System::empty_on_own_components().await;
     system.processes.start_all().await;
     let judge = system.judge().await;
     let db = system.stores.database(USER).await;
-    system.users.register().await; // with the patience that a service needs which has only just started
+    system.users.register().await; // with retries, because the service has just started
     let load = system.load(2);
     load.until_accepted(5).await;
     system.components().kafka.process.kill();
-    let before = load.accepted();
+    let accepted_before = load.accepted();
 
-    // A request waits for no Kafka, so no transaction does: none rests for a second between two statements.
-    let resting = "select count(*) from pg_stat_activity where datname = current_database()
-                   and state like 'idle in transaction%' and now() - state_change > interval '1 second'";
-    throughout(KAFKA_OUTAGE, "no transaction is held open, and the service is ready", async || {
+    // No request waits for Kafka, so no transaction is idle for a second between two statements.
+    let idle_transactions = "select count(*) from pg_stat_activity where datname = current_database()
+                             and state like 'idle in transaction%' and now() - state_change > interval '1 second'";
+    throughout(KAFKA_OUTAGE, "the user service is ready and holds no transaction open", async || {
         let ready = system.processes.readiness(USER).await.is_some_and(|(ready, _)| ready);
-        ready && count(&db, resting).await == 0
+        ready && count(&db, idle_transactions).await == 0
     })
     .await;
-    let during = load.accepted() - before;
-    assert!(during > 20, "the load went on: {during} registrations");
-    let waiting = count(&db, "select count(*) from outbox").await;
-    assert!(waiting >= i64::try_from(2 * during).unwrap(), "{waiting} rows wait after {during} registrations");
-    eventually("the metric tells of them", async || {
-        system.processes.metric(USER, "outbox_rows", &[]).await.filter(|rows| *rows >= 2.0 * during as f64)
+    let accepted = load.accepted() - accepted_before;
+    assert!(accepted > 20, "only {accepted} registrations were accepted while Kafka was down");
+    let rows = count(&db, "select count(*) from outbox").await;
+    assert!(rows >= i64::try_from(2 * accepted).unwrap(), "{rows} outbox rows after {accepted} registrations");
+    eventually("the metric outbox_rows counts the waiting rows", async || {
+        system.processes.metric(USER, "outbox_rows", &[]).await.filter(|rows| *rows >= 2.0 * accepted as f64)
     })
     .await;
 
     system.components().kafka.restart().await.unwrap();
-    let answers = load.end().await;
-    let all = answers.operations.iter().filter(|operation| operation.asked != Asked::Read);
-    let failed: Vec<_> = all.filter(|operation| !matches!(operation.outcome, Outcome::Done(_))).collect();
-    assert!(failed.is_empty(), "every write was answered with success: {failed:?}");
-    judge.check_with(&mut system, &answers).await;
+    let answered = load.end().await;
+    let writes = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
+    let failed: Vec<_> = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_))).collect();
+    assert!(failed.is_empty(), "writes without success: {failed:?}");
+    judge.check(&mut system, &answered).await;
 }
 
-/// Users whose records arrive during the outage. Their own service is down as well, so they are written by hand.
-async fn records_meanwhile(system: &System) -> Vec<Uuid> {
+/// Writes all records of three new users, and returns the users. The user service cannot do it,
+/// because its database is down as well.
+async fn write_records_of_new_users(system: &System) -> Vec<Uuid> {
     let users: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
     for id in &users {
         system.kafka.write(USER_EVENTS, &Draft::user_event("user.registered", *id, 1)).await;
         system.kafka.write(USER_STATE, &Draft::user_state(*id, 1, Some(&address()))).await;
-        let mailed = format!(r#"{{"delivery_id":"{id}","user_id":"{id}","template":"another"}}"#);
-        let mailed = Draft::envelope("email.sent", *id, 1).with_value(mailed.as_bytes());
-        system.kafka.write(EMAIL_EVENTS, &mailed).await;
+        let sent = format!(r#"{{"delivery_id":"{id}","user_id":"{id}","template":"another"}}"#);
+        let sent = Draft::envelope("email.sent", *id, 1).with_value(sent.as_bytes());
+        system.kafka.write(EMAIL_EVENTS, &sent).await;
     }
     users
 }
 
-/// Members and number of rebalances of each group.
+/// The members and the number of rebalances of each group.
 fn members_and_rebalances(system: &System) -> BTreeMap<&'static str, (Vec<String>, usize)> {
     let of = |group| (system.kafka.members(group), system.processes.rebalances(service_of(group)));
     groups().map(|group| (group, of(group))).collect()
 }
 
-async fn waits_for_its_dependency(system: &System, service: Service) {
-    let waits = async || {
+/// Waits until `/readyz` lists the dependency of every group of a service.
+async fn until_waiting_for_dependency(system: &System, service: Service) {
+    let waiting = async || {
         let (ready, body) = system.processes.readiness(service).await?;
-        let reasons = body["waiting_for"].as_object()?;
-        let mut waiting = service.groups.iter().map(|group| format!("{} 0 dependency", group.name));
-        let all = waiting.all(|waiting| reasons.contains_key(&waiting));
-        (!ready && all).then_some(())
+        let waiting_for = body["waiting_for"].as_object()?;
+        let mut components = service.groups.iter().map(|group| format!("{} 0 dependency", group.name));
+        let all_wait = components.all(|component| waiting_for.contains_key(&component));
+        (!ready && all_wait).then_some(())
     };
-    eventually(&format!("{} says what it waits for", service.name), waits).await;
+    eventually(&format!("every consumer of {} waits for its dependency", service.name), waiting).await;
 }
 
 async fn retries(system: &System) -> BTreeMap<&'static str, f64> {
@@ -190,26 +199,32 @@ async fn retries(system: &System) -> BTreeMap<&'static str, f64> {
     retries
 }
 
-/// 503 as a problem, within the time that a client waits.
-async fn refused(system: &System) -> bool {
+/// Whether a registration is answered with 503. Panics if the answer is not a problem document.
+async fn registration_gets_503(system: &System) -> bool {
     let answer = system.users.post(&address(), None).await.unwrap();
     assert_eq!(answer.content_type.as_deref(), Some("application/problem+json"), "{answer:?}");
     answer.status == StatusCode::SERVICE_UNAVAILABLE
 }
 
-async fn still_as_before(system: &mut System, before: &BTreeMap<&'static str, (Vec<String>, usize)>) {
-    assert_eq!(&members_and_rebalances(system), before, "members of the groups and numbers of rebalances");
+/// `before` is the result of [`members_and_rebalances`] before the outage.
+async fn assert_no_rebalance_and_no_dead_letter(
+    system: &System,
+    before: &BTreeMap<&'static str, (Vec<String>, usize)>,
+) {
+    assert_eq!(&members_and_rebalances(system), before, "members and number of rebalances of each group");
     for group in groups() {
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
-        assert_eq!(system.processes.counted(group, "dead_lettered").await, 0.0, "{group}");
+        assert_eq!(system.processes.counted(group, "dead_lettered").await, 0.0, "dead letters counted by {group}");
     }
 }
 
-async fn all_there(system: &System, users: &[Uuid]) {
+/// Waits until every user is mailed, cached and counted.
+async fn until_applied(system: &System, users: &[Uuid]) {
     for id in users {
         system.users.until_mailed(*id).await;
         system.users.until_cached(*id, 1).await;
     }
-    system.users.until_counted(users.len() as i64, users.len() as i64).await;
+    let count = users.len() as i64;
+    system.users.until_counted(count, count).await;
     system.until_drained().await;
 }

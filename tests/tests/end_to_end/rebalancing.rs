@@ -1,5 +1,5 @@
-//! Partitions move between consumers: in a rolling restart, during an outage, because a consumer hangs. The new owner continues where
-//! the effects end.
+//! Partitions move between consumers: in a rolling restart, during an outage, because a consumer
+//! hangs. The new owner continues after the last record that took effect.
 
 use std::time::Duration;
 
@@ -11,16 +11,17 @@ use tests::{System, eventually, eventually_eq, throughout};
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
-/// Much longer than a consumer needs to learn its committed offsets.
+/// Much longer than a consumer needs to read its committed offsets.
 const LATE: Duration = Duration::from_secs(1);
 
-/// Of each consumer; the first is the system's own.
+/// Processes of each consuming service, including the first one.
 const COPIES: usize = 3;
 
-/// T17, I5 I7 I8 I9 I12: three copies of every consumer, of which one after another is restarted under load. Each restart
-/// follows as soon as the last is over instead of every ten seconds, so that more of them happen within a rebalance.
+/// T17, I5, I7, I8, I9, I12: every consuming service has three copies, and under load they are
+/// restarted one after another. A restart follows as soon as the previous one is complete and not
+/// every ten seconds, so that more restarts happen during a rebalance.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
+async fn a_rolling_restart_under_load_loses_and_duplicates_nothing() {
     let mut system = System::start().await;
     let judge = system.judge().await;
     let mut others: Vec<ServiceProcess> = vec![];
@@ -37,7 +38,7 @@ async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
     }
     for other in &mut others {
         other.stop().await;
-        assert!(other.exit_status().unwrap().success(), "{} ends as it is asked to", other.service.name);
+        assert!(other.exit_status().unwrap().success(), "{} must exit with status 0", other.service.name);
     }
     let services = CONSUMERS.into_iter().flat_map(|service| [service; COPIES - 1]);
     others = services.map(|service| system.processes.spawn_another(service)).collect();
@@ -51,13 +52,15 @@ async fn a_rolling_restart_under_load_loses_and_doubles_nothing() {
     let mails = system.mail.all();
     let mut recipients: Vec<_> = mails.iter().flat_map(|mail| &mail.to).collect();
     recipients.sort();
-    assert!(recipients.windows(2).all(|pair| pair[0] != pair[1]), "a sender that is asked to end finishes its mail");
+    let unique = recipients.windows(2).all(|pair| pair[0] != pair[1]);
+    assert!(unique, "two mails to one address: a sender must finish its mail before it stops");
 }
 
-/// T19, I7 I9 I12: while a copy of analytics waits for its database, another comes, takes half of its partitions and leaves again.
-/// They come back into the pause. When the database is back every partition goes on, each from where its effects end.
+/// T19, I7, I9, I12: while a copy of analytics waits for its database, another copy joins, gets half
+/// of the partitions and leaves. The partitions return to the copy that is paused. When its database
+/// is back, every partition continues after its last record that took effect.
 #[tokio::test(flavor = "multi_thread")]
-async fn partitions_that_move_during_a_pause_are_not_lost_and_not_left_paused() {
+async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() {
     let mut system = System::empty().await;
     let (database, (name, url)) = system.proxied_database(ANALYTICS).await;
     system.processes.spawn(USER);
@@ -68,33 +71,36 @@ async fn partitions_that_move_during_a_pause_are_not_lost_and_not_left_paused() 
     until_registered(&system, registered).await;
 
     database.cut();
-    registered += one_on_each_partition(&system).await;
-    eventually("analytics waits", async || (system.processes.retries(ANALYTICS_USERS).await > 0.0).then_some(())).await;
+    registered += register_on_each_partition(&system).await;
+    let retries = async || system.processes.retries(ANALYTICS_USERS).await;
+    eventually("analytics is paused", async || (retries().await > 0.0).then_some(())).await;
     let mut other = system.processes.spawn_another(ANALYTICS);
-    eventually_eq("members", 2, async || system.kafka.members(ANALYTICS_USERS).len()).await;
+    let members = async || system.kafka.members(ANALYTICS_USERS).len();
+    eventually_eq("members after the other copy has joined", 2, members).await;
     other.until_ready().await;
     registered += register(&system, 4).await;
     other.stop().await;
-    eventually_eq("members", 1, async || system.kafka.members(ANALYTICS_USERS).len()).await;
+    eventually_eq("members after the other copy has left", 1, members).await;
     registered += register(&system, 4).await;
-    assert!(!system.processes.readiness(ANALYTICS).await.unwrap().0, "still without its database");
+    let (ready, _) = system.processes.readiness(ANALYTICS).await.unwrap();
+    assert!(!ready, "analytics must not be ready without its database");
 
     database.heal();
     system.processes.until_ready(&[ANALYTICS]).await;
     until_registered(&system, registered).await;
-    registered += one_on_each_partition(&system).await;
+    registered += register_on_each_partition(&system).await;
     until_registered(&system, registered).await;
     for group in [ANALYTICS_USERS, ANALYTICS_EMAILS] {
         system.kafka.until_caught_up(group).await;
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
     }
-    assert!(!system.processes.has_ended(ANALYTICS));
+    assert!(!system.processes.has_ended(ANALYTICS), "analytics must keep running");
 }
 
-/// Kafka takes its time to say where the log begins, which a client may well ask on the way to its start. An answer that comes late
-/// moves nobody: what was handled before is not read again.
+/// A client may request the first and last offsets of a partition while it looks for its start, and
+/// Kafka answers late. The late answer does not change the start: no handled record is read again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_late_answer_about_the_log_does_not_make_a_group_start_over() {
+async fn a_late_answer_to_list_offsets_does_not_restart_a_group() {
     let mut system = System::empty().await;
     let (_kafka, proxy) = system.own_kafka().await;
     system.processes.start(&[USER, EMAIL, ANALYTICS]).await;
@@ -106,45 +112,49 @@ async fn a_late_answer_about_the_log_does_not_make_a_group_start_over() {
     system.processes.start_with(ANALYTICS, &[("KAFKA_BROKERS", &proxy.address())]).await;
     let registered = registered + register(&system, 1).await;
     until_registered(&system, registered).await;
-    throughout(4 * LATE, "nothing comes twice", async || {
+    throughout(4 * LATE, "analytics reads no record again", async || {
         system.processes.counted(ANALYTICS_USERS, "duplicate").await == 0.0
     })
     .await;
 }
 
-/// T18, I7 I12: a consumer's thread hangs with a batch in hand. Kafka gives its partitions to the other copy after 10 s instead of
-/// the five minutes that are usual; when the thread comes back, its batch is not its own any more, and it joins again.
+/// T18, I7, I12: the thread of a consumer hangs before its batch takes effect. Kafka assigns its
+/// partitions to the other copy, here after 10 s instead of the usual five minutes. When the thread
+/// continues, it no longer owns the batch, and it rejoins the group.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_consumer_that_hangs_is_replaced_and_comes_back() {
+async fn a_consumer_that_hangs_is_replaced_and_rejoins() {
     let mut system = System::empty().await;
-    let settings = [("HANDLE_TIMEOUT_MS", "2000")];
+    let handle_timeout = ("HANDLE_TIMEOUT_MS", "2000");
     system.processes.spawn(USER);
     system.processes.spawn(EMAIL);
-    let until = system.processes.file("stalled-enough");
-    let stall = [("FAULT_AT", "inbox.before_commit:1:stall"), ("FAULT_UNTIL", until.to_str().unwrap())];
-    system.processes.spawn_with(ANALYTICS, &[settings[0], stall[0], stall[1]]);
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = ("FAULT_AT", "inbox.before_commit:1:stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    system.processes.spawn_with(ANALYTICS, &[handle_timeout, stall, until]);
     system.processes.until_ready(&[USER, EMAIL, ANALYTICS]).await;
     let mut registered = register(&system, 1).await;
-    eventually("the first hangs", async || system.processes.log(ANALYTICS).contains("stalls").then_some(())).await;
-    let mut other = system.processes.spawn_another_with(ANALYTICS, &settings);
+    system.processes.until_logged(ANALYTICS, "fault point reached").await;
+    let mut other = system.processes.spawn_another_with(ANALYTICS, &[handle_timeout]);
     registered += register(&system, 6).await;
     other.until_ready().await;
-    eventually_eq("the first is given up", 1, async || system.kafka.members(ANALYTICS_USERS).len()).await;
+    let members = async || system.kafka.members(ANALYTICS_USERS).len();
+    eventually_eq("members without the copy that hangs", 1, members).await;
     let at_other = system.users.at(&other);
-    eventually_eq("registered, says the other copy", registered, async || at_other.funnel().await.0).await;
+    eventually_eq("users that the other copy has counted", registered, async || at_other.funnel().await.0).await;
 
-    std::fs::write(until, "").unwrap();
-    eventually_eq("both are members again", 2, async || system.kafka.members(ANALYTICS_USERS).len()).await;
+    std::fs::write(end_of_stall, "").unwrap();
+    eventually_eq("members after the first copy has rejoined", 2, members).await;
     other.stop().await;
     registered += register(&system, 2).await;
     until_registered(&system, registered).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
-    assert!(!system.processes.has_ended(ANALYTICS));
+    assert!(!system.processes.has_ended(ANALYTICS), "analytics must keep running");
 }
 
-/// T18, I5 I7 I11: a handler that panics takes neither its consumer nor its batch with it.
+/// T18, I5, I7, I11: a handler panics once. The consumer keeps running and handles every record of
+/// the batch. The log does not quote the panic message, because it may contain data.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_handler_that_panics_once_loses_nothing() {
+async fn a_handler_that_panics_once_loses_no_record() {
     let mut system = System::empty().await;
     system.processes.spawn(USER);
     system.processes.spawn_with(EMAIL, &[("FAULT_AT", "email.before_commit:1:panic")]);
@@ -154,28 +164,26 @@ async fn a_handler_that_panics_once_loses_nothing() {
     system.users.until_counted(registered, registered).await;
     for service in [EMAIL, ANALYTICS] {
         let log = system.processes.log(service);
-        assert!(
-            log.contains("panicked") && !log.contains("the fault at"),
-            "{} met its fault, and does not quote it",
-            service.name
-        );
-        assert!(!system.processes.has_ended(service));
+        assert!(log.contains("panicked"), "{} must reach its fault point", service.name);
+        assert!(!log.contains("fault point"), "the log of {} must not quote the panic message", service.name);
+        assert!(!system.processes.has_ended(service), "{} must keep running", service.name);
     }
     for group in [EMAIL_WELCOME, ANALYTICS_USERS, ANALYTICS_EMAILS] {
-        assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}: alone each record works");
+        assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}, whose records can be handled");
     }
 }
 
-/// Each row of the funnel takes this long, so a batch of 30 takes longer than a statement may (5 s).
+/// Makes each row of the funnel take 0.2 s, so a batch of [`SLOW_BATCH`] records takes longer than
+/// the time-out of a statement (5 s).
 pub const SLOW: &str = "
     create function be_slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.2); return new; end $$;
     create trigger be_slow before insert on funnel for each row execute function be_slow();";
 
 pub const SLOW_BATCH: i64 = 30;
 
-/// T18, I7 I12: a batch that cannot be done within the time-outs is not tried as a whole for ever.
+/// T18, I7, I12: a batch that exceeds the time-outs is not retried as a whole indefinitely.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_that_takes_too_long_is_done_record_by_record() {
+async fn a_batch_that_takes_too_long_is_handled_record_by_record() {
     let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
     system.processes.stop(ANALYTICS).await;
     sqlx::raw_sql(SLOW).execute(&system.stores.database(ANALYTICS).await).await.unwrap();
@@ -186,13 +194,14 @@ async fn a_batch_that_takes_too_long_is_done_record_by_record() {
     system.processes.start(&[ANALYTICS]).await;
     until_registered(&system, SLOW_BATCH).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
-    assert!(system.processes.retries(ANALYTICS_USERS).await > 0.0, "as a whole it took too long");
-    assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0, "slow is not wrong");
+    assert!(system.processes.retries(ANALYTICS_USERS).await > 0.0, "the whole batch must exceed the time-out first");
+    assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0, "dead letters of records that are only slow");
 }
 
-/// I7 I8: a process may have several consumers of each group. They share the partitions, as processes would.
+/// I7, I8: a process may run several consumers of each group. They share the partitions as
+/// consumers of several processes do.
 #[tokio::test(flavor = "multi_thread")]
-async fn consumers_of_one_process_share_its_partitions() {
+async fn consumers_of_one_process_share_the_partitions() {
     let mut system = System::empty().await;
     system.processes.set("CONSUMERS", "3");
     system.processes.start_all().await;
@@ -211,13 +220,15 @@ async fn register(system: &System, users: u32) -> i64 {
 }
 
 /// Writes a registration to each partition, and returns how many.
-async fn one_on_each_partition(system: &System) -> i64 {
+async fn register_on_each_partition(system: &System) -> i64 {
     let fact = |partition| Draft::user_event("user.registered", Uuid::now_v7(), 1).on(partition);
-    system.kafka.write_all(USER_EVENTS, &(0..6).map(fact).collect::<Vec<_>>()).await.len() as i64
+    let facts: Vec<Draft> = (0..6).map(fact).collect();
+    system.kafka.write_all(USER_EVENTS, &facts).await.len() as i64
 }
 
+/// Waits until the funnel has exactly that many users and as many registrations are counted.
 async fn until_registered(system: &System, users: i64) {
-    eventually_eq("registered in the funnel, and counted", (users, Some(users)), async || {
+    eventually_eq("users in the funnel, and counted registrations", (users, Some(users)), async || {
         (system.users.funnel().await.0, system.users.registrations().await)
     })
     .await;

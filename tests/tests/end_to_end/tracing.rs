@@ -1,4 +1,5 @@
-//! One trace from the caller's request to the last effect, across four processes and three topics.
+//! One trace from the caller's request to the last effect, across four processes and three topics,
+//! and the log lines that name it.
 
 use std::collections::BTreeSet;
 
@@ -6,18 +7,20 @@ use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use tests::http::send_with_retries;
 use tests::otlp::{Otlp, Span};
-use tests::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE};
+use tests::record::Record;
+use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE};
 use tests::users::address;
 use tests::{System, eventually_eq};
 use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
 
-/// A caller's context, as in the W3C recommendation.
+/// The trace and the span of a caller: the example of the W3C recommendation.
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const CALLER: &str = "b7ad6b7169203331";
 
-/// All four services, which send their spans to `otlp` ten times a second and log each record that they handle.
-async fn traced(otlp: &Otlp) -> System {
+/// All four services, ready. They send their spans to `otlp` ten times a second and log each record
+/// that they handle.
+async fn start_traced(otlp: &Otlp) -> System {
     let mut system = System::empty().await;
     system.processes.set("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp.url());
     system.processes.set("OTEL_BSP_SCHEDULE_DELAY", "100");
@@ -26,30 +29,35 @@ async fn traced(otlp: &Otlp) -> System {
     system
 }
 
+/// Registers a user with this trace context, and waits for the mail.
 async fn register(system: &System, email: &str, traceparent: &str) -> Uuid {
+    let url = system.users.url(USER, "/users");
     let body = json!({ "email": email, "display_name": "Ada Lovelace" });
-    let request = || Client::new().post(system.users.url(USER, "/users")).header("tracestate", "vendor=1").json(&body);
-    let answer = send_with_retries(|| request().header("traceparent", traceparent)).await;
+    let request = || {
+        let request = Client::new().post(&url).json(&body);
+        request.header("tracestate", "vendor=1").header("traceparent", traceparent)
+    };
+    let answer = send_with_retries(request).await;
     assert_eq!(answer.status, StatusCode::CREATED, "{traceparent}: {answer:?}");
     system.users.until_mailed(answer.id()).await;
     answer.id()
 }
 
-/// `service: span < service: parent` for each span of a trace.
-fn tree(spans: &[Span], trace: &str) -> BTreeSet<String> {
+/// The spans of a trace, each as `service: span < service: parent`.
+fn spans_with_parents(spans: &[Span], trace: &str) -> BTreeSet<String> {
     let spans: Vec<&Span> = spans.iter().filter(|span| span.trace == trace).collect();
     let name = |span: &Span| format!("{}: {}", span.service, span.name);
     let parent = |id: &str| match spans.iter().find(|span| span.id == id) {
         Some(parent) => name(parent),
         None if id == CALLER => "the caller".to_owned(),
-        None if id.is_empty() => "nobody".to_owned(),
+        None if id.is_empty() => "no parent".to_owned(),
         None => format!("unknown {id}"),
     };
     spans.iter().map(|span| format!("{} < {}", name(span), parent(&span.parent))).collect()
 }
 
-/// What a registration looks like: who was told of it, and by whom.
-fn registration(root: &str) -> BTreeSet<String> {
+/// The spans of a registration, with their parents. `root` is the parent of the request's span.
+fn spans_of_a_registration(root: &str) -> BTreeSet<String> {
     let spans = [
         format!("user: request < {root}"),
         "email: process user.registered < user: request".to_owned(),
@@ -62,79 +70,166 @@ fn registration(root: &str) -> BTreeSet<String> {
     spans.into()
 }
 
-/// The spans of a service that link to another span: what the relay did for whom.
-fn linked(spans: &[Span], service: &str, name: &str, to: &str) -> BTreeSet<String> {
-    let target = spans.iter().find(|span| span.trace == TRACE && format!("{}: {}", span.service, span.name) == to);
-    let Some(target) = target else { return BTreeSet::new() };
+/// The spans `name` of a service that link to the span `target` of [`TRACE`], each with whether it
+/// is in another trace.
+fn linking_spans(spans: &[Span], service: &str, name: &str, target: &str) -> BTreeSet<String> {
+    let is_target = |span: &&Span| span.trace == TRACE && format!("{}: {}", span.service, span.name) == target;
+    let Some(target) = spans.iter().find(is_target) else { return BTreeSet::new() };
     let link = (target.trace.clone(), target.id.clone());
-    let linking =
-        spans.iter().filter(|span| span.service == service && span.name == name && span.links.contains(&link));
-    linking
-        .map(|span| format!("{}: {}, in a trace of its own: {}", span.service, span.name, span.trace != TRACE))
-        .collect()
+    let named = spans.iter().filter(|span| span.service == service && span.name == name);
+    let linking = named.filter(|span| span.links.contains(&link));
+    linking.map(|span| format!("{service}: {name}, in another trace: {}", span.trace != TRACE)).collect()
 }
 
-/// Whether a service has a log line, in JSON, with all of these texts in it.
-fn logs_a_line_with(system: &System, service: Service, texts: &[&str]) -> bool {
+/// The lines of a service's log. All of them are JSON.
+fn log_lines(system: &System, service: Service) -> Vec<Value> {
     let log = system.processes.log(service);
-    log.lines().any(|line| {
-        serde_json::from_str::<Value>(line).is_ok() && texts.iter().all(|text| line.contains(&format!("\"{text}\"")))
-    })
+    log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// T44, I14: a registration with a caller's context is one trace over four processes, whose records are handled as children of what
-/// caused them; the relays, which carry many at once, link to each; log lines name trace and event; and no span has an address.
+/// Checks that a service has logged a line that contains all of these values.
+fn assert_logged(system: &System, service: Service, values: &[&str]) {
+    let lines = log_lines(system, service);
+    let has_values = |line: &Value| values.iter().all(|value| line.to_string().contains(&format!("\"{value}\"")));
+    assert!(lines.iter().any(has_values), "no line of {} has {values:?}: {lines:#?}", service.name);
+}
+
+/// The first record about this user.
+fn record_of(system: &System, topic: &str, user: Uuid) -> Record {
+    system.kafka.read_key(topic, user).remove(0)
+}
+
+/// The trace in the `traceparent` of a record.
+fn trace_of(record: &Record) -> String {
+    record.header("traceparent").unwrap().split('-').nth(1).unwrap().to_owned()
+}
+
+/// T44, I14: a registration with a caller's trace context is one trace over four processes. A
+/// consumer handles a record in a child of the span that caused the record. A relay's span covers
+/// many records and links to the cause of each. Log lines name the trace and the event. No span has
+/// personal data.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_registration_is_one_trace_across_the_four_services() {
     let otlp = Otlp::start().await;
-    let system = traced(&otlp).await;
+    let system = start_traced(&otlp).await;
     let email = address();
     let id = register(&system, &email, &format!("00-{TRACE}-{CALLER}-01")).await;
-    let found = async || tree(&otlp.spans(), TRACE);
-    eventually_eq("the spans of the caller's trace", registration("the caller"), found).await;
-    for (service, to) in [("user", "user: request"), ("email", "email: send")] {
-        let expected = [format!("{service}: publish, in a trace of its own: true")].into();
-        let found = async || linked(&otlp.spans(), service, "publish", to);
-        eventually_eq("the relay's span and its link", expected, found).await;
+    let spans = async || spans_with_parents(&otlp.spans(), TRACE);
+    eventually_eq("the spans of the caller's trace", spans_of_a_registration("the caller"), spans).await;
+    for (service, cause) in [("user", "user: request"), ("email", "email: send")] {
+        let expected = [format!("{service}: publish, in another trace: true")].into();
+        let linking = async || linking_spans(&otlp.spans(), service, "publish", cause);
+        eventually_eq("the relay's span that links to its cause", expected, linking).await;
     }
     let received = otlp.text();
-    assert!(received.contains("user.registered"), "spans have their names and attributes");
-    assert!(!received.contains(&email) && !received.contains("Ada Lovelace"), "personal data in a span");
+    assert!(received.contains("user.registered"), "the text of the spans must include their names and attributes");
+    assert!(!received.contains(&email), "a span has the address");
+    assert!(!received.contains("Ada Lovelace"), "a span has the display name");
 
-    let facts = system.kafka.read(USER_EVENTS);
-    let fact = facts.iter().find(|fact| fact.key_text() == id.to_string()).unwrap();
-    let mailed = system.kafka.read(EMAIL_EVENTS).remove(0);
-    assert_eq!(
-        [fact.header("tracestate"), mailed.header("tracestate")],
-        [Some("vendor=1"); 2],
-        "as the caller sent it"
-    );
-    let event = fact.header("ce_id").unwrap();
-    assert!(logs_a_line_with(&system, USER, &[TRACE]), "{}", system.processes.log(USER));
-    for service in [EMAIL, ANALYTICS] {
-        assert!(logs_a_line_with(&system, service, &[TRACE, event]), "{}", system.processes.log(service));
+    let fact = record_of(&system, USER_EVENTS, id);
+    let sent = system.kafka.read(EMAIL_EVENTS).remove(0);
+    for record in [&fact, &sent] {
+        assert_eq!(record.header("tracestate"), Some("vendor=1"), "the tracestate must be the caller's");
     }
-    let states = system.kafka.read(USER_STATE);
-    let state = states.iter().find(|state| state.key_text() == id.to_string()).unwrap();
-    let event = state.header("ce_id").unwrap();
-    assert!(logs_a_line_with(&system, CACHE, &[TRACE, event]), "{}", system.processes.log(CACHE));
+    assert_logged(&system, USER, &[TRACE]);
+    for service in [EMAIL, ANALYTICS] {
+        assert_logged(&system, service, &[TRACE, fact.header("ce_id").unwrap()]);
+    }
+    let state = record_of(&system, USER_STATE, id);
+    assert_logged(&system, CACHE, &[TRACE, state.header("ce_id").unwrap()]);
 }
 
-/// T44: a malformed context is nobody's: the request succeeds and begins a trace of its own, which goes as far as any other.
+/// T44: a request with a malformed context succeeds and starts a new trace, which reaches as far as
+/// any other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_malformed_traceparent_is_ignored() {
     let otlp = Otlp::start().await;
-    let system = traced(&otlp).await;
-    let nobodys_trace = format!("00-{}-{CALLER}-01", "0".repeat(32));
-    let nobodys_span = format!("00-{TRACE}-{}-01", "0".repeat(16));
-    let cut_off = format!("00-{TRACE}-{CALLER}");
-    for traceparent in ["nonsense", &nobodys_trace, &nobodys_span, &cut_off] {
+    let system = start_traced(&otlp).await;
+    let invalid_trace = format!("00-{}-{CALLER}-01", "0".repeat(32));
+    let invalid_span = format!("00-{TRACE}-{}-01", "0".repeat(16));
+    let truncated = format!("00-{TRACE}-{CALLER}");
+    for traceparent in ["nonsense", &invalid_trace, &invalid_span, &truncated] {
         let id = register(&system, &address(), traceparent).await;
-        let facts = system.kafka.read(USER_EVENTS);
-        let fact = facts.iter().find(|fact| fact.key_text() == id.to_string()).unwrap();
-        let trace = fact.header("traceparent").unwrap().split('-').nth(1).unwrap().to_owned();
+        let trace = trace_of(&record_of(&system, USER_EVENTS, id));
         assert_ne!(trace, TRACE, "{traceparent}");
-        let found = async || tree(&otlp.spans(), &trace);
-        eventually_eq(&format!("the trace begun for {traceparent}"), registration("nobody"), found).await;
+        let spans = async || spans_with_parents(&otlp.spans(), &trace);
+        let what = format!("the spans of the trace that was started for {traceparent}");
+        eventually_eq(&what, spans_of_a_registration("no parent"), spans).await;
     }
+}
+
+/// The content of the log line about a handled event.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct HandledEvent {
+    id: String,
+    kind: String,
+    user: String,
+    trace: String,
+}
+
+impl HandledEvent {
+    /// The line that this record must leave. A state has its user only in its key.
+    fn of(record: &Record) -> Self {
+        let data: Option<Value> = record.value.as_deref().map(|value| serde_json::from_slice(value).unwrap());
+        let user = data.and_then(|data| data["user_id"].as_str().map(str::to_owned));
+        Self {
+            id: record.header("ce_id").unwrap().to_owned(),
+            kind: record.header("ce_type").unwrap().to_owned(),
+            user: user.unwrap_or_else(|| record.key_text()),
+            trace: trace_of(record),
+        }
+    }
+}
+
+/// The lines "event handled" of a service, sorted.
+fn handled_events(system: &System, service: Service) -> Vec<HandledEvent> {
+    let text = |line: &Value, name: &str| line[name].as_str().unwrap_or_default().to_owned();
+    let lines = log_lines(system, service).into_iter().filter(|line| line["message"] == "event handled");
+    let mut events: Vec<HandledEvent> = lines
+        .map(|line| HandledEvent {
+            id: text(&line, "event.id"),
+            kind: text(&line, "event.type"),
+            user: text(&line, "user.id"),
+            trace: text(&line, "trace.id"),
+        })
+        .collect();
+    events.sort();
+    events
+}
+
+/// With `LOG_EVENTS=true` a service logs one line for each event that it handles, on each of the
+/// three topics. The events are published before analytics and the cache start, so that a batch has
+/// several events: each line names the trace of its own event. Without the setting a service logs
+/// no such line.
+#[tokio::test(flavor = "multi_thread")]
+async fn log_events_writes_one_line_per_handled_event() {
+    let mut system = System::start_only(&[USER, EMAIL]).await;
+    let users = system.users.register_many(3).await;
+    for user in &users {
+        system.users.until_mailed(*user).await;
+    }
+    assert_eq!(system.users.erase(users[0]).await.unwrap().status, StatusCode::NO_CONTENT);
+    for service in [USER, EMAIL] {
+        system.stores.until_outbox_empty(service).await;
+    }
+    for service in [ANALYTICS, CACHE] {
+        system.processes.start_with(service, &[("LOG_EVENTS", "true")]).await;
+    }
+    for group in CONSUMERS.iter().flat_map(|service| service.groups) {
+        system.kafka.until_caught_up(group.name).await;
+    }
+
+    let events = |topics: &[&str]| {
+        let records = topics.iter().flat_map(|topic| system.kafka.read(topic));
+        let mut events: Vec<HandledEvent> = records.map(|record| HandledEvent::of(&record)).collect();
+        events.sort();
+        events
+    };
+    let facts = events(&[USER_EVENTS, EMAIL_EVENTS]);
+    assert_eq!(facts.len(), 4 + 3, "facts of the users and of their mails");
+    eventually_eq("events that analytics has logged", facts, async || handled_events(&system, ANALYTICS)).await;
+    let states = events(&[USER_STATE]);
+    assert_eq!(states.len(), 4, "states and the tombstone");
+    eventually_eq("events that the cache has logged", states, async || handled_events(&system, CACHE)).await;
+    assert_eq!(handled_events(&system, EMAIL), [], "events that a service without the setting has logged");
 }

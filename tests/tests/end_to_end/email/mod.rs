@@ -13,8 +13,9 @@ use tests::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE};
 use tests::{System, eventually_eq};
 use uuid::Uuid;
 
-/// What `email.events.v1` says about a user's mails. A process that is killed may leave a copy of an event, with the same id.
-fn told(system: &System, user: Uuid) -> Vec<(String, Value)> {
+/// Type and data of the events in `email.events.v1` about a user's mails. A process that is killed
+/// may leave a copy of an event with the same id; copies are left out.
+fn email_events(system: &System, user: Uuid) -> Vec<(String, Value)> {
     let mut seen = BTreeSet::new();
     let events = system.kafka.read(EMAIL_EVENTS).into_iter();
     let events = events.filter(|event| seen.insert(event.header("ce_id").unwrap().to_owned()));
@@ -25,15 +26,16 @@ fn told(system: &System, user: Uuid) -> Vec<(String, Value)> {
     events.filter(|(_, data)| data["user_id"] == user.to_string()).collect()
 }
 
-/// Waits until exactly these types of event were published about the user's mails.
-async fn until_told(system: &System, user: Uuid, kinds: &[&str]) {
+/// Waits until events of exactly these types are published about the user's mails.
+async fn until_email_events(system: &System, user: Uuid, kinds: &[&str]) {
     let kinds: Vec<String> = kinds.iter().map(|kind| (*kind).to_owned()).collect();
-    let found = async || told(system, user).into_iter().map(|(kind, _)| kind).collect();
-    eventually_eq("what is told of the mail", kinds, found).await;
+    let published = async || email_events(system, user).into_iter().map(|(kind, _)| kind).collect();
+    eventually_eq("types of the events about the mail", kinds, published).await;
 }
 
-/// Somebody else's mail goes through: what was not sent by then will not be sent.
-async fn one_more_is_mailed(system: &System) {
+/// Waits until a mail to a new user is sent. A mail that was due before and is not sent by then
+/// will not be sent.
+async fn until_another_mail_is_sent(system: &System) {
     let id = system.users.register().await;
     system.users.until_mailed(id).await;
 }
