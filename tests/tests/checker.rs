@@ -314,7 +314,7 @@ fn an_uncounted_record_is_reported() {
 
 #[test]
 fn a_run_that_does_not_drain_or_a_process_that_exits_is_reported() {
-    assert_reported("I12", |history| history.behind.push("email.welcome 0: 3 of 4".to_owned()));
+    assert_reported("I12", |history| history.work_left.push("email.welcome 0: 3 of 4".to_owned()));
     assert_reported("I12", |history| history.ended.push("email: exit status 1".to_owned()));
 }
 

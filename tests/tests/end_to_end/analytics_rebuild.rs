@@ -59,7 +59,7 @@ async fn a_rebuild_killed_at_any_step_leaves_a_complete_model() {
     assert_ne!(table_id(&db).await, before, "the rebuild did not swap the tables");
     load.until_accepted(10).await;
     let answered = load.end().await;
-    judge.check(&mut system, &answered).await;
+    judge.check_with(&mut system, &answered).await;
     assert!(query_client.stop().await > 50, "too few queries ran alongside the rebuilds");
     assert_eq!(rebuild_schemas(&db).await, Vec::<String>::new(), "schemas of killed rebuilds are left");
     assert_eq!(system.processes.pid(ANALYTICS), pid, "the service was restarted");

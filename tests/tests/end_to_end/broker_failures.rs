@@ -1,7 +1,7 @@
 //! Kafka loses brokers. Each of three brokers has a copy of everything, so any one may be down.
 
 use tests::checker::{Asked, Outcome};
-use tests::load::{Answered, Load};
+use tests::load::{Answers, Load};
 use tests::services::USER_EVENTS;
 use tests::{DEADLINE, System};
 use tokio::time::timeout;
@@ -37,7 +37,7 @@ async fn any_one_of_three_brokers_can_be_killed_frozen_or_restarted() {
 
     let answered = load.end().await;
     assert_eq!(unsuccessful_writes(&answered), Vec::<String>::new(), "writes that did not succeed");
-    judge.check(&mut system, &answered).await;
+    judge.check_with(&mut system, &answered).await;
 }
 
 /// SIGKILL. Every record that the leader acknowledged is on another broker too.
@@ -78,7 +78,7 @@ async fn new_users_reach_the_cache(system: &System) {
     }
 }
 
-fn unsuccessful_writes(answered: &Answered) -> Vec<String> {
+fn unsuccessful_writes(answered: &Answers) -> Vec<String> {
     let writes = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
     let unsuccessful = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_)));
     unsuccessful.map(|operation| format!("{operation:?}")).collect()

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use crate::effects::assert_effects_once;
-use tests::load::Answered;
 use tests::services::CONSUMERS;
 use tests::users::address;
 use tests::{System, eventually_eq};
@@ -71,7 +70,7 @@ async fn kill_consumers_and_judge(points: [(Service, &str); 3]) {
     assert_eq!(system.users.rename(user, "Countess of Lovelace").await.unwrap().version(), 2);
     system.processes.start(&CONSUMERS).await;
     system.users.register_many(2).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// I1 I5 I7 I8: Each service is killed in turn. The others keep working. After its restart it
@@ -92,7 +91,7 @@ async fn a_killed_service_stops_no_other_and_catches_up() {
     }
     users.extend(system.users.register_many(1).await);
     assert_effects_once(&system, &users).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// Waits until the services that run have the effects of these registrations.
@@ -144,7 +143,7 @@ async fn consumers_frozen_inside_a_transaction_are_replaced_and_do_nothing_twice
     }
     system.processes.until_ready(&[EMAIL, ANALYTICS]).await;
     eventually_eq("the funnel after the first processes resumed", (10, 10), async || system.users.funnel().await).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     let one_each: BTreeMap<String, usize> = addresses.into_iter().map(|address| (address, 1)).collect();
     assert_eq!(mails_per_address(&system), one_each);
 }

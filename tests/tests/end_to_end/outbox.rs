@@ -4,7 +4,6 @@ use std::ops::RangeInclusive;
 
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
-use tests::load::Answered;
 use tests::services::USER_EVENTS;
 use tests::stores::count;
 use tests::{System, eventually, eventually_eq};
@@ -43,7 +42,7 @@ async fn the_relay_publishes_rows_that_commit_after_higher_ids() {
     first.commit().await.unwrap();
     let mut third = db.acquire().await.unwrap();
     insert_event(&mut third, USER_EVENTS, late, 3).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 5, "facts of both keys");
 }
 
@@ -62,7 +61,7 @@ async fn the_relay_splits_a_backlog_of_large_rows_into_rounds() {
     system.stores.until_outbox_empty(USER).await;
     let rounds = system.processes.metric(USER, "relay_rounds_total", &["outcome=\"published\""]).await.unwrap();
     assert!(rounds >= 7.0, "only {rounds} rounds for 32 MB");
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T10, I4: Kafka refuses a row permanently. Later rows of the same key wait, a metric and the log
@@ -125,7 +124,7 @@ async fn rows_that_postgres_does_not_delete_are_published_once() {
     eventually("the relay has failed four times", async || failed().await.filter(|rounds| *rounds >= 4.0)).await;
     sqlx::raw_sql("drop trigger keep_rows on outbox").execute(&db).await.unwrap();
     system.users.register().await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 2, "facts of two registrations");
 }
 
@@ -161,7 +160,7 @@ async fn a_busy_key_stays_in_order_and_does_not_delay_others() {
     }
     let rows = count(&db, "select count(*) from outbox").await;
     assert!(rows <= 2_000, "{rows} rows: only the rows after the last other key may be left");
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 10_003);
 }
 
@@ -194,5 +193,5 @@ async fn an_open_snapshot_shows_in_a_metric_and_stops_no_event() {
     snapshot.rollback().await.unwrap();
     vacuum().await;
     eventually("outbox_dead_rows falls", async || (dead_rows().await < ROWS / 10).then_some(())).await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }

@@ -9,7 +9,6 @@ use reqwest::{Client, StatusCode};
 use serde_json::json;
 use tests::http::{Answer, send, send_with_retries};
 use tests::judge::Judge;
-use tests::load::Answered;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::address;
 use tests::{System, eventually, eventually_eq, within};
@@ -28,7 +27,7 @@ async fn idempotency_keys(system: &System) -> i64 {
 
 /// Checks that there is one user with one fact and one state, and nothing else.
 async fn assert_one_registration(system: &mut System, judge: &Judge) {
-    judge.check(system, &Answered::default()).await;
+    judge.check(system).await;
     assert_eq!(users(system).await, 1, "users");
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 1, "facts");
     assert_eq!(system.kafka.read(USER_STATE).len(), 1, "states");
@@ -196,7 +195,7 @@ async fn concurrent_changes_of_one_user_get_one_version_each() {
     let mut versions = join_all((0..CONCURRENT_RENAMES).map(rename)).await;
     versions.sort_unstable();
     assert_eq!(versions, (2..).take(CONCURRENT_RENAMES).collect::<Vec<_>>());
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T39: an answer is kept for a day by the clock of the database. Then its key is free, and the
@@ -252,6 +251,6 @@ async fn of_two_changes_of_the_same_version_one_succeeds_and_the_other_gets_412(
         assert_eq!(now.body["display_name"], names[winner]);
     }
     // A refused change writes no event.
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     eventually_eq("facts: one per version", 11, async || system.kafka.read(USER_EVENTS).len()).await;
 }

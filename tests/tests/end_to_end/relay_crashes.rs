@@ -24,7 +24,7 @@ async fn a_relay_killed_at_any_point_loses_reorders_and_duplicates_nothing() {
     load.until_accepted(10).await;
     let answered = load.end().await;
     assert!(answered.refused().is_empty(), "{:?}", answered.refused());
-    let history = judge.check(&mut system, &answered).await;
+    let history = judge.check_with(&mut system, &answered).await;
     assert!(copies(&history.facts) > 0, "a crash between commit and delete must publish rows twice");
     let duplicates = system.processes.metric(ANALYTICS, "events_consumed_total", &["outcome=\"duplicate\""]).await;
     assert!(duplicates.is_some_and(|count| count > 0.0), "analytics must receive the copies: {duplicates:?}");

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 use tests::http::{send, send_with_retries};
-use tests::load::Answered;
-use tests::processes::Instance;
+use tests::processes::ServiceProcess;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::Users;
 use tests::{System, eventually};
@@ -28,7 +27,7 @@ const LEADER_ROUNDS: f64 = 5.0;
 async fn one_of_several_relays_leads_and_another_takes_over_when_it_dies() {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
-    let mut copies: Vec<Instance> = (0..3).map(|_| system.processes.spawn_another(USER)).collect();
+    let mut copies: Vec<ServiceProcess> = (0..3).map(|_| system.processes.spawn_another(USER)).collect();
     for copy in &mut copies {
         copy.until_ready().await;
     }
@@ -43,12 +42,12 @@ async fn one_of_several_relays_leads_and_another_takes_over_when_it_dies() {
     }
     only_leader(&copies).await;
     writers.end().await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     assert!(system.stores.outbox_record(USER).await.len() > 20, "the writers must write more than 20 events");
 }
 
 /// Waits until one relay publishes, and returns its index. Panics if another one has published.
-async fn only_leader(copies: &[Instance]) -> usize {
+async fn only_leader(copies: &[ServiceProcess]) -> usize {
     let before = published_rounds(copies).await;
     let leader = eventually("a relay publishes", async || {
         let now = published_rounds(copies).await;
@@ -63,7 +62,7 @@ async fn only_leader(copies: &[Instance]) -> usize {
 }
 
 /// How many rounds the relay of each process has published.
-async fn published_rounds(copies: &[Instance]) -> Vec<f64> {
+async fn published_rounds(copies: &[ServiceProcess]) -> Vec<f64> {
     let mut rounds = vec![];
     for copy in copies {
         let published = copy.admin().metric("relay_rounds_total", &["outcome=\"published\""]).await;
@@ -79,7 +78,7 @@ struct Writers {
 }
 
 impl Writers {
-    fn start(system: &System, copies: &[Instance], users: &[Uuid]) -> Self {
+    fn start(system: &System, copies: &[ServiceProcess], users: &[Uuid]) -> Self {
         let clients: Vec<Users> = copies.iter().map(|copy| system.users.at(copy)).collect();
         let mut writers = Self { tasks: JoinSet::new(), stop: Arc::default() };
         for &id in users {
@@ -130,7 +129,7 @@ async fn a_leader_frozen_at(point: &str) {
     system.processes.thaw(USER);
     assert_eq!(renaming.await.unwrap().unwrap().version(), 2);
     system.processes.until_logged(USER, "relay lost its term").await;
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
     let facts = system.kafka.read_key(USER_EVENTS, id).len();
     assert_eq!(facts, 4, "facts: the thawed leader must not publish its round");
 
@@ -144,7 +143,7 @@ async fn a_leader_frozen_at(point: &str) {
     for record in compacted {
         assert_eq!((record.version(), record.value), (4, None), "I4: compaction must keep the tombstone");
     }
-    judge.check(&mut system, &Answered::default()).await;
+    judge.check(&mut system).await;
 }
 
 /// T09, I3, I4: records that were in the producer's queue at the freeze are not sent after it.

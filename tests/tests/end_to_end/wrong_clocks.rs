@@ -38,12 +38,12 @@ async fn wrong_and_jumping_clocks_break_no_invariant() {
     let load = system.load(4);
     load.until_accepted(12).await;
     for (clock, hours) in clocks.iter().zip([-2, 2, -2, 2]) {
-        clock.leap_to(hours * HOUR);
+        clock.jump_to(hours * HOUR);
     }
     load.until_accepted(12).await;
     let answered = load.end().await;
     assert!(answered.refused().is_empty(), "{:?}", answered.refused());
-    judge.check(&mut system, &answered).await;
+    judge.check_with(&mut system, &answered).await;
     let errors = clock_errors_of_facts(&system);
     assert!(errors.iter().any(|hours| *hours >= 1), "no fact from a fast clock: {errors:?}");
     assert!(errors.iter().any(|hours| *hours <= -1), "no fact from a slow clock: {errors:?}");
@@ -72,7 +72,7 @@ async fn a_jumping_clock_ends_no_lease_and_expires_no_stored_answer() {
     assert_eq!(first.status, StatusCode::CREATED);
     system.stores.until_delivery_states(first.id(), "pending sending").await;
     for clock in [&email_clock, &user_clock] {
-        clock.leap_to(48 * HOUR);
+        clock.jump_to(48 * HOUR);
     }
     let retry = system.users.post(&email, Some("a key")).await.unwrap();
     assert_eq!(retry, first, "the retry must get the stored answer");
