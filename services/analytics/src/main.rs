@@ -60,7 +60,9 @@ async fn main() -> anyhow::Result<()> {
             list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
-        Command::Rebuild(options) => rebuild::run(config, options).await,
+        Command::Rebuild(options) => {
+            rebuild::run(&config.service.kafka, &config.analytics_database_url, &MIGRATIONS, &options).await
+        }
     }
 }
 

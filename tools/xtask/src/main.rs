@@ -7,6 +7,7 @@
 )]
 
 mod commands;
+mod signals;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -16,7 +17,8 @@ use clap::{Parser, Subcommand};
 use nix::sys::stat::{Mode, umask};
 use testbed::process;
 use testbed::say::say;
-use tokio::signal::unix::{SignalKind, signal};
+
+use signals::termination_signal;
 
 /// Runs, tests and checks Waybill on this machine, without Docker.
 ///
@@ -122,18 +124,5 @@ async fn unless_terminated(work: impl Future<Output = Result<ExitCode>>) -> Resu
     tokio::select! {
         outcome = work => outcome,
         () = termination_signal() => bail!("stopped by a signal"),
-    }
-}
-
-/// Waits for SIGINT (Ctrl-C), SIGTERM, or SIGHUP (the terminal was closed).
-async fn termination_signal() {
-    let install = |kind| signal(kind).expect("a signal handler can be installed");
-    let mut interrupt = install(SignalKind::interrupt());
-    let mut terminate = install(SignalKind::terminate());
-    let mut hangup = install(SignalKind::hangup());
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-        _ = hangup.recv() => {}
     }
 }

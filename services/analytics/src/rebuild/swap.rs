@@ -8,7 +8,8 @@ use anyhow::{Context, bail, ensure};
 use shared::fault;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
-use super::{Rebuild, Replays, execute, print_line};
+use super::options::{Rebuild, print_line};
+use super::replays::Replays;
 
 /// How many rows of each kind of difference are printed.
 const SHOWN: i64 = 5;
@@ -153,4 +154,9 @@ async fn surplus(tx: &mut PgConnection, one: &str, other: &str) -> sqlx::Result<
         rows: rows.first().map_or(0, |(count, _)| *count),
         shown: rows.into_iter().map(|(_, row)| row).collect(),
     })
+}
+
+/// Runs a statement with names in it, which cannot be parameters. All names are our own or quoted by Postgres.
+pub async fn execute(db: &mut PgConnection, statement: String) -> sqlx::Result<()> {
+    sqlx::raw_sql(AssertSqlSafe(statement)).execute(db).await.map(drop)
 }

@@ -10,7 +10,7 @@ use axum::extract::State;
 use axum::routing::get;
 use axum::{Json, Router};
 
-use super::{Behaviour, Mail, Shared};
+use super::state::{Behaviour, Mail, Shared};
 
 pub(super) fn router(shared: Arc<Shared>) -> Router {
     Router::new()

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream};
 use tokio::net::TcpStream;
 
-use super::{Fault, Outcome, Shared, Stage};
+use super::state::{Fault, Outcome, Shared, Stage};
 
 /// Bytes of a mail above which the sink closes the connection, so that it does not run out of
 /// memory.

@@ -14,7 +14,7 @@ use testbed::services::{self, Instance, SERVICES, USER};
 use testbed::stack::Ports;
 use testbed::system::{System, start_stack};
 
-use crate::termination_signal;
+use crate::signals::termination_signal;
 
 pub async fn run(fresh: bool, three_brokers: bool) -> Result<ExitCode> {
     let logs = Logs::to_files_and_terminal("up")?;

@@ -1,0 +1,83 @@
+//! The replays of the rebuild: both topics, from their beginning to the point where the live model can be swapped.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use shared::messaging::{Inbox, KafkaConfig, Replay};
+use sqlx::{PgConnection, PgPool};
+
+use super::options::{Rebuild, print_line};
+use crate::projections::{Mailed, Registered};
+
+/// How many offsets may remain to be read while the live model is locked. They take some tenths of a second.
+const REMAINDER: i64 = 5_000;
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The replays of both topics into the rebuilt model.
+pub struct Replays {
+    users: Replay<Registered>,
+    emails: Replay<Mailed>,
+}
+
+impl Replays {
+    /// `rebuilt` is a pool on the tables to fill, which are empty.
+    pub fn new(kafka: &KafkaConfig, rebuilt: PgPool) -> anyhow::Result<Self> {
+        Ok(Self {
+            users: Replay::new(kafka, Inbox::new(rebuilt.clone(), Registered))?,
+            emails: Replay::new(kafka, Inbox::new(rebuilt, Mailed))?,
+        })
+    }
+
+    /// Checks that Kafka still has the whole history: a rebuild cannot fold deleted events.
+    pub fn require_history(&self, options: &Rebuild) -> anyhow::Result<()> {
+        let topics = [(self.users.topic(), self.users.truncated()), (self.emails.topic(), self.emails.truncated())];
+        for (topic, truncated) in topics {
+            if truncated == 0 {
+                continue;
+            }
+            ensure!(
+                options.accept_lost_history,
+                "Kafka has deleted the first {truncated} offsets of {topic}: a rebuild would lose their effects. Find out what \
+                 deleted them (facts have retention.ms=-1). --accept-lost-history rebuilds from the remaining events"
+            );
+            print_line(&format!(
+                "warning: Kafka has deleted {truncated} offsets of {topic}; the rebuilt model lacks their effects"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Afterwards the rebuilt model has applied everything up to a fixed point, the live model has passed that point, and few
+    /// events came later. If the live model lacks an event before the point, it skipped the event: the event is a dead
+    /// letter, or the release did not know its type. The rebuilt model contains those that its projections accept.
+    pub async fn catch_up(&mut self, live: &mut PgConnection, wait: Duration) -> anyhow::Result<()> {
+        loop {
+            self.users.advance(live).await?;
+            self.emails.advance(live).await?;
+            let deadline = Instant::now() + wait;
+            loop {
+                let lag = self.users.live_lag()? + self.emails.live_lag()?;
+                if lag == 0 {
+                    break;
+                }
+                ensure!(
+                    Instant::now() < deadline,
+                    "the live model has {lag} offsets left to read to reach the rebuilt one, and did not within {wait:?}: is the \
+                     service running? Let it catch up and run this again, or allow more time with --wait-seconds"
+                );
+                tokio::time::sleep(POLL_INTERVAL).await;
+                // Keeps the session from its idle time-out, which would release the lock, and notices a lost session.
+                sqlx::query("select 1").execute(&mut *live).await.context("the live database does not answer")?;
+            }
+            if self.users.remaining()? + self.emails.remaining()? <= REMAINDER {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Applies the events that the live model has applied since the last catch-up.
+    pub async fn complete(&self, live: &mut PgConnection) -> anyhow::Result<()> {
+        self.users.complete(live).await?;
+        self.emails.complete(live).await
+    }
+}
