@@ -10,7 +10,7 @@ use uuid::Uuid;
 /// of order. Some events are published twice, at new offsets, and each takes effect once. Each
 /// point is reached twice, in a full run eight times.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_killed_at_any_point_loses_reorders_and_duplicates_nothing() {
+async fn a_relay_killed_at_any_point_loses_and_reorders_nothing_and_duplicates_no_effect() {
     let mut system = System::start().await;
     let judge = system.judge().await;
     let load = system.load(2);
