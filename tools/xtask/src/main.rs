@@ -60,6 +60,7 @@ enum Command {
     },
     /// Put the system under load, inject random faults, and report violated guarantees.
     Soak {
+        /// How long to run.
         #[arg(long, default_value_t = 30)]
         minutes: u64,
         /// Determines the faults and the requests of the clients.
