@@ -9,6 +9,9 @@ create table outbox (
     aggregatetype text not null,
     -- The record's key.
     aggregateid uuid not null,
+    -- Kafka's hash of the key, from which the partition follows. The relay leaves out the rows of an unavailable partition by
+    -- it.
+    key_hash int not null check (key_hash >= 0),
     -- The aggregate's version after the event.
     version bigint not null,
     type text not null,
@@ -25,3 +28,6 @@ create table outbox (
     autovacuum_vacuum_threshold = 1000,
     autovacuum_vacuum_cost_delay = 0
 );
+
+-- The relay reads each topic by itself, so that the rows of an unavailable topic cost nothing.
+create index outbox_topic on outbox (topic, id);

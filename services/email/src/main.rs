@@ -21,7 +21,7 @@ use metrics::DeliveryMetrics;
 use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
-use shared::messaging::{Handler, Redrive, list_dead_letters, redrive};
+use shared::messaging::{Handler, Redrive, RelayConfig, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
@@ -74,6 +74,8 @@ struct Config {
     #[arg(long, env, default_value_t = 72)]
     max_age_hours: u32,
     #[command(flatten)]
+    relay: RelayConfig,
+    #[command(flatten)]
     service: ServiceConfig,
 }
 
@@ -97,7 +99,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("email", &config.service).await?;
     let db = service.database(config.email_database_url.expose_secret(), &MIGRATIONS).await?;
     service.own_topics(&[Topic::EMAIL_EVENTS]);
-    let wake = service.relay(&db);
+    let wake = service.relay(&db, &config.relay);
     service.consume(Welcome { db: db.clone() });
     service.consume(Recipients { db: db.clone() });
     let metrics = DeliveryMetrics::register(&service.metrics());

@@ -15,6 +15,7 @@ use clap::{Parser, Subcommand};
 use republish::Republish;
 use secrecy::{ExposeSecret, SecretString};
 use shared::events::Topic;
+use shared::messaging::RelayConfig;
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::service::{self, Service, ServiceConfig};
@@ -57,6 +58,8 @@ struct Config {
     #[arg(long, env, default_value_t = 86_400_000, value_parser = clap::value_parser!(u64).range(1..))]
     heartbeat_interval_ms: u64,
     #[command(flatten)]
+    relay: RelayConfig,
+    #[command(flatten)]
     service: ServiceConfig,
 }
 
@@ -78,7 +81,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("user", &config.service).await?;
     let db = service.database(config.user_database_url.expose_secret(), &MIGRATIONS).await?;
     service.own_topics(&[Topic::USER_EVENTS, Topic::USER_STATE]);
-    let wake = service.relay(&db);
+    let wake = service.relay(&db, &config.relay);
     service.spawn("idempotency expiry", idempotency::expire(db.clone()));
     let interval = Duration::from_millis(config.heartbeat_interval_ms);
     service.spawn("heartbeat", heartbeat::run(db.clone(), wake.clone(), interval));

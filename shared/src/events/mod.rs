@@ -8,7 +8,7 @@ mod user;
 
 pub use email::{Delivery, EmailEvent, Undelivered};
 pub use envelope::{Envelope, mint_id, now};
-pub use topics::{Kind, Topic};
+pub use topics::{Kind, Topic, key_hash};
 pub use user::{Profile, UserEvent, UserRef, UserState};
 
 use serde::{Serialize, de::DeserializeOwned};

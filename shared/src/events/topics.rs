@@ -36,6 +36,14 @@ impl Topic {
     /// What happened to mails.
     pub const EMAIL_EVENTS: Self = Self::facts("email.events.v1", "delivery");
 
+    /// Every topic.
+    pub const ALL: [Self; 3] = [Self::USER_EVENTS, Self::USER_STATE, Self::EMAIL_EVENTS];
+
+    /// The declared topic of this logical name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|topic| topic.name == name)
+    }
+
     const fn facts(name: &'static str, aggregate: &'static str) -> Self {
         Self { name, aggregate, partitions: 6, kind: Kind::Facts }
     }
@@ -59,10 +67,14 @@ impl Topic {
     /// The partition that holds a key's records. The result is the same as librdkafka's `murmur2_random` and every Java
     /// client compute from the key's text.
     pub fn partition_of(&self, key: Uuid) -> i32 {
-        let partitions = u32::try_from(self.partitions).expect("a topic has a positive number of partitions");
-        let positive = murmur2(key.to_string().as_bytes()) & 0x7fff_ffff;
-        i32::try_from(positive % partitions).expect("less than the number of partitions")
+        key_hash(key) % self.partitions
     }
+}
+
+/// The hash by which Kafka chooses a key's partition: the partition is its remainder by the number of partitions. It is not
+/// negative.
+pub fn key_hash(key: Uuid) -> i32 {
+    (murmur2(key.to_string().as_bytes()) & 0x7fff_ffff).cast_signed()
 }
 
 const BROKER_TIME: (&str, &str) = ("message.timestamp.type", "LogAppendTime");

@@ -23,7 +23,7 @@ const BODY_LIMIT: usize = 16 * 1024;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Adds to a service's routes what every public route gets.
-pub(crate) fn layered(routes: Router, metrics: Metrics) -> Router {
+pub(crate) fn layered(routes: Router, metrics: Metrics, trust_trace_context: bool) -> Router {
     routes
         .fallback(async || problem(StatusCode::NOT_FOUND, "no such resource"))
         .method_not_allowed_fallback(async || {
@@ -31,7 +31,7 @@ pub(crate) fn layered(routes: Router, metrics: Metrics) -> Router {
         })
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(CatchPanicLayer::custom(|_| internal_error().into_response()))
-        .layer(middleware::from_fn_with_state(metrics, observed))
+        .layer(middleware::from_fn_with_state(Observer { metrics, trust_trace_context }, observed))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
 }
@@ -101,7 +101,7 @@ impl IntoProblem for QueryRejection {
 
 /// The span, the metric and the time limit of a request. A request that exceeds the limit may have taken effect, as after
 /// any lost answer. With an `Idempotency-Key` it is safe to retry.
-async fn observed(State(metrics): State<Metrics>, request: Request, next: Next) -> Response {
+async fn observed(State(observer): State<Observer>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("none", MatchedPath::as_str).to_owned(); // never the path, which contains what users type
@@ -116,7 +116,14 @@ async fn observed(State(metrics): State<Metrics>, request: Request, next: Next) 
         http.response.status_code = Empty,
         trace.id = Empty,
     );
-    telemetry::continue_from(&span, &trace_context(request.headers()));
+    let caller = trace_context(request.headers());
+    if observer.trust_trace_context {
+        telemetry::continue_from(&span, &caller);
+    } else {
+        // Text that a stranger chose must not reach the outbox, where it would be kept with the event.
+        telemetry::continue_from(&span, &TraceContext::default());
+        telemetry::link(&span, &TraceContext { tracestate: None, ..caller });
+    }
     let response = timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await.unwrap_or_else(|_| {
         problem(StatusCode::SERVICE_UNAVAILABLE, "the request took too long; retry it").into_response()
     });
@@ -124,8 +131,16 @@ async fn observed(State(metrics): State<Metrics>, request: Request, next: Next) 
     span.record("http.response.status_code", status);
     span.in_scope(|| tracing::debug!("request answered"));
     let labels = RequestLabels { method, route, status };
-    metrics.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
+    observer.metrics.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
     response
+}
+
+/// What [`observed`] needs.
+#[derive(Clone)]
+struct Observer {
+    metrics: Metrics,
+    /// The setting TRUST_TRACE_CONTEXT.
+    trust_trace_context: bool,
 }
 
 fn trace_context(headers: &HeaderMap) -> TraceContext {

@@ -47,6 +47,11 @@ pub struct RoundLabels {
     pub outcome: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct TopicLabels {
+    pub topic: String,
+}
+
 pub type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
 /// The metrics of the messaging layer and the HTTP layer. Clones share one registry.
@@ -63,7 +68,11 @@ pub struct Metrics {
     pub outbox_rows: Gauge,
     pub outbox_oldest_age: Gauge,
     pub outbox_dead_rows: Gauge,
+    pub outbox_blocked_topics: Gauge,
+    pub outbox_blocked_partitions: Gauge,
     pub outbox_blocked_keys: Gauge,
+    pub relay_leader: Gauge,
+    pub topic_partitions_changed: Family<TopicLabels, Gauge>,
     pub relay_rounds: Family<RoundLabels, Counter>,
 }
 
@@ -81,7 +90,11 @@ impl Default for Metrics {
             outbox_rows: Gauge::default(),
             outbox_oldest_age: Gauge::default(),
             outbox_dead_rows: Gauge::default(),
+            outbox_blocked_topics: Gauge::default(),
+            outbox_blocked_partitions: Gauge::default(),
             outbox_blocked_keys: Gauge::default(),
+            relay_leader: Gauge::default(),
+            topic_partitions_changed: Family::default(),
             relay_rounds: Family::default(),
         };
         metrics.register("http_request_duration_seconds", "Time to answer a request", &metrics.http_requests);
@@ -107,28 +120,64 @@ impl Default for Metrics {
             &metrics.consumer_breaker_open,
         );
         metrics.register("dead_letters_open", "Dead letters that are not settled yet", &metrics.dead_letters_open);
-        metrics.register("outbox_rows", "Outbox rows that are not published yet", &metrics.outbox_rows);
-        metrics.register(
-            "outbox_oldest_age_seconds",
-            "Age of the oldest outbox row that is not published yet",
-            &metrics.outbox_oldest_age,
-        );
-        metrics.register(
-            "outbox_dead_rows",
-            "Deleted outbox rows that Postgres has not vacuumed yet",
-            &metrics.outbox_dead_rows,
-        );
-        metrics.register(
-            "outbox_blocked_keys",
-            "Keys whose rows wait because Kafka rejected one of them",
-            &metrics.outbox_blocked_keys,
-        );
-        metrics.register("relay_rounds", "Rounds of the outbox relay, by outcome", &metrics.relay_rounds);
+        metrics.register_outbox();
         metrics
     }
 }
 
 impl Metrics {
+    /// The metrics of a service that has an outbox.
+    fn register_outbox(&self) {
+        self.register("outbox_rows", "Outbox rows that are not published yet", &self.outbox_rows);
+        self.register(
+            "outbox_oldest_age_seconds",
+            "Age of the oldest outbox row that is not published yet",
+            &self.outbox_oldest_age,
+        );
+        self.register(
+            "outbox_dead_rows",
+            "Deleted outbox rows that Postgres has not vacuumed yet",
+            &self.outbox_dead_rows,
+        );
+        self.register(
+            "outbox_blocked_keys",
+            "Keys whose rows wait because Kafka rejected one of them",
+            &self.outbox_blocked_keys,
+        );
+        self.register(
+            "outbox_blocked_topics",
+            "Topics whose rows wait because Kafka does not accept them",
+            &self.outbox_blocked_topics,
+        );
+        self.register(
+            "outbox_blocked_partitions",
+            "Partitions whose rows wait because they have no leader or too few in-sync replicas",
+            &self.outbox_blocked_partitions,
+        );
+        self.register("relay_leader", "1 if this process publishes the outbox", &self.relay_leader);
+        self.register(
+            "topic_partitions_changed",
+            "1 if the number of partitions of a state topic differs from its declaration",
+            &self.topic_partitions_changed,
+        );
+        self.register("relay_rounds", "Rounds of the outbox relay, by outcome", &self.relay_rounds);
+    }
+
+    /// Sets the metrics of the outbox to 0, because another process reports them.
+    pub(crate) fn reset_outbox(&self) {
+        let gauges = [
+            &self.outbox_rows,
+            &self.outbox_oldest_age,
+            &self.outbox_dead_rows,
+            &self.outbox_blocked_topics,
+            &self.outbox_blocked_partitions,
+            &self.outbox_blocked_keys,
+        ];
+        for gauge in gauges {
+            gauge.set(0);
+        }
+    }
+
     /// Registers a metric of a service.
     pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: &M) {
         self.registry.lock().expect("no thread panics while it holds the lock").register(name, help, metric.clone());

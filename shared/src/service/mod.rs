@@ -14,6 +14,7 @@ use axum::Router;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
+use sqlx::postgres::PgConnectOptions;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -22,7 +23,7 @@ use tokio::time::{Duration, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
-use crate::messaging::{self, Consumer, ConsumerSetup, Handler, Relay, Wake};
+use crate::messaging::{self, Consumer, ConsumerSetup, Handler, Relay, RelayConfig, Wake};
 use crate::platform::health::{self, Health};
 use crate::platform::metrics::Metrics;
 use crate::platform::{database, http, telemetry};
@@ -98,18 +99,21 @@ impl Service {
     }
 
     /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to the outbox.
-    pub fn relay(&mut self, db: &PgPool) -> Wake {
+    pub fn relay(&mut self, db: &PgPool, config: &RelayConfig) -> Wake {
         let wake = Wake::default();
+        let database: PgConnectOptions = (*db.connect_options()).clone();
         let relay = Relay {
             source: format!("/{}", self.name),
+            config: config.clone(),
             kafka: self.config.kafka.clone(),
-            database: (*db.connect_options()).clone(),
+            database: database.clone(),
             wake: wake.clone(),
             metrics: self.metrics.clone(),
             stop: self.stop.clone(),
         };
         self.thread("relay".to_owned(), move || relay.run());
-        self.spawn("outbox size", messaging::outbox::measure(db.clone(), self.metrics.clone()));
+        let listening = messaging::listen_for_wake(database, config.outbox_name.clone(), wake.clone());
+        self.spawn("outbox notifications", listening);
         wake
     }
 
@@ -144,7 +148,7 @@ impl Service {
     /// # Errors
     /// The port is in use.
     pub async fn http(&mut self, addr: SocketAddr, routes: Router) -> anyhow::Result<()> {
-        let routes = http::layered(routes, self.metrics.clone());
+        let routes = http::layered(routes, self.metrics.clone(), self.config.telemetry.trust_trace_context);
         self.listen("HTTP_ADDR", addr, routes).await
     }
 

@@ -29,6 +29,18 @@ impl Kafka {
         .await
     }
 
+    /// Waits until no broker leads the partition.
+    pub async fn until_no_leader(&self, topic: &str, partition: i32) {
+        let name = self.prefixed(topic);
+        eventually(&format!("{topic} {partition} has no leader"), async || {
+            let metadata = self.metadata()?;
+            let topic = metadata.topics().iter().find(|known| known.name() == name)?;
+            let leader = topic.partitions().iter().find(|known| known.id() == partition)?.leader();
+            (leader < 0).then_some(())
+        })
+        .await;
+    }
+
     /// Waits until every replica of every partition is in sync, including Kafka's own topics.
     pub async fn until_in_sync(&self) {
         eventually_eq("partitions with a replica that is not in sync", Some(vec![]), async || {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
@@ -73,6 +73,10 @@ impl Kafka {
                 match consumer.poll(TIMEOUT) {
                     Some(Ok(message)) => records.push(record(&message)),
                     Some(Err(KafkaError::PartitionEOF(_))) => break,
+                    // One of several brokers is down. The client asks the others.
+                    Some(Err(KafkaError::MessageConsumption(
+                        RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve,
+                    ))) => {}
                     other => panic!("cannot read {name}: {other:?}"),
                 }
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use rdkafka::admin::{
-    AdminClient, AdminOptions, AlterConfig, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication,
+    AdminClient, AdminOptions, AlterConfig, ConfigSource, NewPartitions, NewTopic, ResourceSpecifier, TopicReplication,
 };
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;
@@ -53,6 +53,13 @@ impl Kafka {
         let settings = own.map(|entry| (entry.name, entry.value.unwrap_or_default())).collect();
         let metadata = admin.inner().fetch_metadata(Some(&name), DEADLINE).unwrap();
         (settings, metadata.topics()[0].partitions()[0].replicas().len())
+    }
+
+    /// Changes a topic's number of partitions.
+    pub async fn set_partitions(&self, topic: &str, partitions: usize) {
+        let name = self.prefixed(topic);
+        let new = [NewPartitions::new(&name, partitions)];
+        self.admin().create_partitions(&new, &AdminOptions::new()).await.unwrap().remove(0).unwrap();
     }
 
     /// Sets a topic's settings. The settings that are not named return to Kafka's defaults.

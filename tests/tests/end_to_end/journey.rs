@@ -227,7 +227,12 @@ struct HeldLock(PgConnection);
 impl HeldLock {
     /// The lock that the leading relay of a service holds.
     async fn of_relay(system: &System, service: Service) -> Self {
-        Self::take(system, service, "select pg_advisory_lock(x'6f7574626f78'::bigint)").await
+        Self::take(
+            system,
+            service,
+            "select pg_advisory_lock(('x' || substr(md5(current_schema() || '/'), 1, 16))::bit(64)::bigint)",
+        )
+        .await
     }
 
     async fn of_table(system: &System, service: Service, table: &str) -> Self {

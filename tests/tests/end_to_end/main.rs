@@ -24,6 +24,7 @@ mod outcome_counters;
 mod readme;
 mod rebalancing;
 mod registration;
+mod relay_blocks;
 mod relay_crashes;
 mod relay_leadership;
 mod republishing;

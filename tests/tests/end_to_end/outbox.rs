@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 
 use serde_json::json;
+use shared::events::key_hash;
 use sqlx::{PgConnection, PgPool};
 use tests::services::USER_EVENTS;
 use tests::stores::count;
@@ -11,11 +12,13 @@ use topology::USER;
 use uuid::Uuid;
 
 /// Inserts an event into the outbox, as a command does.
-async fn insert_event(db: &mut PgConnection, topic: &str, key: Uuid, version: i64) {
-    let insert = "insert into outbox (event_id, topic, aggregatetype, aggregateid, version, type, payload, occurred_at)
-                  values ($1, $2, 'user', $3, $4, 'user.profile_changed', $5, now())";
+pub async fn insert_event(db: &mut PgConnection, topic: &str, key: Uuid, version: i64) {
+    let insert = "insert into outbox
+                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+                  values ($1, $2, 'user', $3, $4, $5, 'user.profile_changed', $6, now())";
     let payload = json!({ "user_id": key }).to_string().into_bytes();
-    let row = sqlx::query(insert).bind(Uuid::now_v7()).bind(topic).bind(key).bind(version).bind(payload);
+    let row =
+        sqlx::query(insert).bind(Uuid::now_v7()).bind(topic).bind(key).bind(key_hash(key)).bind(version).bind(payload);
     row.execute(db).await.unwrap();
 }
 
@@ -53,57 +56,17 @@ async fn the_relay_splits_a_backlog_of_large_rows_into_rounds() {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;
     let db = system.stores.database(USER).await;
-    let insert = "insert into outbox (event_id, topic, aggregatetype, aggregateid, version, type, payload, occurred_at)
-                  select gen_random_uuid(), 'user.events.v1', 'user', $1, n, 'user.profile_changed',
+    let insert = "insert into outbox
+                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+                  select gen_random_uuid(), 'user.events.v1', 'user', $1, $2, n, 'user.profile_changed',
                       case when n % 10 > 0 then convert_to(rpad('', 900000, 'x'), 'utf8') else '{}' end, now()
                   from generate_series(1, 40) n";
-    sqlx::query(insert).bind(Uuid::now_v7()).execute(&db).await.unwrap();
+    let key = Uuid::now_v7();
+    sqlx::query(insert).bind(key).bind(key_hash(key)).execute(&db).await.unwrap();
     system.stores.until_outbox_empty(USER).await;
     let rounds = system.processes.metric(USER, "relay_rounds_total", &["outcome=\"published\""]).await.unwrap();
     assert!(rounds >= 7.0, "only {rounds} rounds for 32 MB");
     judge.check(&mut system).await;
-}
-
-/// T10, I4: Kafka refuses a row permanently. Later rows of the same key wait, a metric and the log
-/// report it, and other keys are published.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_kafka_refuses_blocks_only_its_key() {
-    let system = System::start_only(&[USER]).await;
-    let db = system.stores.database(USER).await;
-    let blocked = Uuid::now_v7();
-    let other = Uuid::now_v7();
-    let mut tx = db.begin().await.unwrap();
-    insert_event(&mut tx, "no.such.topic", blocked, 1).await;
-    insert_event(&mut tx, USER_EVENTS, blocked, 2).await;
-    insert_event(&mut tx, USER_EVENTS, other, 1).await;
-    tx.commit().await.unwrap();
-
-    eventually_eq("facts of the other key", 1, async || system.kafka.read_key(USER_EVENTS, other).len()).await;
-    let registered = system.users.register().await;
-    eventually_eq("facts of a new user", 1, async || system.kafka.read_key(USER_EVENTS, registered).len()).await;
-    let blocked_keys = async || system.processes.metric(USER, "outbox_blocked_keys", &[]).await;
-    eventually_eq("the metric outbox_blocked_keys", Some(1.0), blocked_keys).await;
-    assert!(system.kafka.read_key(USER_EVENTS, blocked).is_empty(), "version 2 must not overtake version 1");
-    let rows = async || count(&db, "select count(*) from outbox").await;
-    eventually_eq("outbox rows of the blocked key", 2, rows).await;
-
-    let second = Uuid::now_v7();
-    let mut tx = db.begin().await.unwrap();
-    insert_event(&mut tx, "another.missing.topic", second, 1).await;
-    tx.commit().await.unwrap();
-    eventually_eq("the metric outbox_blocked_keys", Some(2.0), blocked_keys).await;
-    let refusals = system.processes.log(USER).matches("Kafka rejects outbox rows").count();
-    assert!(refusals <= 4, "{refusals} refusals: if the two keys are refused in turn, no other key is published");
-    let registered = system.users.register().await;
-    eventually_eq("facts of a new user", 1, async || system.kafka.read_key(USER_EVENTS, registered).len()).await;
-
-    // The relay tries blocked keys again after half a minute.
-    for topic in ["no.such.topic", "another.missing.topic"] {
-        system.kafka.create_topic(topic, 1, &[]).await;
-    }
-    eventually_eq("outbox rows", 0, rows).await;
-    eventually_eq("the metric outbox_blocked_keys", Some(0.0), blocked_keys).await;
-    assert_eq!(system.kafka.read_key(USER_EVENTS, blocked).len(), 1, "facts with version 2, after version 1");
 }
 
 /// Postgres refuses to delete outbox rows, as when maintenance has locked the table or the database
@@ -130,13 +93,13 @@ async fn rows_that_postgres_does_not_delete_are_published_once() {
 
 /// Inserts events of a key from one version to another at once, as many commands would.
 const INSERT_VERSIONS: &str = "
-    insert into outbox (event_id, topic, aggregatetype, aggregateid, version, type, payload, occurred_at)
-    select gen_random_uuid(), 'user.events.v1', 'user', $1, version, 'user.profile_changed',
+    insert into outbox (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+    select gen_random_uuid(), 'user.events.v1', 'user', $1, $4, version, 'user.profile_changed',
            convert_to(json_build_object('user_id', $1)::text, 'utf8'), now()
     from generate_series($2::bigint, $3) version order by version";
 
 async fn insert_versions(db: &PgPool, key: Uuid, versions: RangeInclusive<i64>) {
-    let insert = sqlx::query(INSERT_VERSIONS).bind(key).bind(versions.start()).bind(versions.end());
+    let insert = sqlx::query(INSERT_VERSIONS).bind(key).bind(versions.start()).bind(versions.end()).bind(key_hash(key));
     insert.execute(db).await.unwrap();
 }
 

@@ -110,7 +110,10 @@ async fn a_republish_waits_while_the_outbox_is_full() {
     let mut system = System::empty().await;
     let db = system.stores.database(USER).await;
     let mut leader = db.acquire().await.unwrap().detach();
-    sqlx::raw_sql("select pg_advisory_lock(x'6f7574626f78'::bigint)").execute(&mut leader).await.unwrap();
+    sqlx::raw_sql("select pg_advisory_lock(('x' || substr(md5(current_schema() || '/'), 1, 16))::bit(64)::bigint)")
+        .execute(&mut leader)
+        .await
+        .unwrap();
     system.processes.start(&[USER]).await;
     insert_users_without_events(&system, 3_000).await;
     let rows = async || count(&db, "select count(*) from outbox").await;

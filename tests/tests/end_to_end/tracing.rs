@@ -20,10 +20,11 @@ const CALLER: &str = "b7ad6b7169203331";
 
 /// All four services, ready. They send their spans to `otlp` ten times a second and log each record
 /// that they handle.
-async fn start_traced(otlp: &Otlp) -> System {
+async fn start_traced(otlp: &Otlp, trust_callers: bool) -> System {
     let mut system = System::empty().await;
     system.processes.set("OTEL_EXPORTER_OTLP_ENDPOINT", &otlp.url());
     system.processes.set("OTEL_BSP_SCHEDULE_DELAY", "100");
+    system.processes.set("TRUST_TRACE_CONTEXT", if trust_callers { "true" } else { "false" });
     system.processes.set("RUST_LOG", "warn,user=info,email=info,analytics=info,cache=info,shared=debug");
     system.processes.start_all().await;
     system
@@ -111,7 +112,7 @@ fn trace_of(record: &Record) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_registration_is_one_trace_across_the_four_services() {
     let otlp = Otlp::start().await;
-    let system = start_traced(&otlp).await;
+    let system = start_traced(&otlp, true).await;
     let email = address();
     let id = register(&system, &email, &format!("00-{TRACE}-{CALLER}-01")).await;
     let spans = async || spans_with_parents(&otlp.spans(), TRACE);
@@ -139,12 +140,33 @@ async fn one_registration_is_one_trace_across_the_four_services() {
     assert_logged(&system, CACHE, &[TRACE, state.header("ce_id").unwrap()]);
 }
 
+/// T44, I14: by default a request starts a new trace, which links to the caller's. The text of a
+/// stranger's `tracestate` is neither stored nor published.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_trace_of_an_untrusted_caller_is_linked_and_its_text_is_not_kept() {
+    let otlp = Otlp::start().await;
+    let system = start_traced(&otlp, false).await;
+    let id = register(&system, &address(), &format!("00-{TRACE}-{CALLER}-01")).await;
+    let fact = record_of(&system, USER_EVENTS, id);
+    let trace = trace_of(&fact);
+    assert_ne!(trace, TRACE, "the request must start its own trace");
+    let spans = async || spans_with_parents(&otlp.spans(), &trace);
+    eventually_eq("the spans of the new trace", spans_of_a_registration("no parent"), spans).await;
+    let request = otlp.spans().into_iter().find(|span| span.trace == trace && span.name == "request").unwrap();
+    assert!(request.links.contains(&(TRACE.to_owned(), CALLER.to_owned())), "{:?}", request.links);
+    for record in [fact, system.kafka.read(EMAIL_EVENTS).remove(0)] {
+        assert_eq!(record.header("tracestate"), None, "a stranger's text is in a fact");
+    }
+    let stored = "select count(*) from deliveries where tracestate is not null";
+    assert_eq!(system.stores.count(EMAIL, stored).await, 0, "a stranger's text is in the database");
+}
+
 /// T44: a request with a malformed context succeeds and starts a new trace, which reaches as far as
 /// any other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_malformed_traceparent_is_ignored() {
     let otlp = Otlp::start().await;
-    let system = start_traced(&otlp).await;
+    let system = start_traced(&otlp, true).await;
     let invalid_trace = format!("00-{}-{CALLER}-01", "0".repeat(32));
     let invalid_span = format!("00-{TRACE}-{}-01", "0".repeat(16));
     let truncated = format!("00-{TRACE}-{CALLER}");

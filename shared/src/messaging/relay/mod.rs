@@ -6,65 +6,78 @@
 //! fences those: each round is a transaction of one `transactional.id`, and the `init_transactions` of a new leader ends
 //! the transactions of its predecessor.
 //!
+//! A fault of a topic blocks that topic, a fault of a partition the keys of that partition, and a fault of a row that row and
+//! the later rows of its key. Everything else is published.
+//!
 //! The relay has its own thread, because librdkafka's transaction calls block.
 
+mod rows;
+mod blocks;
+mod cluster;
+mod election;
 mod transaction;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use clap::Args;
+use rdkafka::error::RDKafkaErrorCode;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, PgConnection};
-use tokio::runtime::Handle;
-use tokio::sync::Notify;
-use tokio::time::{Duration, sleep, timeout};
+use sqlx::{Connection, PgConnection};
+use tokio::runtime::Handle as Runtime;
+use tokio::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
-use uuid::Uuid;
 
 use super::kafka::KafkaConfig;
-use crate::events::Envelope;
+use crate::events::{Kind, Topic};
 use crate::fault;
 use crate::platform::database::bounded;
-use crate::platform::metrics::{Metrics, RoundLabels};
+use crate::platform::metrics::{Metrics, RoundLabels, TopicLabels};
 use crate::platform::telemetry::{self, TraceContext};
+use blocks::{Blocked, Blocks, Evidence, Probe, Scope, scope};
+use cluster::{Cluster, TopicState};
+use election::{Election, Names};
+use rows::Row;
+use transaction::{Outgoing, Rejection, RoundError, Transactions};
 
-use transaction::{Outgoing, Refused, Transactions};
+pub use election::Wake;
+pub(crate) use election::listen;
 
-/// Rows per round. With this many rows the cost of a transaction (about 3 ms) is negligible.
-const ROUND_ROWS: i64 = 500;
-/// Bytes per round, so that rows of the largest allowed size are read, sent and acknowledged within a round's time-outs.
-const ROUND_BYTES: i64 = 4 << 20;
-/// The longest time until the leader finds a row that another replica wrote.
-const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// Rows per round, at most. With a large backlog the cost of a transaction is negligible; a small backlog makes small
+/// rounds.
+const ROUND_ROWS: usize = 5_000;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a follower tries to take the lock.
-const ELECTION_INTERVAL: Duration = Duration::from_millis(500);
-/// The time after which blocked keys are tried again.
-const BLOCKED_FOR: Duration = Duration::from_secs(30);
-/// The leader polls continuously, so a session that is idle for this long belongs to a frozen process. Postgres closes it,
-/// which releases the lock.
-const SESSION_LIMITS: [(&str, &str); 3] =
-    [("idle_session_timeout", "15s"), ("statement_timeout", "5s"), ("idle_in_transaction_session_timeout", "10s")];
-/// The key of the advisory lock. Any number that is the same in every release; advisory locks are per database.
-const LEADER_LOCK: i64 = 0x6F75_7462_6F78; // "outbox"
+/// How often the leader measures the outbox.
+const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Notifies the relay of this process of new rows.
-#[derive(Clone, Default)]
-pub struct Wake(Arc<Notify>);
+/// Settings of a service that has an outbox.
+#[derive(Args, Clone, Debug)]
+pub struct RelayConfig {
+    /// How often the relay looks for rows without being notified, in milliseconds. It is notified of all rows unless a
+    /// notification is lost.
+    #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u64).range(10..=600_000))]
+    pub outbox_poll_ms: u64,
+    /// Distinguishes systems whose databases have the same name and that share a Kafka cluster and TOPIC_PREFIX. All replicas
+    /// of a service must have the same value.
+    #[arg(long, env, default_value = "", value_parser = outbox_name)]
+    pub outbox_name: String,
+}
 
-impl Wake {
-    /// Call it after the commit. If the notification is lost (a crash, or another replica leads), publishing is delayed by
-    /// one poll interval.
-    pub fn notify(&self) {
-        self.0.notify_one();
+fn outbox_name(text: &str) -> Result<String, &'static str> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    if text.len() <= 40 && text.chars().all(allowed) {
+        Ok(text.to_owned())
+    } else {
+        Err("at most 40 letters, digits, '-' and '.'")
     }
 }
 
 pub(crate) struct Relay {
     /// The envelope's `ce_source`.
     pub source: String,
+    pub config: RelayConfig,
     pub kafka: KafkaConfig,
     pub database: PgConnectOptions,
     pub wake: Wake,
@@ -72,39 +85,22 @@ pub(crate) struct Relay {
     pub stop: CancellationToken,
 }
 
-#[derive(sqlx::FromRow)]
-struct Row {
-    id: i64,
-    topic: String,
-    #[sqlx(flatten)]
-    envelope: EnvelopeRow,
-    payload: Option<Vec<u8>>,
-}
-
-#[derive(sqlx::FromRow)]
-struct EnvelopeRow {
-    event_id: Uuid,
-    aggregateid: Uuid,
-    version: i64,
-    r#type: String,
-    traceparent: Option<String>,
-    tracestate: Option<String>,
-    occurred_at: time::OffsetDateTime,
-}
-
-impl EnvelopeRow {
-    fn into_envelope(self, source: &str) -> Envelope {
-        Envelope {
-            id: self.event_id,
-            kind: self.r#type,
-            source: source.to_owned(),
-            key: self.aggregateid,
-            version: self.version,
-            time: self.occurred_at,
-            traceparent: self.traceparent,
-            tracestate: self.tracestate,
-        }
-    }
+/// One term as leader.
+struct Term<'a> {
+    relay: &'a Relay,
+    runtime: Runtime,
+    /// Holds the lock.
+    db: PgConnection,
+    names: Names,
+    transactions: Transactions,
+    cluster: Cluster,
+    blocks: Blocks,
+    reported: Blocked,
+    /// Rows per round. Halved while an unexplained rejection is narrowed down.
+    round_rows: usize,
+    measured_at: Instant,
+    /// State topics whose number of partitions differs from their declaration. Each is reported once.
+    grown: BTreeSet<&'static str>,
 }
 
 impl Relay {
@@ -115,144 +111,330 @@ impl Relay {
             if let Err(error) = self.lead() {
                 self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
                 tracing::warn!(error = %format!("{error:#}"), "relay lost its term; reconnecting");
-                self.pause(RETRY_INTERVAL);
+                Runtime::current().block_on(async {
+                    self.stop.run_until_cancelled(tokio::time::sleep(RETRY_INTERVAL)).await;
+                });
+            }
+            self.metrics.relay_leader.set(0);
+        }
+        Ok(())
+    }
+
+    /// One term as leader. It takes the lock, proves that it can write, fences the predecessor by `init_transactions`, and
+    /// only then reads the first row. So it never reads a row that a predecessor could still publish later, and a read-only
+    /// database (after a failover) is noticed before anything is published.
+    fn lead(&self) -> anyhow::Result<()> {
+        let runtime = Runtime::current();
+        let outbox = &self.config.outbox_name;
+        let election =
+            Election { database: &self.database, outbox, wake: &self.wake, stop: &self.stop, metrics: &self.metrics };
+        let Some((mut db, names)) = runtime.block_on(election.win())? else { return Ok(()) };
+        // Before Kafka is asked, because it may not answer for a long time.
+        self.measure(&runtime, &mut db);
+        // Deletes nothing. Postgres refuses the statement on a session that is read-only.
+        runtime.block_on(bounded(rows::delete(&mut db, &[]))).context("the database of the outbox is not writable")?;
+        let transactions = Transactions::begin_term(&self.kafka, &names.transactional_id)?;
+        tracing::info!(transactional_id = names.transactional_id, "became outbox relay leader");
+        self.metrics.relay_leader.set(1);
+        let term = Term {
+            relay: self,
+            runtime,
+            db,
+            names,
+            transactions,
+            cluster: Cluster::new(&self.kafka)?,
+            blocks: Blocks::default(),
+            reported: Blocked::default(),
+            round_rows: ROUND_ROWS,
+            measured_at: Instant::now(),
+            grown: BTreeSet::new(),
+        };
+        term.run()
+    }
+
+    /// Keeps the outbox metrics up to date. Alert on the oldest age: it grows while Kafka is down.
+    fn measure(&self, runtime: &Runtime, db: &mut PgConnection) {
+        match runtime.block_on(bounded(rows::measure(db))) {
+            Ok(size) => {
+                self.metrics.outbox_rows.set(size.rows);
+                self.metrics.outbox_oldest_age.set(size.oldest_age);
+                self.metrics.outbox_dead_rows.set(size.dead_rows);
+            }
+            Err(error) => tracing::debug!(%error, "cannot measure the outbox; will retry"),
+        }
+    }
+}
+
+/// The result of a round.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// There was no row to publish.
+    Empty,
+    Published,
+    /// Kafka rejected the round; what the rejections are about is blocked now.
+    Rejected,
+}
+
+impl Term<'_> {
+    fn run(mut self) -> anyhow::Result<()> {
+        while !self.relay.stop.is_cancelled() {
+            self.look_up_blocked()?;
+            let round = match self.blocks.due_by_rejection() {
+                Some(probe) => self.probe(&probe)?,
+                None => self.publish_next()?,
+            };
+            self.report_blocks();
+            if self.measured_at.elapsed() >= MEASURE_INTERVAL {
+                self.measured_at = Instant::now();
+                self.relay.measure(&self.runtime, &mut self.db);
+            }
+            if round == Round::Empty {
+                self.wait();
+            }
+        }
+        self.runtime.block_on(self.db.close()).context("cannot close the relay's database connection")
+    }
+
+    fn wait(&self) {
+        let limit = Duration::from_millis(self.relay.config.outbox_poll_ms);
+        self.runtime.block_on(self.relay.stop.run_until_cancelled(self.relay.wake.wait(limit)));
+    }
+
+    /// Looks up the topics again whose blocks by metadata are due.
+    fn look_up_blocked(&mut self) -> anyhow::Result<()> {
+        for topic in self.blocks.due_by_metadata() {
+            self.blocks.forget_metadata(&topic);
+            self.judge(&topic)?;
+        }
+        Ok(())
+    }
+
+    /// Publishes the oldest rows that are not blocked.
+    fn publish_next(&mut self) -> anyhow::Result<Round> {
+        let limit = i64::try_from(self.round_rows)?;
+        let excluded = self.blocks.excluded();
+        let rows = bounded(rows::read(&mut self.db, &excluded, limit));
+        let rows = self.runtime.block_on(rows).context("cannot read the outbox")?;
+        let found = rows.len();
+        let rows = self.leave_out_unavailable(rows)?;
+        if rows.is_empty() && found > 0 {
+            return Ok(Round::Rejected); // the next read leaves out what was blocked now
+        }
+        self.round(rows)
+    }
+
+    /// Tries one row of what was rejected, so that another rejection delays no other row.
+    fn probe(&mut self, probe: &Probe) -> anyhow::Result<Round> {
+        self.blocks.postpone(probe);
+        let row =
+            self.runtime.block_on(bounded(rows::read_one(&mut self.db, probe))).context("cannot read the outbox")?;
+        let Some(row) = row else {
+            self.blocks.unblock(probe); // an operator deleted it
+            return Ok(Round::Rejected);
+        };
+        let rows = self.leave_out_unavailable(vec![row])?;
+        if self.round(rows)? == Round::Published {
+            self.blocks.unblock(probe);
+        }
+        Ok(Round::Rejected)
+    }
+
+    /// Blocks the topics and partitions of these rows that metadata shows as unavailable, and leaves out their rows.
+    fn leave_out_unavailable(&mut self, rows: Vec<Row>) -> anyhow::Result<Vec<Row>> {
+        let topics: BTreeSet<String> = rows.iter().map(|row| row.topic.clone()).collect();
+        for topic in topics {
+            self.judge(&topic)?;
+        }
+        Ok(rows.into_iter().filter(|row| !self.blocks.is_unavailable(&row.topic, row.key_hash)).collect())
+    }
+
+    /// Blocks what metadata shows as unavailable: the topic, or some of its partitions.
+    fn judge(&mut self, topic: &str) -> anyhow::Result<()> {
+        match self.cluster.topic(&self.relay.kafka.prefixed(topic), &self.runtime)? {
+            TopicState::Unavailable(reason) => self.blocks.block_topic(topic, reason, Evidence::Metadata),
+            TopicState::Available { partitions, unavailable } => {
+                for (partition, reason) in unavailable {
+                    self.blocks.block_partition(topic, partitions, partition, reason);
+                }
+                self.notice_growth(topic, partitions);
             }
         }
         Ok(())
     }
 
-    /// One term as leader. It takes the lock, then fences the predecessor by `init_transactions`, then reads the first row.
-    /// So it never reads a row that a predecessor could still publish later.
-    fn lead(&self) -> anyhow::Result<()> {
-        let runtime = Handle::current();
-        self.metrics.outbox_blocked_keys.set(0); // only the leader reports blocked keys
-        let Some(mut db) = runtime.block_on(self.elected())? else { return Ok(()) };
-        let name: String =
-            runtime.block_on(bounded(sqlx::query_scalar("select current_database()").fetch_one(&mut db)))?;
-        let mut transactions = Transactions::begin_term(&self.kafka, &name)?;
-        tracing::info!("became outbox relay leader");
-        let mut blocked = BTreeSet::new();
-        let mut blocked_since = std::time::Instant::now();
-        while !self.stop.is_cancelled() {
-            if blocked_since.elapsed() > BLOCKED_FOR {
-                blocked.clear();
-                blocked_since = std::time::Instant::now();
-            }
-            let published = match self.round(&runtime, &mut db, &mut transactions, &blocked) {
-                Ok(published) => published,
-                Err(error) => {
-                    // The producer is dropped, never aborted and reused. No record of the round becomes visible.
-                    blocked.extend(self.refused(&error)?);
-                    transactions = Transactions::begin_term(&self.kafka, &name)?;
-                    0
-                }
-            };
-            self.metrics.outbox_blocked_keys.set(blocked.len() as i64);
-            if published == 0 {
-                self.pause(POLL_INTERVAL);
-            }
+    /// A state topic never changes its number of partitions. If it was changed all the same, records are written to the
+    /// partitions of the declaration, where the older records of their keys are, and the change is reported.
+    fn notice_growth(&mut self, topic: &str, partitions: i32) {
+        let Some(declared) = Topic::named(topic).filter(|topic| topic.kind == Kind::State) else { return };
+        if partitions != declared.partitions && self.grown.insert(declared.name) {
+            tracing::error!(
+                topic,
+                partitions,
+                declared = declared.partitions,
+                "the number of partitions of a state topic was changed. Records are written to the declared partitions only; \
+                 the service will not start again until the topic is replaced"
+            );
+            self.relay.metrics.topic_partitions_changed.get_or_create(&TopicLabels { topic: topic.to_owned() }).set(1);
         }
-        runtime.block_on(db.close()).context("cannot close the relay's database connection")
     }
 
-    /// The keys of the rows that Kafka rejected. Any other error ends the term.
-    fn refused(&self, error: &anyhow::Error) -> anyhow::Result<Vec<Uuid>> {
-        let Some(refused) = error.downcast_ref::<Refused>() else { bail!("{error:#}") };
-        tracing::error!(keys = ?refused.keys, error = %refused.cause, "Kafka rejects outbox rows; rows of these keys wait");
-        self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
-        Ok(refused.keys.clone())
-    }
-
-    /// Read → publish → delete. Crash before the Kafka commit: the transaction is aborted, readers see none of its records,
-    /// and the rows are still in the outbox. Crash between commit and delete: the rows are published again, at new offsets,
-    /// with the same event ids, and consumers recognise them as duplicates. No database transaction is open while the relay
-    /// waits for Kafka.
-    fn round(
-        &self,
-        runtime: &Handle,
-        db: &mut PgConnection,
-        transactions: &mut Transactions,
-        blocked: &BTreeSet<Uuid>,
-    ) -> anyhow::Result<usize> {
-        let rows = runtime.block_on(bounded(read(db, blocked))).context("cannot read the outbox")?;
+    /// Publish → delete. Crash before the Kafka commit: the transaction is aborted, readers see none of its records, and the
+    /// rows are still in the outbox. Crash between commit and delete: the rows are published again, at new offsets, with the
+    /// same event ids, and consumers recognise them as duplicates. No database transaction is open while the relay waits for
+    /// Kafka.
+    fn round(&mut self, rows: Vec<Row>) -> anyhow::Result<Round> {
         if rows.is_empty() {
-            return Ok(0);
+            return Ok(Round::Empty);
         }
         fault::point("relay.after_read");
         let span = tracing::error_span!("publish", rows = rows.len(), "otel.kind" = "producer");
         let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
+        let topics: Vec<String> = rows.iter().map(|row| row.topic.clone()).collect();
         let records = rows.into_iter().map(|row| {
-            let topic = self.kafka.prefixed(&row.topic);
-            let envelope = row.envelope.into_envelope(&self.source);
+            let topic = self.relay.kafka.prefixed(&row.topic);
+            let state = Topic::named(&row.topic).filter(|topic| topic.kind == Kind::State);
+            let partition = state.map(|topic| topic.partition_of(row.envelope.aggregateid));
+            let envelope = row.envelope.into_envelope(&self.relay.source);
             telemetry::link(&span, &TraceContext::of(&envelope));
-            Outgoing { topic, envelope, payload: row.payload }
+            Outgoing { topic, partition, envelope, payload: row.payload }
         });
         let records: Vec<Outgoing> = records.collect();
-        transactions.publish(&records)?;
+        match self.transactions.publish(&records) {
+            Ok(()) => {}
+            Err(RoundError::Other(error)) => return Err(error),
+            Err(RoundError::Rejected(rejections)) => {
+                let found = self.block_rejected(&rejections, &ids, &topics, &records)?;
+                return if found {
+                    self.give_up_round()
+                } else {
+                    self.split(&ids, &topics, &records, "rejected by Kafka")
+                };
+            }
+            Err(RoundError::Unexplained(error)) => {
+                return self.split(&ids, &topics, &records, &error.to_string());
+            }
+        }
         fault::point("relay.after_commit");
-        self.delete_published(runtime, db, &ids)?;
+        self.delete_published(&ids)?;
         fault::point("relay.after_delete");
+        self.round_rows = (self.round_rows * 2).min(ROUND_ROWS);
         span.set_attribute("messaging.batch.message_count", ids.len() as i64);
-        self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "published" }).inc();
-        Ok(ids.len())
+        self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "published" }).inc();
+        Ok(Round::Published)
     }
 
-    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked, the database is read-only), the delete is
-    /// retried on the session that holds the lock: a new term would publish the same rows again each time. Crash before
-    /// the delete succeeds: the next leader publishes the rows again.
-    fn delete_published(&self, runtime: &Handle, db: &mut PgConnection, ids: &[i64]) -> anyhow::Result<()> {
-        while let Err(error) = runtime.block_on(bounded(delete(db, ids))) {
-            if error.as_database_error().is_none() || self.stop.is_cancelled() {
+    /// Begins with a new producer: the failed one is dropped, never aborted and reused. No record of its round becomes visible.
+    fn give_up_round(&mut self) -> anyhow::Result<Round> {
+        self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
+        self.transactions = Transactions::begin_term(&self.relay.kafka, &self.names.transactional_id)?;
+        Ok(Round::Rejected)
+    }
+
+    /// The round was rejected, and the record that caused it is not known: Kafka rejects a whole batch for one record of it.
+    /// Tries half as many rows, until the record is found.
+    fn split(&mut self, ids: &[i64], topics: &[String], records: &[Outgoing], reason: &str) -> anyhow::Result<Round> {
+        if let [record] = records {
+            self.blocks.block_key(record.envelope.key, &topics[0], ids[0], reason.to_owned());
+        } else {
+            self.round_rows = (records.len() / 2).max(1);
+        }
+        self.give_up_round()
+    }
+
+    /// Blocks what the rejections are about. Returns whether they name it.
+    ///
+    /// # Errors
+    /// One of them concerns the whole term.
+    fn block_rejected(
+        &mut self,
+        rejections: &[Rejection],
+        ids: &[i64],
+        topics: &[String],
+        records: &[Outgoing],
+    ) -> anyhow::Result<bool> {
+        let mut rejected_records = vec![];
+        let mut found = false;
+        for Rejection { index, code } in rejections {
+            let topic = &topics[*index];
+            match scope(*code) {
+                Scope::Topic => {
+                    self.blocks.block_topic(topic, code.to_string(), Evidence::Rejection);
+                    found = true;
+                }
+                Scope::Partition => {
+                    self.block_unavailable(topic, *code)?;
+                    found = true;
+                }
+                Scope::Record => rejected_records.push((*index, *code)),
+                Scope::Term => anyhow::bail!("Kafka did not acknowledge the round: {code}"),
+            }
+        }
+        if let [(index, code)] = rejected_records.as_slice() {
+            self.blocks.block_key(records[*index].envelope.key, &topics[*index], ids[*index], code.to_string());
+            found = true;
+        }
+        Ok(found)
+    }
+
+    /// A record was not accepted by its partition. If metadata does not show why, the term ends, and the next one tries again.
+    fn block_unavailable(&mut self, topic: &str, code: RDKafkaErrorCode) -> anyhow::Result<()> {
+        self.cluster.forget(&self.relay.kafka.prefixed(topic));
+        let blocked = self.blocks.count();
+        self.judge(topic)?;
+        anyhow::ensure!(self.blocks.count() != blocked, "Kafka did not acknowledge the round: {code}");
+        Ok(())
+    }
+
+    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is retried on the session that
+    /// holds the lock: a new term would publish the same rows again each time. A session that became read-only ends the
+    /// term: the next one begins with a session that can write. Crash before the delete succeeds: the next leader publishes
+    /// the rows again.
+    fn delete_published(&mut self, ids: &[i64]) -> anyhow::Result<()> {
+        while let Err(error) = self.runtime.block_on(bounded(rows::delete(&mut self.db, ids))) {
+            if !may_succeed_later(&error) || self.relay.stop.is_cancelled() {
                 return Err(error).context("cannot delete published rows");
             }
-            self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
+            self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
             tracing::warn!(%error, "cannot delete published rows; will retry");
-            self.pause(RETRY_INTERVAL);
+            self.runtime.block_on(self.relay.stop.run_until_cancelled(tokio::time::sleep(RETRY_INTERVAL)));
         }
         Ok(())
     }
 
-    /// Waits for the lock. `None`: the process stops.
-    async fn elected(&self) -> anyhow::Result<Option<PgConnection>> {
-        let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
-        let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
-        while !self.stop.is_cancelled() {
-            let query = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(LEADER_LOCK);
-            if bounded(query.fetch_one(&mut db)).await.context("cannot take the advisory lock of the relay")? {
-                return Ok(Some(db));
-            }
-            sleep(ELECTION_INTERVAL).await;
+    /// Reports a change of what is blocked: one line with the counts and three examples.
+    fn report_blocks(&mut self) {
+        let blocked = self.blocks.count();
+        if blocked == self.reported {
+            return;
         }
-        Ok(None)
-    }
-
-    fn pause(&self, duration: Duration) {
-        Handle::current().block_on(async {
-            tokio::select! {
-                _ = timeout(duration, self.wake.0.notified()) => {}
-                () = self.stop.cancelled() => {}
-            }
-        });
+        self.reported = blocked;
+        let Blocked { topics, partitions, keys } = blocked;
+        self.relay.metrics.outbox_blocked_topics.set(topics as i64);
+        self.relay.metrics.outbox_blocked_partitions.set(partitions as i64);
+        self.relay.metrics.outbox_blocked_keys.set(keys as i64);
+        if blocked == Blocked::default() {
+            tracing::info!("all outbox rows can be published again");
+        } else {
+            let examples = self.blocks.examples();
+            tracing::error!(topics, partitions, keys, ?examples, "outbox rows wait because Kafka does not accept them");
+        }
     }
 }
 
-/// The oldest rows, up to the limits of a round, but at least one. Ordered by id and without a cursor: a row whose
-/// transaction commits late has a low id and is read in the next round. Versions of one key are always in order, because
-/// the row lock on the aggregate orders their transactions.
-async fn read(db: &mut PgConnection, blocked: &BTreeSet<Uuid>) -> sqlx::Result<Vec<Row>> {
-    sqlx::query_as(
-        "select id, event_id, topic, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
-         from (select *, sum(octet_length(payload)) over (order by id rows between unbounded preceding and 1 preceding) as before
-               from (select * from outbox where aggregateid <> all ($1) order by id limit $2) as oldest) as measured
-         where coalesce(before, 0) < $3 order by id",
-    )
-    .bind(blocked.iter().copied().collect::<Vec<_>>())
-    .bind(ROUND_ROWS)
-    .bind(ROUND_BYTES)
-    .fetch_all(db)
-    .await
+/// Whether the same statement may succeed on the same session. Not if the connection broke, the server shuts down, or the
+/// session is read-only (SQLSTATE 25006).
+fn may_succeed_later(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| code != "25006" && !code.starts_with("57P") && !code.starts_with("08"))
 }
 
-async fn delete(db: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
-    sqlx::query("delete from outbox where id = any ($1)").bind(ids).execute(db).await.map(|_| ())
+#[cfg(test)]
+mod tests {
+    use super::outbox_name;
+
+    #[test]
+    fn the_name_of_an_outbox_is_short_and_plain() {
+        assert!(outbox_name("").is_ok() && outbox_name("blue-1.eu").is_ok());
+        assert!(outbox_name("a b").is_err() && outbox_name(&"a".repeat(41)).is_err());
+    }
 }

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use rdkafka::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
-use uuid::Uuid;
 
+use super::blocks::{Scope, scope};
 use crate::events::Envelope;
 use crate::fault;
 use crate::messaging::kafka::KafkaConfig;
@@ -26,14 +26,32 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// All delivery reports arrive within the delivery time-out. This limit guards against a client that sends none.
 const REPORTS_TIMEOUT: Duration = Duration::from_secs(12);
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
+/// How often the number of records in flight is checked before a commit. It drops to 0 within microseconds.
+const ACCOUNT_INTERVAL: Duration = Duration::from_micros(100);
 
-/// Kafka rejected these records, and would reject them again.
-#[derive(Debug, thiserror::Error)]
-#[error("Kafka rejects the rows of {} keys", keys.len())]
-pub(super) struct Refused {
-    pub keys: Vec<Uuid>,
-    #[source]
-    pub cause: KafkaError,
+/// Why a round was not committed.
+#[derive(Debug)]
+pub(super) enum RoundError {
+    /// Kafka rejected these records of the round.
+    Rejected(Vec<Rejection>),
+    /// Kafka rejected the round, and the error names no record.
+    Unexplained(KafkaError),
+    /// Anything else. It ends the term.
+    Other(anyhow::Error),
+}
+
+/// One rejected record.
+#[derive(Debug)]
+pub(super) struct Rejection {
+    /// The record's place in the round.
+    pub index: usize,
+    pub code: RDKafkaErrorCode,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for RoundError {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
 }
 
 /// The producer of one term as leader. After an error it is dropped. The `init_transactions` of its successor aborts the
@@ -47,18 +65,20 @@ pub(super) struct Transactions {
 pub(super) struct Outgoing {
     /// The topic's name on the broker.
     pub topic: String,
+    /// `None`: the producer chooses it by the key.
+    pub partition: Option<i32>,
     pub envelope: Envelope,
     /// `None` is a tombstone.
     pub payload: Option<Vec<u8>>,
 }
 
 impl Transactions {
-    /// Fences every earlier producer of this database's relay. Takes up to two seconds on a new cluster.
-    pub fn begin_term(kafka: &KafkaConfig, database: &str) -> anyhow::Result<Self> {
+    /// Fences every earlier producer of this outbox's relay. Takes up to two seconds on a new cluster.
+    pub fn begin_term(kafka: &KafkaConfig, transactional_id: &str) -> anyhow::Result<Self> {
         let reports = Arc::new(DeliveryReports::default());
         let producer: ThreadedProducer<Reports> = kafka
             .producer()
-            .set("transactional.id", kafka.prefixed(&format!("{database}.relay")))
+            .set("transactional.id", kafka.prefixed(transactional_id))
             .set("transaction.timeout.ms", TRANSACTION_TIMEOUT_MS)
             .set("message.timeout.ms", DELIVERY_TIMEOUT_MS)
             .set("topic.metadata.propagation.max.ms", TOPIC_UNKNOWN_MS)
@@ -69,11 +89,11 @@ impl Transactions {
         Ok(Self { producer, reports })
     }
 
-    /// Publishes the records in order and commits. It waits for all delivery reports before the commit, because
-    /// librdkafka's own flush within `commit_transaction` sleeps in steps of 100 ms (measured).
-    pub fn publish(&mut self, records: &[Outgoing]) -> anyhow::Result<()> {
+    /// Publishes the records in order and commits. Before the commit it waits until librdkafka has accounted for every
+    /// record: its own flush within `commit_transaction` sleeps in steps of 100 ms (measured: 5,600 rows/s with that sleep,
+    /// 38,000 rows/s without it).
+    pub fn publish(&mut self, records: &[Outgoing]) -> Result<(), RoundError> {
         let total = records.len();
-        let keys: Vec<Uuid> = records.iter().map(|record| record.envelope.key).collect();
         self.producer.begin_transaction().context("cannot begin a Kafka transaction")?;
         self.reports.reset();
         for (index, record) in records.iter().enumerate() {
@@ -82,27 +102,38 @@ impl Transactions {
         fault::point("relay.after_enqueue");
         let failures = self.reports.wait(total)?;
         fault::point("relay.after_ack");
-        let refused: Vec<&usize> =
-            failures.0.iter().filter(|(_, cause)| refuses(cause)).map(|(index, _)| index).collect();
-        if let Some(first) = refused.first() {
-            let cause = failures.0[first].clone();
-            return Err(Refused { keys: refused.iter().map(|index| keys[**index]).collect(), cause }.into());
+        if !failures.0.is_empty() {
+            return Err(RoundError::Rejected(rejections(&failures)));
         }
-        if let Some(cause) = failures.0.into_values().next() {
-            return Err(anyhow!(cause).context("Kafka did not acknowledge the round"));
+        self.wait_until_accounted()?;
+        self.producer.commit_transaction(COMMIT_TIMEOUT).map_err(|error| match error.rdkafka_error_code().map(scope) {
+            Some(Scope::Term) | None => anyhow!(error).context("cannot commit the Kafka transaction").into(),
+            Some(_) => RoundError::Unexplained(error),
+        })
+    }
+
+    /// A delivery report arrives shortly before librdkafka counts its record as delivered.
+    fn wait_until_accounted(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + REPORTS_TIMEOUT;
+        while self.producer.in_flight_count() > 0 {
+            ensure!(Instant::now() < deadline, "librdkafka did not account for all records");
+            std::thread::sleep(ACCOUNT_INTERVAL);
         }
-        self.producer.commit_transaction(COMMIT_TIMEOUT).context("cannot commit the Kafka transaction")
+        Ok(())
     }
 
     /// Waits while the local queue is full: to skip the record would change the order.
-    fn enqueue(&self, index: usize, outgoing: &Outgoing) -> anyhow::Result<()> {
-        let Outgoing { topic, envelope, payload } = outgoing;
+    fn enqueue(&self, index: usize, outgoing: &Outgoing) -> Result<(), RoundError> {
+        let Outgoing { topic, partition, envelope, payload } = outgoing;
         let key = envelope.key.to_string();
         let headers = envelope
             .headers()
             .iter()
             .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value) }));
         let mut record = BaseRecord::with_opaque_to(topic, index).key(&key).headers(headers);
+        if let Some(partition) = partition {
+            record = record.partition(*partition);
+        }
         if let Some(payload) = payload {
             record = record.payload(payload);
         }
@@ -116,31 +147,25 @@ impl Transactions {
                     std::thread::sleep(QUEUE_FULL_PAUSE);
                     unsent
                 }
-                Err((cause, _)) if refuses(&cause) => return Err(Refused { keys: vec![envelope.key], cause }.into()),
-                Err((cause, _)) => return Err(cause).context("cannot enqueue a row"),
+                Err((cause, _)) => {
+                    return Err(match cause.rdkafka_error_code() {
+                        Some(code) if scope(code) != Scope::Term => {
+                            RoundError::Rejected(vec![Rejection { index, code }])
+                        }
+                        _ => anyhow!(cause).context("cannot enqueue a row").into(),
+                    });
+                }
             };
         }
     }
 }
 
-/// Whether the error is about this record, so that a retry would fail too.
-fn refuses(cause: &KafkaError) -> bool {
-    use RDKafkaErrorCode::{
-        InvalidMessage, InvalidMessageSize, InvalidRecord, MessageSizeTooLarge, TopicAuthorizationFailed, UnknownTopic,
-        UnknownTopicOrPartition,
-    };
-    matches!(
-        cause.rdkafka_error_code(),
-        Some(
-            InvalidMessage
-                | InvalidMessageSize
-                | InvalidRecord
-                | MessageSizeTooLarge
-                | TopicAuthorizationFailed
-                | UnknownTopic
-                | UnknownTopicOrPartition
-        )
-    )
+/// The failures by record. Records that librdkafka discarded because another one failed are left out.
+fn rejections(failures: &Failures) -> Vec<Rejection> {
+    use RDKafkaErrorCode::{PurgeInflight, PurgeQueue};
+    let coded = failures.0.iter().filter_map(|(index, cause)| Some((*index, cause.rdkafka_error_code()?)));
+    let coded = coded.filter(|(_, code)| !matches!(code, PurgeInflight | PurgeQueue));
+    coded.map(|(index, code)| Rejection { index, code }).collect()
 }
 
 /// The failed records, by their index in the round.

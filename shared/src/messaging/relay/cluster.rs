@@ -1,0 +1,106 @@
+//! What Kafka's metadata says about topics and partitions. The relay asks before it enqueues a record: a transaction that has
+//! touched a partition cannot end, not even by abort, while that partition has no leader or too few in-sync replicas.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::error::RDKafkaErrorCode;
+use tokio::runtime::Handle as Runtime;
+
+use crate::messaging::kafka::{KafkaConfig, create};
+
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How old the answer about a topic may be.
+const MAX_AGE: Duration = Duration::from_secs(1);
+/// How old the answer about a topic's settings may be.
+const SETTINGS_MAX_AGE: Duration = Duration::from_secs(60);
+
+pub struct Cluster {
+    admin: AdminClient<DefaultClientContext>,
+    /// By the names on the broker.
+    topics: BTreeMap<String, Known>,
+}
+
+struct Known {
+    asked_at: Instant,
+    state: TopicState,
+    settings_asked_at: Instant,
+    min_in_sync: usize,
+}
+
+/// A topic as metadata shows it.
+#[derive(Clone, Debug)]
+pub enum TopicState {
+    /// No record can be written, for this reason.
+    Unavailable(String),
+    Available {
+        partitions: i32,
+        /// The partitions that take no records, with the reasons.
+        unavailable: BTreeMap<i32, String>,
+    },
+}
+
+impl Cluster {
+    pub fn new(kafka: &KafkaConfig) -> anyhow::Result<Self> {
+        Ok(Self { admin: create(&kafka.client())?, topics: BTreeMap::new() })
+    }
+
+    /// The state of a topic, by its name on the broker, at most a second old.
+    ///
+    /// # Errors
+    /// Kafka does not answer.
+    pub fn topic(&mut self, name: &str, runtime: &Runtime) -> anyhow::Result<TopicState> {
+        let known = self.topics.get(name);
+        if let Some(known) = known.filter(|known| known.asked_at.elapsed() < MAX_AGE) {
+            return Ok(known.state.clone());
+        }
+        let fresh = known.filter(|known| known.settings_asked_at.elapsed() < SETTINGS_MAX_AGE);
+        let (settings_asked_at, min_in_sync) = match fresh {
+            Some(known) => (known.settings_asked_at, known.min_in_sync),
+            None => (Instant::now(), runtime.block_on(min_in_sync(&self.admin, name))),
+        };
+        let state = self.ask(name, min_in_sync)?;
+        let known = Known { asked_at: Instant::now(), state: state.clone(), settings_asked_at, min_in_sync };
+        self.topics.insert(name.to_owned(), known);
+        Ok(state)
+    }
+
+    /// Forgets the answer about a topic, because a record was rejected.
+    pub fn forget(&mut self, name: &str) {
+        self.topics.remove(name);
+    }
+
+    fn ask(&self, name: &str, min_in_sync: usize) -> anyhow::Result<TopicState> {
+        let metadata = self.admin.inner().fetch_metadata(Some(name), REQUEST_TIMEOUT);
+        let metadata = metadata.context("Kafka does not answer a request for metadata")?;
+        let topic = metadata.topics().first().context("Kafka sent no metadata of the topic")?;
+        if let Some(error) = topic.error() {
+            return Ok(TopicState::Unavailable(RDKafkaErrorCode::from(error).to_string()));
+        }
+        let partitions = topic.partitions();
+        let unavailable = partitions.iter().filter_map(|partition| {
+            let reason = if partition.leader() < 0 {
+                "it has no leader".to_owned()
+            } else if partition.isr().len() < min_in_sync {
+                format!("{} in-sync replicas, but min.insync.replicas is {min_in_sync}", partition.isr().len())
+            } else {
+                return None;
+            };
+            Some((partition.id(), reason))
+        });
+        let unavailable = unavailable.collect();
+        Ok(TopicState::Available { partitions: i32::try_from(partitions.len())?, unavailable })
+    }
+}
+
+/// The topic's `min.insync.replicas`; 1 if Kafka does not tell.
+async fn min_in_sync(admin: &AdminClient<DefaultClientContext>, name: &str) -> usize {
+    let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
+    let described = admin.describe_configs([&ResourceSpecifier::Topic(name)], &options).await;
+    let topic = described.ok().and_then(|mut described| described.pop()?.ok());
+    let value = topic.and_then(|topic| topic.get("min.insync.replicas")?.value.clone());
+    value.and_then(|value| value.parse().ok()).unwrap_or(1)
+}

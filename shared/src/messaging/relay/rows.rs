@@ -1,0 +1,142 @@
+//! The rows of the outbox, as the leader reads and deletes them.
+
+use sqlx::{AssertSqlSafe, PgConnection};
+use uuid::Uuid;
+
+use super::blocks::{Excluded, Probe};
+use crate::events::Envelope;
+
+/// Bytes per round, so that rows of the largest allowed size are read, sent and acknowledged within a round's time-outs.
+const ROUND_BYTES: i64 = 4 << 20;
+/// The number of waiting rows is counted up to this limit: counting a million rows takes as long as publishing them.
+const COUNT_LIMIT: i64 = 10_000;
+
+#[derive(sqlx::FromRow)]
+pub struct Row {
+    pub id: i64,
+    /// The logical name.
+    pub topic: String,
+    pub key_hash: i32,
+    #[sqlx(flatten)]
+    pub envelope: EnvelopeRow,
+    pub payload: Option<Vec<u8>>,
+}
+
+#[derive(sqlx::FromRow)]
+pub struct EnvelopeRow {
+    event_id: Uuid,
+    pub aggregateid: Uuid,
+    version: i64,
+    r#type: String,
+    traceparent: Option<String>,
+    tracestate: Option<String>,
+    occurred_at: time::OffsetDateTime,
+}
+
+impl EnvelopeRow {
+    pub fn into_envelope(self, source: &str) -> Envelope {
+        Envelope {
+            id: self.event_id,
+            kind: self.r#type,
+            source: source.to_owned(),
+            key: self.aggregateid,
+            version: self.version,
+            time: self.occurred_at,
+            traceparent: self.traceparent,
+            tracestate: self.tracestate,
+        }
+    }
+}
+
+/// The oldest rows that are not excluded, at most `limit` and within [`ROUND_BYTES`], but at least one.
+///
+/// Ordered by id and without a cursor: a row whose transaction commits late has a low id and is read in the next round.
+/// Versions of one key are always in order, because the row lock on the aggregate orders their transactions.
+///
+/// Each topic is read by its own index range: the recursive part lists the topics with one index lookup each. So a million
+/// rows of an excluded topic cost one lookup. Rows of excluded keys and partitions are passed over.
+pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sqlx::Result<Vec<Row>> {
+    let mut topics = vec![];
+    let mut counts = vec![];
+    let mut partitions = vec![];
+    for (topic, count, partition) in &excluded.partitions {
+        topics.push(topic.clone());
+        counts.push(*count);
+        partitions.push(*partition);
+    }
+    sqlx::query_as(
+        "with recursive topics (topic) as (
+             (select topic from outbox order by topic limit 1)
+             union all
+             select (select topic from outbox where topic > topics.topic order by topic limit 1)
+             from topics where topics.topic is not null),
+         oldest as (
+             select rows.* from topics cross join lateral (
+                 select * from outbox
+                 where outbox.topic = topics.topic and aggregateid <> all ($2)
+                     and not exists (
+                         select from unnest($3::text[], $4::int[], $5::int[]) excluded (topic, partitions, partition)
+                         where excluded.topic = outbox.topic
+                             and outbox.key_hash % excluded.partitions = excluded.partition)
+                 order by id limit $6) as rows
+             where topics.topic is not null and topics.topic <> all ($1)
+             order by id limit $6)
+         select id, topic, key_hash, event_id, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
+         from (select *, sum(octet_length(payload)) over (order by id rows between unbounded preceding and 1 preceding)
+                   as bytes_before
+               from oldest) as measured
+         where coalesce(bytes_before, 0) < $7 order by id",
+    )
+    .bind(&excluded.topics)
+    .bind(&excluded.keys)
+    .bind(topics)
+    .bind(counts)
+    .bind(partitions)
+    .bind(limit)
+    .bind(ROUND_BYTES)
+    .fetch_all(db)
+    .await
+}
+
+/// The row that a probe tries.
+pub async fn read_one(db: &mut PgConnection, probe: &Probe) -> sqlx::Result<Option<Row>> {
+    let columns =
+        "select id, topic, key_hash, event_id, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
+         from outbox";
+    let query = match probe {
+        Probe::Topic(topic) => {
+            sqlx::query_as(AssertSqlSafe(format!("{columns} where topic = $1 order by id limit 1"))).bind(topic.clone())
+        }
+        Probe::Key(_, row) => sqlx::query_as(AssertSqlSafe(format!("{columns} where id = $1"))).bind(*row),
+    };
+    query.fetch_optional(db).await
+}
+
+pub async fn delete(db: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
+    sqlx::query("delete from outbox where id = any ($1)").bind(ids).execute(db).await.map(|_| ())
+}
+
+/// The state of the outbox, for its metrics.
+#[derive(sqlx::FromRow)]
+pub struct Size {
+    /// Rows that wait, counted up to a limit.
+    pub rows: i64,
+    /// Seconds.
+    pub oldest_age: i64,
+    /// Deleted rows that are not vacuumed yet. The relay scans over them, so it slows down while an open snapshot (an idle
+    /// transaction, a dump) keeps them alive.
+    pub dead_rows: i64,
+}
+
+/// Three index lookups and a bounded count.
+pub async fn measure(db: &mut PgConnection) -> sqlx::Result<Size> {
+    sqlx::query_as(
+        "select (select count(*) from (select from outbox limit $1) waiting) as rows,
+                coalesce((select extract(epoch from now() - occurred_at)::bigint from outbox order by id limit 1), 0)
+                    as oldest_age,
+                coalesce(pg_stat_get_dead_tuples('outbox'::regclass), 0) as dead_rows",
+    )
+    .bind(COUNT_LIMIT)
+    .fetch_one(db)
+    .await
+}

@@ -1,0 +1,252 @@
+//! What Kafka does not accept blocks the topic, the partition or the key that it is about, and
+//! nothing else.
+
+use std::time::Duration;
+
+use serde_json::json;
+use shared::events::key_hash;
+use sqlx::PgPool;
+use tests::services::{USER_EVENTS, USER_STATE};
+use tests::stores::count;
+use tests::{System, eventually, eventually_eq, within};
+use topology::USER;
+use uuid::Uuid;
+
+use crate::outbox::insert_event;
+
+/// The time until a new event is published although others wait. Far below the time that one
+/// attempt per blocked key would take.
+const SOON: Duration = Duration::from_secs(15);
+
+/// Registers a user and waits until its fact is published.
+async fn assert_new_events_are_published(system: &System) {
+    let user = system.users.register().await;
+    within(SOON, "the fact of a new user", async || {
+        (system.kafka.read_key(USER_EVENTS, user).len() == 1).then_some(())
+    })
+    .await;
+}
+
+async fn until_metric(system: &System, name: &str, expected: f64) {
+    eventually_eq(name, Some(expected), async || system.processes.metric(USER, name, &[]).await).await;
+}
+
+/// Inserts one event for each of many new keys.
+async fn insert_keys(db: &PgPool, topic: &str, keys: usize) {
+    let keys: Vec<Uuid> = (0..keys).map(|_| Uuid::now_v7()).collect();
+    let hashes: Vec<i32> = keys.iter().map(|key| key_hash(*key)).collect();
+    let insert = "insert into outbox
+                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+                  select gen_random_uuid(), $1, 'user', key, hash, 1, 'user.profile_changed',
+                      convert_to(json_build_object('user_id', key)::text, 'utf8'), now()
+                  from unnest($2::uuid[], $3::int[]) keys (key, hash)";
+    sqlx::query(insert).bind(topic).bind(keys).bind(hashes).execute(db).await.unwrap();
+}
+
+/// T10, I4: thousands of rows of different keys are for a topic that does not exist. The relay
+/// finds that out once. Other events are published, and the rows of the topic follow when it
+/// exists. The metric of waiting rows counts up to a limit.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_a_missing_topic_block_no_other_topic() {
+    let system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    insert_keys(&db, "no.such.topic", 12_000).await;
+    assert_new_events_are_published(&system).await;
+    until_metric(&system, "outbox_blocked_topics", 1.0).await;
+    until_metric(&system, "outbox_blocked_keys", 0.0).await;
+    until_metric(&system, "outbox_rows", 10_000.0).await;
+    let lines = system.processes.log(USER).matches("outbox rows wait because Kafka does not accept them").count();
+    assert_eq!(lines, 1, "log lines about one blocked topic");
+
+    system.kafka.create_topic("no.such.topic", 1, &[]).await;
+    system.stores.until_outbox_empty(USER).await;
+    until_metric(&system, "outbox_blocked_topics", 0.0).await;
+    assert_eq!(system.kafka.read("no.such.topic").len(), 12_000);
+}
+
+/// T10, I4: the name of a topic is invalid, so Kafka rejects it in another way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_with_an_invalid_topic_blocks_no_other_topic() {
+    let system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    let mut connection = db.acquire().await.unwrap();
+    insert_event(&mut connection, "order events!", Uuid::now_v7(), 1).await;
+    assert_new_events_are_published(&system).await;
+    until_metric(&system, "outbox_blocked_topics", 1.0).await;
+    assert_eq!(count(&db, "select count(*) from outbox").await, 1);
+}
+
+/// T10, I4: Kafka rejects one record of a topic. It and the later records of its key wait. All other
+/// keys of the topic are published. When the cause is fixed, the key continues in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejected_record_blocks_only_its_key() {
+    const TOPIC: &str = "small.records";
+    let system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.create_topic(TOPIC, 1, &[("max.message.bytes", "1000")]).await;
+    let large = Uuid::now_v7();
+    let insert = "insert into outbox
+                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+                  values ($1, $2, 'user', $3, $4, 1, 'user.profile_changed', $5, now())";
+    let payload = json!({ "user_id": large, "more": random_text() }).to_string().into_bytes();
+    let row = sqlx::query(insert).bind(Uuid::now_v7()).bind(TOPIC).bind(large).bind(key_hash(large)).bind(payload);
+    row.execute(&db).await.unwrap();
+    let mut connection = db.acquire().await.unwrap();
+    insert_event(&mut connection, TOPIC, large, 2).await;
+    let other = Uuid::now_v7();
+    insert_event(&mut connection, TOPIC, other, 1).await;
+
+    eventually_eq("records of another key", 1, async || system.kafka.read_key(TOPIC, other).len()).await;
+    until_metric(&system, "outbox_blocked_keys", 1.0).await;
+    assert_new_events_are_published(&system).await;
+    assert!(system.kafka.read_key(TOPIC, large).is_empty(), "version 2 must not overtake version 1");
+
+    system.kafka.alter_topic(TOPIC, &[("max.message.bytes", "100000")]).await;
+    system.stores.until_outbox_empty(USER).await;
+    let versions: Vec<i64> = system.kafka.read_key(TOPIC, large).iter().map(|record| record.version()).collect();
+    assert_eq!(versions, [1, 2]);
+    until_metric(&system, "outbox_blocked_keys", 0.0).await;
+}
+
+/// Text that no compression makes small.
+fn random_text() -> String {
+    (0..200).map(|_| Uuid::new_v4().simple().to_string()).collect()
+}
+
+/// T14, I3: a broker has the only replica of a partition and dies. The keys of that partition wait.
+/// All other keys are published, also of the same topic. When the broker is back, everything is.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_keys_of_a_partition_without_leader_wait_and_no_others() {
+    const TOPIC: &str = "one.replica";
+    const KEYS: usize = 60;
+    let mut system = System::empty_on_three_brokers().await;
+    system.processes.start(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.create_topic(TOPIC, 3, &[("min.insync.replicas", "1")]).await;
+    let lost = system.kafka.leader_of(TOPIC, 0).await;
+    system.broker(lost).process.kill();
+    system.kafka.until_no_leader(TOPIC, 0).await;
+
+    insert_keys(&db, TOPIC, KEYS).await;
+    assert_new_events_are_published(&system).await;
+    eventually("a partition is blocked", async || {
+        let blocked = system.processes.metric(USER, "outbox_blocked_partitions", &[]).await;
+        blocked.filter(|blocked| *blocked >= 1.0)
+    })
+    .await;
+    let waiting = eventually("only rows of partitions without leader wait", async || {
+        let waiting: i64 = count(&db, "select count(*) from outbox").await;
+        (waiting < KEYS as i64).then_some(waiting)
+    })
+    .await;
+    assert!(waiting > 0, "no key waits for the lost partition");
+
+    system.broker(lost).restart().await.unwrap();
+    system.stores.until_outbox_empty(USER).await;
+    assert_eq!(system.kafka.read(TOPIC).len(), KEYS);
+    until_metric(&system, "outbox_blocked_partitions", 0.0).await;
+}
+
+/// I4: a state topic gets more partitions while the services run. Records of a key stay in the
+/// partition that has its older records, so that a tombstone erases them. The change is reported.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_of_a_state_topic_that_has_grown_stay_in_their_partitions() {
+    let system = System::start_only(&[USER]).await;
+    let mut users = vec![];
+    for _ in 0..12 {
+        users.push(system.users.register().await);
+    }
+    system.stores.until_outbox_empty(USER).await;
+    system.kafka.set_partitions(USER_STATE, 12).await;
+    // The next term has a new producer, which knows all twelve partitions.
+    let db = system.stores.database(USER).await;
+    let end_term = "select pg_terminate_backend(pid) from pg_stat_activity
+                    where application_name = 'relay' and datname = current_database()";
+    sqlx::query(end_term).execute(&db).await.unwrap();
+    eventually("the topic's change is reported", async || {
+        system.users.register().await;
+        let changed = system.processes.metric(USER, "topic_partitions_changed", &[]).await;
+        changed.filter(|changed| *changed == 1.0)
+    })
+    .await;
+    for user in &users {
+        system.users.erase(*user).await.unwrap();
+    }
+    system.stores.until_outbox_empty(USER).await;
+    for user in users {
+        let records = system.kafka.read_key(USER_STATE, user);
+        assert_eq!(records.len(), 2, "a state and its tombstone");
+        assert_eq!(records[0].partition, records[1].partition, "the tombstone is in another partition");
+    }
+}
+
+/// I3: a session of the relay becomes read-only, as in a failover. The relay closes it and continues
+/// with a session that can write. At most one round is published twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_whose_session_became_read_only_starts_a_new_term() {
+    let mut system = System::start_only(&[USER]).await;
+    let judge = system.judge().await;
+    system.users.register().await;
+    system.stores.until_outbox_empty(USER).await;
+    let db = system.stores.database(USER).await;
+    let read_only = "
+        create function refuse() returns trigger language plpgsql as $$ begin
+            if (select application_name from pg_stat_activity where pid = pg_backend_pid()) = 'relay'
+                and pg_backend_pid() = (select pid from old_session) then
+                raise exception 'cannot execute DELETE in a read-only transaction' using errcode = '25006';
+            end if;
+            return old;
+        end $$;
+        create table old_session as
+            select pid from pg_stat_activity
+            where application_name = 'relay' and datname = current_database() limit 1;
+        create trigger refuse before delete on outbox for each row execute function refuse();";
+    sqlx::raw_sql(read_only).execute(&db).await.unwrap();
+    let user = system.users.register().await;
+    system.stores.until_outbox_empty(USER).await;
+    system.processes.until_logged(USER, "relay lost its term").await;
+    let copies = system.kafka.read_key(USER_EVENTS, user).len();
+    assert!(copies <= 2, "{copies} copies of a fact");
+    judge.check(&mut system).await;
+}
+
+/// A relay that does not lead notifies the leader of new rows: they are published at once, although
+/// the leader polls only once a minute.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registration_at_a_follower_is_published_without_waiting_for_the_poll() {
+    let mut system = System::empty().await;
+    system.processes.set("OUTBOX_POLL_MS", "60000");
+    system.processes.start(&[USER]).await;
+    let mut follower = system.processes.spawn_another(USER);
+    follower.until_ready().await;
+    let users = system.users.at(&follower);
+    for _ in 0..5 {
+        let user = users.register().await;
+        within(SOON, "the fact of a user", async || {
+            (system.kafka.read_key(USER_EVENTS, user).len() == 1).then_some(())
+        })
+        .await;
+    }
+}
+
+/// Two outboxes in schemas of one database are published by two relays that do not exclude or
+/// fence each other.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_outboxes_in_one_database_have_a_leader_each() {
+    let system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    sqlx::query("create schema blue").execute(&db).await.unwrap();
+    let url = format!("{}?options=-c%20search_path%3Dblue", system.processes.setting("USER_DATABASE_URL"));
+    let mut blue = system.processes.spawn_another_with(USER, &[("USER_DATABASE_URL", &url)]);
+    blue.until_ready().await;
+    for users in [system.users.clone(), system.users.at(&blue)] {
+        let user = users.register().await;
+        within(SOON, "the fact of a user", async || {
+            (system.kafka.read_key(USER_EVENTS, user).len() == 1).then_some(())
+        })
+        .await;
+    }
+    for admin in [system.processes.admin(USER), blue.admin()] {
+        assert_eq!(admin.metric("relay_leader", &[]).await, Some(1.0));
+    }
+}
