@@ -1,7 +1,8 @@
-//! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an empty function.
+//! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an
+//! empty function.
 
-/// A named place between two effects. The tests set `FAULT_AT=point:nth:action` in the environment. When the process
-/// reaches the point for the nth time (counted from 1), the action happens:
+/// A named place between two effects. The tests set `FAULT_AT=point:nth:action` in the environment.
+/// When the process reaches the point for the nth time (counted from 1), the action happens:
 ///
 /// - `kill`: the process gets SIGKILL.
 /// - `stop`: the process gets SIGSTOP.

@@ -1,5 +1,5 @@
-//! Facts folded into tables. Each fact adds to a sum or lowers a minimum, so the order of facts does not matter. The inbox
-//! passes each fact once.
+//! Facts folded into tables. Each fact adds to a sum or lowers a minimum, so the order of facts
+//! does not matter. The inbox passes each fact once.
 
 use std::collections::BTreeMap;
 
@@ -74,7 +74,8 @@ impl Projection for Mailed {
     }
 }
 
-/// Writes rows in the order of their keys: two transactions that lock the same rows in opposite orders would deadlock.
+/// Writes rows in the order of their keys: two transactions that lock the same rows in opposite
+/// orders would deadlock.
 async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> sqlx::Result<()> {
     let (hours, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
     sqlx::query!(

@@ -1,5 +1,6 @@
-//! Queries for the current profile of a user. Every command of the user service answers with a version. A caller that sends
-//! it as `min_version` reads its own write, although the cache is updated asynchronously.
+//! Queries for the current profile of a user. Every command of the user service answers with a
+//! version. A caller that sends it as `min_version` reads its own write, although the cache is
+//! updated asynchronously.
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};

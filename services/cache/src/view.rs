@@ -1,8 +1,10 @@
-//! The view: per user a hash of version and profile, per partition a position and a completeness mark.
+//! The view: per user a hash of version and profile, per partition a position and a completeness
+//! mark.
 //!
-//! One script compares and sets the position and writes the profiles. After a flush or a failover the position differs from
-//! the one that the next batch expects (or the next `caught_up` call of a quiet topic), and the consumer restarts from the
-//! view's position. For the same reason a frozen process that resumes cannot change the view.
+//! One script compares and sets the position and writes the profiles. After a flush or a failover
+//! the position differs from the one that the next batch expects (or the next `caught_up` call of a
+//! quiet topic), and the consumer restarts from the view's position. For the same reason a frozen
+//! process that resumes cannot change the view.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,8 +29,8 @@ pub struct View {
 
 /// The view's entry for a user.
 pub struct Lookup {
-    /// Whether every partition was read to its end since the view was last empty. Until then an absent user may exist, and a
-    /// present one may have an old version.
+    /// Whether every partition was read to its end since the view was last empty. Until then an
+    /// absent user may exist, and a present one may have an old version.
     pub complete: bool,
     /// 0: the view has no record of the user.
     pub version: i64,
@@ -46,8 +48,8 @@ impl View {
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
     }
 
-    /// Reads the user and the marks of all partitions in one transaction. A flush between two reads would make a user appear
-    /// absent from a complete view.
+    /// Reads the user and the marks of all partitions in one transaction. A flush between two reads
+    /// would make a user appear absent from a complete view.
     pub async fn find(&self, id: Uuid) -> anyhow::Result<Lookup> {
         let mut pipe = redis::pipe();
         pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("EXISTS");
@@ -60,8 +62,8 @@ impl View {
         Ok(Lookup { complete: marks == PARTITIONS, version: version.unwrap_or(0), profile })
     }
 
-    /// Runs the script for one partition. `expected_position` is the position that the view must have (`None`: any), and
-    /// `next_offset` the position that it has afterwards.
+    /// Runs the script for one partition. `expected_position` is the position that the view must
+    /// have (`None`: any), and `next_offset` the position that it has afterwards.
     async fn apply(
         &self,
         partition: i32,
@@ -106,8 +108,8 @@ impl Handler for View {
 
     const GROUP: &'static str = "cache.profiles";
 
-    /// One atomic script per partition. Crash between two of them: the batch comes again, the first script finds a later
-    /// position, and the handler asks to resume from there.
+    /// One atomic script per partition. Crash between two of them: the batch comes again, the first
+    /// script finds a later position, and the handler asks to resume from there.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut partitions: BTreeMap<i32, Vec<&Record<UserState>>> = BTreeMap::new();
         for record in batch {
@@ -133,8 +135,8 @@ impl Handler for View {
         Ok(Some(stored.unwrap_or(0)))
     }
 
-    /// Marks the partition as complete, with the same comparison: after a flush the position differs, and the view is filled
-    /// again.
+    /// Marks the partition as complete, with the same comparison: after a flush the position
+    /// differs, and the view is filled again.
     async fn caught_up(&self, partition: i32, expected_position: i64, next_offset: i64) -> Result<(), Failure> {
         self.apply(partition, Some(expected_position), next_offset, &[]).await.map(|_| ())
     }
@@ -177,7 +179,8 @@ mod tests {
         (found.version, found.profile.map(|profile| profile.email))
     }
 
-    /// Three users in three partitions. Each has this many versions, and the last one may be its erasure.
+    /// Three users in three partitions. Each has this many versions, and the last one may be its
+    /// erasure.
     type Histories = [(i64, bool); 3];
     /// Users and versions in batches, in any order, with repetitions and gaps.
     type Batches = Vec<Vec<(usize, Index)>>;
@@ -240,7 +243,8 @@ mod tests {
         }
         assert_eq!(seen(&view, user).await, (1, Some("v1@example.com".to_owned())));
         assert_eq!(view.resume_at(0).await.unwrap(), Some(7));
-        // A redrive does not follow the order of the partition: it is applied, and the position does not change.
+        // A redrive does not follow the order of the partition: it is applied, and the position
+        // does not change.
         view.handle(&[record(user, 2, false, (0, None, 3))]).await.unwrap();
         assert_eq!((seen(&view, user).await.0, view.resume_at(0).await.unwrap()), (2, Some(7)));
     }

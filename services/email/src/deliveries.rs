@@ -1,5 +1,5 @@
-//! The states of deliveries. Every transition is one statement or one transaction that names the state it comes from, so two
-//! senders cannot both make it.
+//! The states of deliveries. Every transition is one statement or one transaction that names the
+//! state it comes from, so two senders cannot both make it.
 //!
 //! ```text
 //! pending ──claim──► sending ──250──► sent
@@ -7,9 +7,9 @@
 //!    ├── 4xx, no answer ┤
 //!    └ unknown ◄────────┘ no answer after the mail was sent
 //! ```
-//! A sender that dies leaves the state `sending` with a lease. When the lease ends, by the database's clock, another sender
-//! claims the delivery. If the recipient is erased, a delivery that is not being sent becomes `cancelled`. A delivery that is
-//! too old is [`held`](crate::held).
+//! A sender that dies leaves the state `sending` with a lease. When the lease ends, by the
+//! database's clock, another sender claims the delivery. If the recipient is erased, a delivery
+//! that is not being sent becomes `cancelled`. A delivery that is too old is [`held`](crate::held).
 
 use std::time::Duration;
 
@@ -43,8 +43,9 @@ pub struct Claim {
     pub token: Uuid,
 }
 
-/// Claims the delivery that has waited longest. It must be due, its recipient must be known and not erased, its cause must not
-/// be too old (unless an operator released it), and the lease of its previous sender, if any, must have ended.
+/// Claims the delivery that has waited longest. It must be due, its recipient must be known and not
+/// erased, its cause must not be too old (unless an operator released it), and the lease of its
+/// previous sender, if any, must have ended.
 pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     let token = mint_id();
     let claimed = sqlx::query_as!(
@@ -67,8 +68,9 @@ pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     claimed.fetch_optional(db).await
 }
 
-/// Whether the mail may still be sent: asked before the one step that cannot be undone. The answer is no for a sender whose
-/// lease has ended (it was frozen), and if the recipient was erased in the meantime.
+/// Whether the mail may still be sent: asked before the one step that cannot be undone. The answer
+/// is no for a sender whose lease has ended (it was frozen), and if the recipient was erased in the
+/// meantime.
 pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let ours = sqlx::query_scalar!(
         r#"select exists (
@@ -80,8 +82,9 @@ pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     ours.fetch_one(db).await
 }
 
-/// Records that the server accepted the mail. Also succeeds after the lease has expired, so that the sender that took over
-/// fails its check and stops. Only the sender that makes the transition writes the event, so there is one event.
+/// Records that the server accepted the mail. Also succeeds after the lease has expired, so that
+/// the sender that took over fails its check and stops. Only the sender that makes the transition
+/// writes the event, so there is one event.
 pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let ended = sqlx::query!(

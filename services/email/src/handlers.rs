@@ -1,5 +1,5 @@
-//! The event handlers of the email service. Both are idempotent without an inbox: intents have a unique business key, and for
-//! recipients the highest version wins.
+//! The event handlers of the email service. Both are idempotent without an inbox: intents have a
+//! unique business key, and for recipients the highest version wins.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,8 @@ use shared::platform::telemetry::TraceContext;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-/// `user.events.v1` → intents. A registration causes one welcome mail, however often and in whatever order it arrives.
+/// `user.events.v1` → intents. A registration causes one welcome mail, however often and in
+/// whatever order it arrives.
 #[derive(Clone)]
 pub struct Welcome {
     pub db: PgPool,
@@ -21,9 +22,10 @@ impl Handler for Welcome {
 
     const GROUP: &'static str = "email.welcome";
 
-    /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch comes again and changes
-    /// nothing. Users are written in the order of their ids, as in [`Recipients`]: two transactions that lock the same rows
-    /// in opposite orders would deadlock. The effects commute, so the order has no other meaning.
+    /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch
+    /// comes again and changes nothing. Users are written in the order of their ids, as in
+    /// [`Recipients`]: two transactions that lock the same rows in opposite orders would deadlock.
+    /// The effects commute, so the order has no other meaning.
     async fn handle(&self, batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
         let mut batch: Vec<_> = batch.iter().collect();
         batch.sort_by_key(|record| record.envelope.key);
@@ -67,7 +69,8 @@ async fn intend(
     Ok(inserted.execute(tx).await?.rows_affected() == 1)
 }
 
-/// The fact erases the address too: a consumer that was down for longer than Kafka keeps tombstones misses the tombstone.
+/// The fact erases the address too: a consumer that was down for longer than Kafka keeps tombstones
+/// misses the tombstone.
 async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<bool> {
     let erased = sqlx::query!(
         "insert into recipients as stored (user_id, version) values ($1, $2)
@@ -79,7 +82,8 @@ async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<
     Ok(erased.execute(tx).await?.rows_affected() == 1)
 }
 
-/// `user.state.v1` → recipients. The highest version wins; an erased recipient keeps its version and nothing else.
+/// `user.state.v1` → recipients. The highest version wins; an erased recipient keeps its version
+/// and nothing else.
 #[derive(Clone)]
 pub struct Recipients {
     pub db: PgPool,
@@ -90,8 +94,8 @@ impl Handler for Recipients {
 
     const GROUP: &'static str = "email.recipients";
 
-    /// One statement. Users are written in the order of their ids, as in [`Welcome`], and each once, because a statement may
-    /// update a row only once.
+    /// One statement. Users are written in the order of their ids, as in [`Welcome`], and each
+    /// once, because a statement may update a row only once.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut newest: BTreeMap<Uuid, &Record<UserState>> = BTreeMap::new();
         for record in batch {
@@ -139,7 +143,8 @@ mod tests {
 
     use super::*;
 
-    /// Each case is a whole history on a real database, which takes milliseconds per row. So there are few.
+    /// Each case is a whole history on a real database, which takes milliseconds per row. So there
+    /// are few.
     const CASES: u32 = 32;
 
     async fn database() -> PgPool {

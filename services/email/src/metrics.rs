@@ -10,7 +10,8 @@ use sqlx::PgPool;
 use tokio::time::{Duration, sleep};
 
 const INTERVAL: Duration = Duration::from_secs(2);
-/// The states that are reported. A state without deliveries is reported as 0, or its series would keep the last value.
+/// The states that are reported. A state without deliveries is reported as 0, or its series would
+/// keep the last value.
 const OPEN: [&str; 5] = ["pending", "sending", "unknown", "unaddressed", "held"];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -39,8 +40,9 @@ impl DeliveryMetrics {
         self.ended.get_or_create(&StateLabels { state }).inc_by(deliveries);
     }
 
-    /// Counts the open deliveries every two seconds, with indexes that contain only those. `held` deliveries wait for an
-    /// operator. `unaddressed` ones wait for the address of their user from `user.state.v1`: alert on many or old ones.
+    /// Counts the open deliveries every two seconds, with indexes that contain only those. `held`
+    /// deliveries wait for an operator. `unaddressed` ones wait for the address of their user from
+    /// `user.state.v1`: alert on many or old ones.
     pub async fn measure(self, db: PgPool) -> anyhow::Result<()> {
         loop {
             let measured = sqlx::query!(

@@ -1,5 +1,5 @@
-//! The SMTP dialogue, step by step. The consequence of a failure depends on the step, which lettre's pooled transport would
-//! hide.
+//! The SMTP dialogue, step by step. The consequence of a failure depends on the step, which
+//! lettre's pooled transport would hide.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use lettre::transport::smtp::extension::ClientId;
 use lettre::{Address, Message};
 use tokio::time::timeout;
 
-/// Time for each step. RFC 5321 §4.5.3.2 allows minutes, but the lease must be longer than all steps together.
+/// Time for each step. RFC 5321 §4.5.3.2 allows minutes, but the lease must be longer than all
+/// steps together.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(clap::Args, Clone)]
@@ -86,8 +87,8 @@ impl Connection {
         message: &Message,
         check: impl Future<Output = bool>,
     ) -> Ending {
-        // A permanent refusal before RCPT is about this client and not about the mail: a wrong setting must not fail every
-        // mail.
+        // A permanent refusal before RCPT is about this client and not about the mail: a wrong
+        // setting must not fail every mail.
         let connection = match self.greeted(config).await {
             Ok(connection) => connection,
             Err(failed) => return Ending::Later { code: failed.code },

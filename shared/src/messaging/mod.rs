@@ -1,5 +1,5 @@
-//! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or [`inbox`] → [`dead_letters`].
-//! From the beginning of the topic again: [`replay`].
+//! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or
+//! [`inbox`] → [`dead_letters`]. From the beginning of the topic again: [`replay`].
 
 mod kafka;
 pub mod outbox;

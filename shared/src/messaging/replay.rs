@@ -1,6 +1,7 @@
-//! Replay: applies a topic from its beginning to a second copy of a read model, while the group of the live model runs. A
-//! replay joins no group, commits nothing and writes to no topic. It keeps its position in memory, so a replay that dies
-//! leaves nothing that could disagree with its tables, and the next one starts from the beginning.
+//! Replay: applies a topic from its beginning to a second copy of a read model, while the group of
+//! the live model runs. A replay joins no group, commits nothing and writes to no topic. It keeps
+//! its position in memory, so a replay that dies leaves nothing that could disagree with its
+//! tables, and the next one starts from the beginning.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -50,7 +51,8 @@ pub struct Replay<P> {
     limit: Duration,
     /// The first offset that Kafka still has, per partition.
     beginning: Offsets,
-    /// The next offset to apply, per partition. The copy contains every earlier event that its projection accepts.
+    /// The next offset to apply, per partition. The copy contains every earlier event that its
+    /// projection accepts.
     next_offsets: Offsets,
 }
 
@@ -88,11 +90,12 @@ impl<P: Projection> Replay<P> {
         self.beginning.values().sum()
     }
 
-    /// Applies everything up to the present end of the topic. Leaves out records that cannot be decoded or whose type this
-    /// release does not know, as the live model did.
+    /// Applies everything up to the present end of the topic. Leaves out records that cannot be
+    /// decoded or whose type this release does not know, as the live model did.
     ///
     /// # Errors
-    /// Kafka does not answer, the copy's database is down, or the copy rejects an event that the live model contains.
+    /// Kafka does not answer, the copy's database is down, or the copy rejects an event that the
+    /// live model contains.
     pub async fn advance(&mut self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
         self.read(live, &ends, Take::All).await?;
@@ -100,8 +103,9 @@ impl<P: Projection> Replay<P> {
         Ok(())
     }
 
-    /// Applies the later events that the live model already has. Does not advance the position. The caller keeps the live
-    /// model from changing, so afterwards the copy contains every event that the live model contains.
+    /// Applies the later events that the live model already has. Does not advance the position. The
+    /// caller keeps the live model from changing, so afterwards the copy contains every event that
+    /// the live model contains.
     ///
     /// # Errors
     /// The same as of [`Replay::advance`].
@@ -162,7 +166,8 @@ impl<P: Projection> Replay<P> {
         Ok(self.consumer.unassign()?)
     }
 
-    /// Reads a batch of records before `until`. Removes partitions from `unfinished` that have no more of them.
+    /// Reads a batch of records before `until`. Removes partitions from `unfinished` that have no
+    /// more of them.
     fn collect(&self, until: &Offsets, unfinished: &mut BTreeSet<i32>) -> anyhow::Result<Vec<OwnedMessage>> {
         let mut batch = Vec::new();
         let mut bytes = 0;
@@ -180,7 +185,8 @@ impl<P: Projection> Replay<P> {
                     }
                     continue;
                 }
-                // The last offset may be a transaction's marker: then this event is the only sign of the end.
+                // The last offset may be a transaction's marker: then this event is the only sign
+                // of the end.
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     unfinished.remove(&partition);
                 }
@@ -196,8 +202,8 @@ impl<P: Projection> Replay<P> {
         Ok(batch)
     }
 
-    /// Asks the live model about every batch, also when the answer is not used: a rebuild that has lost that connection, and
-    /// its locks with it, stops here.
+    /// Asks the live model about every batch, also when the answer is not used: a rebuild that has
+    /// lost that connection, and its locks with it, stops here.
     async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], take: Take) -> anyhow::Result<()> {
         let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Coordinates::of(message)));
         let mut records: Vec<Record<P::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();

@@ -1,4 +1,5 @@
-//! Topics on the broker. Their owner creates them as declared, and exits with an error if an existing one differs.
+//! Topics on the broker. Their owner creates them as declared, and exits with an error if an
+//! existing one differs.
 
 use anyhow::{Context, anyhow, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
@@ -13,7 +14,8 @@ type Admin = AdminClient<DefaultClientContext>;
 
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// Lets the broker choose the replication factor; `min.insync.replicas` then is the broker's default too.
+/// Lets the broker choose the replication factor; `min.insync.replicas` then is the broker's
+/// default too.
 const BROKER_DEFAULT: i32 = -1;
 
 /// Creates missing topics and checks existing ones. Waits for Kafka indefinitely.
@@ -90,7 +92,8 @@ async fn create_and_check(
         let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replicas));
         topic.config = settings.to_vec();
         if replicas != BROKER_DEFAULT {
-            // A record is acknowledged when a majority has it, so the loss of one broker of three stops no producer.
+            // A record is acknowledged when a majority has it, so the loss of one broker of three
+            // stops no producer.
             topic.config.push(("min.insync.replicas", &in_sync));
         }
         for result in admin.create_topics([&topic], &options()).await? {
@@ -130,7 +133,8 @@ async fn existing_partitions(admin: &Admin, name: &str) -> anyhow::Result<i32> {
     }
 }
 
-/// A broker that does not know a new topic yet answers without a value; that is an error, and so retried.
+/// A broker that does not know a new topic yet answers without a value; that is an error, and so
+/// retried.
 async fn cleanup_policy(admin: &Admin, name: &str) -> anyhow::Result<String> {
     let mut described = admin.describe_configs([&ResourceSpecifier::Topic(name)], &options()).await?;
     let topic = described.pop().context("Kafka sent no settings of the topic")?;

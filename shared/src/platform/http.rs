@@ -1,5 +1,5 @@
-//! What every public HTTP route gets: a request id, a span in the caller's trace, a latency metric, a time limit, a size
-//! limit, and errors as problem documents (RFC 9457).
+//! What every public HTTP route gets: a request id, a span in the caller's trace, a latency metric,
+//! a time limit, a size limit, and errors as problem documents (RFC 9457).
 
 use axum::Router;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
@@ -46,13 +46,15 @@ pub fn internal_error() -> ProblemDetails {
     problem(StatusCode::INTERNAL_SERVER_ERROR, "internal error; retry the request (use an Idempotency-Key)")
 }
 
-/// A request failed because the database refused a statement or did not answer. Answers 503 with `Retry-After`.
+/// A request failed because the database refused a statement or did not answer. Answers 503 with
+/// `Retry-After`.
 #[derive(Debug, thiserror::Error)]
 #[error("the database does not answer")]
 pub struct Unavailable(#[from] sqlx::Error);
 
 impl IntoResponse for Unavailable {
-    /// Logs the cause. The message of a database error may quote values, so only its code is logged.
+    /// Logs the cause. The message of a database error may quote values, so only its code is
+    /// logged.
     fn into_response(self) -> Response {
         match self.0 {
             sqlx::Error::Database(error) => {
@@ -99,13 +101,14 @@ impl IntoProblem for QueryRejection {
     }
 }
 
-/// The span, the metric and the time limit of a request. A request that exceeds the limit may have taken effect, as after
-/// any lost answer. With an `Idempotency-Key` it is safe to retry.
+/// The span, the metric and the time limit of a request. A request that exceeds the limit may have
+/// taken effect, as after any lost answer. With an `Idempotency-Key` it is safe to retry.
 async fn observed(State(metrics): State<Metrics>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("none", MatchedPath::as_str).to_owned(); // never the path, which contains what users type
-    // HTTP allows any word as a method. A label has only known methods, so that callers cannot create series.
+    // HTTP allows any word as a method. A label has only known methods, so that callers cannot
+    // create series.
     let known = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::HEAD, Method::OPTIONS];
     let method = known.iter().find(|known| *known == request.method()).map_or("other", Method::as_str).to_owned();
     let span = tracing::error_span!(

@@ -56,9 +56,9 @@ async fn a_rolling_restart_under_load_loses_and_duplicates_nothing() {
     assert!(unique, "two mails to one address: a sender must finish its mail before it stops");
 }
 
-/// T19, I7, I9, I12: while a copy of analytics waits for its database, another copy joins, gets half
-/// of the partitions and leaves. The partitions return to the copy that is paused. When its database
-/// is back, every partition continues after its last record that took effect.
+/// T19, I7, I9, I12: while a copy of analytics waits for its database, another copy joins, gets
+/// half of the partitions and leaves. The partitions return to the copy that is paused. When its
+/// database is back, every partition continues after its last record that took effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() {
     let mut system = System::empty().await;

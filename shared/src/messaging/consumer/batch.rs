@@ -1,4 +1,5 @@
-//! A batch of records, and its delivery to the handler: decode, handle, dead-letter a record that can never succeed.
+//! A batch of records, and its delivery to the handler: decode, handle, dead-letter a record that
+//! can never succeed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -17,7 +18,8 @@ use crate::platform::telemetry::{self, TraceContext};
 
 /// Records per batch.
 pub(in crate::messaging) const BATCH_RECORDS: usize = 500;
-/// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at most 1 MiB more.
+/// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
+/// most 1 MiB more.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 /// Why a batch was not completed.
@@ -52,8 +54,8 @@ type Place = (i32, i64);
 pub(super) struct Batch {
     messages: Vec<OwnedMessage>,
     bytes: usize,
-    /// Records of the batch that have taken effect. Kept while the batch is retried, so that no record is handled,
-    /// dead-lettered or counted again because another one has to wait.
+    /// Records of the batch that have taken effect. Kept while the batch is retried, so that no
+    /// record is handled, dead-lettered or counted again because another one has to wait.
     finished: BTreeSet<Place>,
     counts: Counts,
 }
@@ -108,7 +110,8 @@ impl Batch {
         self.messages.iter().map(place).filter(|place| !self.finished.contains(place)).collect()
     }
 
-    /// Counts the finished records and empties the batch. Each record is counted once, however often the batch was retried.
+    /// Counts the finished records and empties the batch. Each record is counted once, however
+    /// often the batch was retried.
     pub fn complete<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
         self.messages.clear();
         self.bytes = 0;
@@ -121,9 +124,10 @@ impl Batch {
         setup.count("dead_lettered", dead_lettered);
     }
 
-    /// Delivers the records that are not finished, in order. After success every record has taken effect durably; a dead
-    /// letter counts as an effect. After a failure some records may have taken effect: the finished ones are left out of
-    /// the next attempt, and effects are idempotent.
+    /// Delivers the records that are not finished, in order. After success every record has taken
+    /// effect durably; a dead letter counts as an effect. After a failure some records may have
+    /// taken effect: the finished ones are left out of the next attempt, and effects are
+    /// idempotent.
     pub async fn deliver<H: Handler>(&mut self, parts: DeliveryParts<'_, H>) -> Result<(), Halt> {
         let Self { messages, finished, counts, .. } = self;
         let group = H::GROUP;
@@ -186,8 +190,9 @@ impl<H: Handler> BatchDelivery<'_, H> {
         handler::deliver(self, records, split_slow).await
     }
 
-    /// Writes the record's dead letter before any later record is handled. A handler that stores its own position moves it
-    /// past this record; after a crash in between no process would read the record again.
+    /// Writes the record's dead letter before any later record is handled. A handler that stores
+    /// its own position moves it past this record; after a crash in between no process would read
+    /// the record again.
     async fn dead_letter(&mut self, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
         if let Some((rejected, of)) = self.parts.breaker.too_many() {
             return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
@@ -231,12 +236,13 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
     type Event = H::Event;
     type Error = Halt;
 
-    /// A single record is handled within its own span, so that what the handler does and publishes belongs to the record's
-    /// trace.
+    /// A single record is handled within its own span, so that what the handler does and publishes
+    /// belongs to the record's trace.
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         let setup = self.parts.setup;
         let limit = setup.kafka.handle_timeout();
-        // Slow records must not keep the consumer from polling or stopping. Finished records stay finished.
+        // Slow records must not keep the consumer from polling or stopping. Finished records stay
+        // finished.
         if self.single_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
             return Err(anyhow!("the records are slow one by one; the rest of the batch is handled later").into());
         }

@@ -1,6 +1,6 @@
-//! The breaker. If too many of the last records were rejected, the cause is usually a bad release and not the records. Then
-//! the consumer pauses instead of turning its topic into dead letters. Only rejections count: failures of a dependency are
-//! retried and do not count.
+//! The breaker. If too many of the last records were rejected, the cause is usually a bad release
+//! and not the records. Then the consumer pauses instead of turning its topic into dead letters.
+//! Only rejections count: failures of a dependency are retried and do not count.
 
 use std::collections::VecDeque;
 
@@ -10,14 +10,15 @@ use clap::Args;
 /// When a consumer pauses because it rejects too much; see `docs/operations.md`.
 #[derive(Args, Clone, Debug)]
 pub struct BreakerConfig {
-    /// A consumer pauses when more than this share of its last records was rejected. 1 switches the breaker off.
+    /// A consumer pauses when more than this share of its last records was rejected. 1 switches the
+    /// breaker off.
     #[arg(long, env, default_value_t = 0.5, value_parser = share)]
     pub breaker_share: f64,
     /// How many of the last records are considered.
     #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
     pub breaker_window: u16,
-    /// Rejections required before it pauses, so that a few bad records on a quiet topic do not trip it. At most
-    /// BREAKER_WINDOW.
+    /// Rejections required before it pauses, so that a few bad records on a quiet topic do not trip
+    /// it. At most BREAKER_WINDOW.
     #[arg(long, env, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
     pub breaker_minimum: u16,
 }
@@ -27,8 +28,8 @@ fn share(text: &str) -> Result<f64, &'static str> {
     if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("a share is above 0 and at most 1, for example 0.5") }
 }
 
-/// Which of the last records of one consumer were rejected. It starts empty, so a process that is restarted repeatedly
-/// writes fewer dead letters than the minimum each time.
+/// Which of the last records of one consumer were rejected. It starts empty, so a process that is
+/// restarted repeatedly writes fewer dead letters than the minimum each time.
 pub(super) struct Breaker {
     rules: BreakerConfig,
     /// Whether each record was rejected, oldest first.
@@ -59,8 +60,8 @@ impl Breaker {
         self.rejected += usize::from(rejected);
     }
 
-    /// Whether one more rejection would be too many. Checked before its dead letter is written. Returns how many rejections
-    /// that would be, and of how many records.
+    /// Whether one more rejection would be too many. Checked before its dead letter is written.
+    /// Returns how many rejections that would be, and of how many records.
     pub fn too_many(&self) -> Option<(usize, usize)> {
         let full = self.window.len() == usize::from(self.rules.breaker_window);
         let leaves = usize::from(full && self.window.front() == Some(&true));

@@ -1,9 +1,9 @@
-//! The consumer: one OS thread that polls, handles and stores offsets in turn. Rebalance callbacks run only inside `poll`,
-//! when no batch is being processed, so there is nothing to drain and no race. Scale by more consumers, not by threads per
-//! partition.
+//! The consumer: one OS thread that polls, handles and stores offsets in turn. Rebalance callbacks
+//! run only inside `poll`, when no batch is being processed, so there is nothing to drain and no
+//! race. Scale by more consumers, not by threads per partition.
 //!
-//! It stores the offset of the next record, and only after the effects are durable. librdkafka commits stored offsets every
-//! second, on a revoke and on shutdown.
+//! It stores the offset of the next record, and only after the effects are durable. librdkafka
+//! commits stored offsets every second, on a revoke and on shutdown.
 
 mod breaker;
 mod start;
@@ -31,7 +31,8 @@ pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
 pub use breaker::BreakerConfig;
 pub(crate) use start::ConsumerSetup;
 
-/// How long an empty batch waits for its first record. It is also how soon the consumer notices a stop.
+/// How long an empty batch waits for its first record. It is also how soon the consumer notices a
+/// stop.
 const IDLE_POLL: Duration = Duration::from_millis(100);
 /// How long a started batch waits for more records.
 const LINGER: Duration = Duration::from_millis(2);
@@ -50,11 +51,12 @@ pub(crate) struct Consumer<H> {
 }
 
 impl<H: Handler> Consumer<H> {
-    /// Prepares the topics, joins the group and consumes until the process stops. Blocks the calling thread.
+    /// Prepares the topics, joins the group and consumes until the process stops. Blocks the
+    /// calling thread.
     ///
     /// # Errors
-    /// The Kafka settings are invalid, Kafka does not have the offset to read from, or a topic differs from its
-    /// declaration.
+    /// The Kafka settings are invalid, Kafka does not have the offset to read from, or a topic
+    /// differs from its declaration.
     pub fn run(setup: ConsumerSetup<H>) -> anyhow::Result<()> {
         let runtime = Runtime::current();
         let breaker = Breaker::new(&setup.breaker)?;
@@ -85,8 +87,9 @@ impl<H: Handler> Consumer<H> {
         Ok(())
     }
 
-    /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group would consider it dead.
-    /// Its partitions are paused, so a poll returns only events of the group.
+    /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group
+    /// would consider it dead. Its partitions are paused, so a poll returns only events of the
+    /// group.
     fn fill(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
         let mut wait = IDLE_POLL;
         while self.waiting.is_paused() || !batch.is_full() {
@@ -115,17 +118,19 @@ impl<H: Handler> Consumer<H> {
             fault::point("consumer.after_poll");
         }
         self.partitions.drop_revoked();
-        // Records that were polled before a revoke belong to another consumer now. A partition without a start is not ours
-        // to read yet.
+        // Records that were polled before a revoke belong to another consumer now. A partition
+        // without a start is not ours to read yet.
         let placed = &self.partitions.next_offsets;
         batch.retain_partitions(|partition| placed.contains_key(&partition));
         Ok(())
     }
 
-    /// Delivers the batch, stores its offsets, then tells the handler which partitions are read to the end.
+    /// Delivers the batch, stores its offsets, then tells the handler which partitions are read to
+    /// the end.
     fn work(&mut self, batch: &mut Batch) -> Result<(), Halt> {
         if !batch.is_empty() {
-            // Too slow for the second time: perhaps there are too many records, and together they never finish.
+            // Too slow for the second time: perhaps there are too many records, and together they
+            // never finish.
             let split_slow = if self.waiting.is_paused() { SplitSlow::Yes } else { SplitSlow::No };
             let parts = DeliveryParts {
                 setup: &self.setup,
@@ -171,9 +176,9 @@ impl<H: Handler> Consumer<H> {
         match result {
             Ok(()) => self.waiting.end(setup, partitions),
             Err(Halt::Failure(Failure::Resume)) => {
-                // The batch is dropped and read again from the handler's position. Finished records are counted now. The
-                // others are remembered: those before the new position were already applied and will not be delivered
-                // again.
+                // The batch is dropped and read again from the handler's position. Finished records
+                // are counted now. The others are remembered: those before the new position were
+                // already applied and will not be delivered again.
                 let affected: Vec<i32> = batch.partitions().into_iter().collect();
                 tracing::info!(group = H::GROUP, partitions = ?affected, "the handler has another position; restarting there");
                 partitions.dropped.extend(batch.unfinished());

@@ -1,5 +1,5 @@
-//! The partitions of a consumer: which are assigned, which of them the client reads, and the next offset of each. Rebalance
-//! callbacks run inside `poll`, on the consumer's own thread.
+//! The partitions of a consumer: which are assigned, which of them the client reads, and the next
+//! offset of each. Rebalance callbacks run inside `poll`, on the consumer's own thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
@@ -22,12 +22,12 @@ use crate::platform::metrics::{Metrics, PartitionLabels};
 
 /// Time for one request to Kafka.
 pub(super) const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
-/// A partition that the client was given and does not read for this long counts as idle. Starting to read takes
-/// milliseconds.
+/// A partition that the client was given and does not read for this long counts as idle. Starting
+/// to read takes milliseconds.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
-/// The partitions that the group assigned to this consumer, and how far each is handled. Used by the consumer's thread
-/// only.
+/// The partitions that the group assigned to this consumer, and how far each is handled. Used by
+/// the consumer's thread only.
 pub(super) struct Partitions {
     pub(super) client: BaseConsumer<Assignment>,
     pub(super) group: &'static str,
@@ -36,8 +36,8 @@ pub(super) struct Partitions {
     pub(super) next_offsets: BTreeMap<i32, i64>,
     /// Partitions that have been read to the end.
     pub(super) at_end: BTreeSet<i32>,
-    /// Partition and offset of records dropped because the handler's position did not match. Those before the new position
-    /// count as duplicates.
+    /// Partition and offset of records dropped because the handler's position did not match. Those
+    /// before the new position count as duplicates.
     pub(super) dropped: BTreeSet<(i32, i64)>,
     /// When the starts of partitions are looked up again after a failure.
     pub(super) retry_placement_at: Instant,
@@ -88,8 +88,8 @@ impl Partitions {
         }
     }
 
-    /// Handles an error of the client. Most errors disappear by themselves while the consumer polls; `/readyz` reports
-    /// them by the client's statistics.
+    /// Handles an error of the client. Most errors disappear by themselves while the consumer
+    /// polls; `/readyz` reports them by the client's statistics.
     ///
     /// # Errors
     /// The client cannot recover, or Kafka does not have the offset to read from.
@@ -133,8 +133,8 @@ impl Partitions {
         Ok(self.client.resume(&self.list(self.next_offsets.keys()))?)
     }
 
-    /// Stores the next offset per partition. librdkafka commits stored offsets every second. Its other functions of this
-    /// kind add one to the offset.
+    /// Stores the next offset per partition. librdkafka commits stored offsets every second. Its
+    /// other functions of this kind add one to the offset.
     pub fn store(&self, next_offsets: &BTreeMap<i32, i64>) -> anyhow::Result<()> {
         let mut offsets = TopicPartitionList::new();
         for (partition, offset) in next_offsets {
@@ -149,8 +149,8 @@ impl Partitions {
         let _ = self.client.commit_consumer_state(CommitMode::Sync);
     }
 
-    /// Per partition that has been read to the end: the next offset so far, and the client's position. That is after the
-    /// marker of the last transaction, so storing it makes the lag 0.
+    /// Per partition that has been read to the end: the next offset so far, and the client's
+    /// position. That is after the marker of the last transaction, so storing it makes the lag 0.
     pub fn ends(&self) -> Result<Vec<(i32, i64, i64)>, KafkaError> {
         let positions = self.client.position()?;
         let ends = self.at_end.iter().filter_map(|partition| {
@@ -165,7 +165,8 @@ impl Partitions {
         Ok(ends.collect())
     }
 
-    /// Measures the lag of paused partitions, so that metrics show it grow. The lag is unknown while Kafka does not answer.
+    /// Measures the lag of paused partitions, so that metrics show it grow. The lag is unknown
+    /// while Kafka does not answer.
     pub fn measure_lag(&self) {
         for (partition, next_offset) in &self.next_offsets {
             let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, *partition, KAFKA_TIMEOUT) else {
@@ -192,8 +193,8 @@ pub(super) struct Assignment {
     component: String,
     health: Health,
     metrics: Metrics,
-    /// The consumer has paused its partitions. Then it measures the lag itself, because the client's statistics do not
-    /// change for paused partitions.
+    /// The consumer has paused its partitions. Then it measures the lag itself, because the
+    /// client's statistics do not change for paused partitions.
     pub(super) paused: AtomicBool,
     changes: Mutex<Changes>,
 }
@@ -251,8 +252,9 @@ impl Assignment {
         Ok(())
     }
 
-    /// Partitions that the client silently stopped fetching. It stops if it finds no record at the wanted offset while the
-    /// partition is paused: it discards the error together with the fetched records.
+    /// Partitions that the client silently stopped fetching. It stops if it finds no record at the
+    /// wanted offset while the partition is paused: it discards the error together with the fetched
+    /// records.
     fn idle(&self) -> Vec<i32> {
         let changes = self.changes();
         let idle = changes.idle_since.iter().filter(|(_, since)| since.elapsed() > IDLE_LIMIT);
@@ -285,15 +287,18 @@ impl Assignment {
         taken
     }
 
-    /// Accepts the assignment, but gives the client no partition before [`Partitions::place`] knows its start. So a first
-    /// start, a rebalance, a start during an outage, and a handler whose position changed all take the same path.
+    /// Accepts the assignment, but gives the client no partition before [`Partitions::place`] knows
+    /// its start. So a first start, a rebalance, a start during an outage, and a handler whose
+    /// position changed all take the same path.
     ///
-    /// The alternative, a placeholder offset and a later seek, fails: the client looks the placeholder up in the
-    /// background, and an answer that arrives after the seek moves the partition back (librdkafka 2.12 repeats the lookup
-    /// and does not check whether it is still wanted).
+    /// The alternative, a placeholder offset and a later seek, fails: the client looks the
+    /// placeholder up in the background, and an answer that arrives after the seek moves the
+    /// partition back (librdkafka 2.12 repeats the lookup and does not check whether it is still
+    /// wanted).
     ///
-    /// A partition that was given to the client just before may have answered the group in place of this call. Then the
-    /// client leaves partitions paused that it paused for this call (also librdkafka 2.12). So all of them are restarted.
+    /// A partition that was given to the client just before may have answered the group in place of
+    /// this call. Then the client leaves partitions paused that it paused for this call (also
+    /// librdkafka 2.12). So all of them are restarted.
     fn assign(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         client.incremental_assign(&TopicPartitionList::new())?;
         let mut changes = self.changes();
@@ -307,11 +312,12 @@ impl Assignment {
         Ok(())
     }
 
-    /// Commits what was handled before the partitions go to another consumer. If they are lost already, another consumer
-    /// has them, and its commits must stay.
+    /// Commits what was handled before the partitions go to another consumer. If they are lost
+    /// already, another consumer has them, and its commits must stay.
     fn revoke(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         if !client.assignment_lost() {
-            // Fails with "no offset" if the automatic commit was faster. After any other failure records come again.
+            // Fails with "no offset" if the automatic commit was faster. After any other failure
+            // records come again.
             let _ = client.commit_consumer_state(CommitMode::Sync);
         }
         let partitions = numbers(partitions);
@@ -364,7 +370,8 @@ impl ConsumerContext for Assignment {
 }
 
 impl ClientContext for Assignment {
-    /// Twice a second: reports the lag of the assigned partitions, and whether the consumer is in its group.
+    /// Twice a second: reports the lag of the assigned partitions, and whether the consumer is in
+    /// its group.
     fn stats(&self, statistics: Statistics) {
         let connected = statistics.brokers.values().any(|broker| broker.state == "UP");
         let joined = statistics.cgrp.is_some_and(|group| group.state == "up" && group.join_state == "steady");

@@ -1,4 +1,5 @@
-//! The list of dead letters, for operators. It shows no personal data: keys only if they are ids, and no values.
+//! The list of dead letters, for operators. It shows no personal data: keys only if they are ids,
+//! and no values.
 
 use std::io::Write;
 
@@ -82,7 +83,8 @@ fn print_json<'a>(out: &mut impl Write, lines: impl Iterator<Item = Line<'a>>) -
     Ok(())
 }
 
-/// Prints aligned columns, then a summary line per group. The reason is last, because it may be long.
+/// Prints aligned columns, then a summary line per group. The reason is last, because it may be
+/// long.
 fn print_table(out: &mut impl Write, lines: Vec<Line<'_>>, groups: &[&str]) -> anyhow::Result<()> {
     if !lines.is_empty() {
         let mut rows = vec![["GROUP", "COORDINATES", "KEY", "AGE", "ATTEMPTS", "REASON"].map(str::to_owned)];

@@ -1,7 +1,9 @@
-//! Dead letters: records that a consumer group could not handle, kept until a [redrive] settles them.
+//! Dead letters: records that a consumer group could not handle, kept until a [redrive] settles
+//! them.
 //!
-//! `<group>.dlq` is a table and not a queue. It is compacted and keyed by the coordinates of the record, so a record has one
-//! letter however often it is dead-lettered, and a settled letter is a tombstone.
+//! `<group>.dlq` is a table and not a queue. It is compacted and keyed by the coordinates of the
+//! record, so a record has one letter however often it is dead-lettered, and a settled letter is a
+//! tombstone.
 
 mod letter;
 mod table;

@@ -1,5 +1,5 @@
-//! Redrive: hands the open dead letters to the same handler again, outside the topic's order. It publishes nothing to the
-//! topic of the records, because every other group would read it again.
+//! Redrive: hands the open dead letters to the same handler again, outside the topic's order. It
+//! publishes nothing to the topic of the records, because every other group would read it again.
 
 use std::time::Duration;
 
@@ -30,7 +30,8 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// The subcommand `redrive`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Redrive {
-    /// Redrive only these letters, also if they are parked. As topic-partition-offset, which `dead-letters` prints.
+    /// Redrive only these letters, also if they are parked. As topic-partition-offset, which
+    /// `dead-letters` prints.
     #[arg(long, value_name = "COORDINATES", num_args = 1..)]
     pub only: Vec<Coordinates>,
     /// Print what would be tried and change nothing.
@@ -38,12 +39,13 @@ pub struct Redrive {
     pub dry_run: bool,
 }
 
-/// Tries the group's open letters again and prints the result. Crash after the handler's effect and before the tombstone:
-/// the letter is still open, and the next redrive repeats the effect, which handlers are idempotent for. The group may
-/// consume at the same time.
+/// Tries the group's open letters again and prints the result. Crash after the handler's effect and
+/// before the tombstone: the letter is still open, and the next redrive repeats the effect, which
+/// handlers are idempotent for. The group may consume at the same time.
 ///
 /// # Errors
-/// Kafka does not answer, or a dependency of the handler is down. Letters that are not settled stay open.
+/// Kafka does not answer, or a dependency of the handler is down. Letters that are not settled stay
+/// open.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn redrive<H: Handler>(kafka: &KafkaConfig, handler: &H, options: &Redrive) -> anyhow::Result<()> {
     telemetry::hide_panic_messages();
@@ -225,7 +227,8 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
 
 fn record_reader(kafka: &KafkaConfig) -> anyhow::Result<BaseConsumer> {
     let mut config = kafka.reader("redrive");
-    // If the record was compacted away, the reader gets the next one, and sees that its offset is higher.
+    // If the record was compacted away, the reader gets the next one, and sees that its offset is
+    // higher.
     config.set("auto.offset.reset", "earliest");
     create(&config)
 }

@@ -54,8 +54,8 @@ pub fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>>
     Ok(letters)
 }
 
-/// Keeps the metric of open letters up to date by following the table. So the metric also changes when another process
-/// redrives. Holds only the keys in memory.
+/// Keeps the metric of open letters up to date by following the table. So the metric also changes
+/// when another process redrives. Holds only the keys in memory.
 pub fn count_open_dead_letters(
     kafka: &KafkaConfig,
     group: &str,
@@ -105,9 +105,11 @@ impl Follow {
     }
 }
 
-/// Reads the table from its beginning and calls `on_change` with each change, and with whether the end has been reached.
+/// Reads the table from its beginning and calls `on_change` with each change, and with whether the
+/// end has been reached.
 fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bool) -> Follow) -> anyhow::Result<()> {
-    // The reader starts at the beginning, so an offset that Kafka does not have means that the topic was created again.
+    // The reader starts at the beginning, so an offset that Kafka does not have means that the
+    // topic was created again.
     let consumer: BaseConsumer = create(&kafka.reader(&format!("{group}.dlq")))?;
     let mut start = TopicPartitionList::new();
     start.add_partition_offset(&topic(kafka, group), 0, Offset::Beginning)?;
