@@ -23,9 +23,9 @@ create table deliveries (
     status text not null default 'pending'
         check (status in ('pending', 'sending', 'unknown', 'sent', 'failed', 'cancelled')),
     attempt int not null default 0,
-    -- Identifies the sender that has the delivery, and until when no other sender may take it. By
-    -- this database's clock.
+    -- Identifies the sender that has the delivery.
     token uuid,
+    -- Until then no other sender may take the delivery. By this database's clock.
     lease_until timestamptz,
     next_attempt_at timestamptz not null default now(),
     -- The code of the mail server's last reply.
@@ -40,7 +40,7 @@ create table deliveries (
     -- The business key that makes this service idempotent: one intent per cause, however often the
     -- event arrives.
     unique (user_id, template, version),
-    -- A sender needs a token and a lease.
+    -- A delivery has a token and a lease exactly while it is being sent.
     check ((status = 'sending') = (token is not null and lease_until is not null))
 );
 

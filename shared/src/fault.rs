@@ -73,7 +73,7 @@ mod armed {
 
     fn act(name: &str, action: Action) {
         match action {
-            Action::Signal(signal) => raise(signal).expect("a process may signal itself"),
+            Action::Signal(signal) => raise(signal).expect("a process may send itself a signal"),
             Action::Stall => {
                 let until = variable("FAULT_UNTIL").expect("FAULT_UNTIL names the file that ends the stall");
                 tracing::warn!(point = name, until, "fault point reached: this thread stalls until the file exists");

@@ -10,8 +10,8 @@
 //! A module imports only modules that come before it in this list; [`fault`] may be imported by
 //! all.
 //!
-//! `shared` knows that events travel, and how. A service knows what an event means to it. So this
-//! crate names no service, business table, route or template. It owns two tables, `outbox` and
+//! `shared` moves events and does not interpret them. A service decides what an event means. So
+//! this crate names no service, business table, route or template. It owns two tables, `outbox` and
 //! `inbox`; each service that has one creates it in its own migrations.
 
 pub mod events;

@@ -74,8 +74,8 @@ impl Projection for Mailed {
     }
 }
 
-/// Writes rows in the order of their keys: two transactions that lock the same rows in opposite
-/// orders would deadlock.
+/// Adds to the counts. Writes rows in the order of their keys: two transactions that lock the same
+/// rows in opposite orders would deadlock.
 async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> sqlx::Result<()> {
     let (hours, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
     sqlx::query!(
@@ -90,7 +90,8 @@ async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> s
     Ok(())
 }
 
-/// Folds the facts of a batch about a user, because one statement may update a row only once.
+/// Keeps the earliest time of a user. A batch may have several facts about the user, but one
+/// statement may update a row only once.
 fn earliest(users: &mut BTreeMap<Uuid, OffsetDateTime>, user: Uuid, time: OffsetDateTime) {
     users.entry(user).and_modify(|known| *known = time.min(*known)).or_insert(time);
 }

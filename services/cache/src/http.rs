@@ -17,7 +17,8 @@ use uuid::Uuid;
 
 use crate::view::{Lookup, View};
 
-/// How long a request waits for its `min_version`. An event takes some ten milliseconds.
+/// How long a request waits for its `min_version`. Usually an event arrives within tens of
+/// milliseconds.
 const WAIT_LIMIT: Duration = Duration::from_secs(2);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 

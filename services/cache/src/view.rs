@@ -2,9 +2,9 @@
 //! mark.
 //!
 //! One script compares and sets the position and writes the profiles. After a flush or a failover
-//! the position differs from the one that the next batch expects (or the next `caught_up` call of a
-//! quiet topic), and the consumer restarts from the view's position. For the same reason a frozen
-//! process that resumes cannot change the view.
+//! the position differs from the one that the next batch expects. On a quiet topic the next
+//! `caught_up` call expects it. Then the consumer restarts from the view's position. For the same
+//! reason a frozen process that resumes cannot change the view.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use redis::{RedisError, Script};
 use shared::events::{Event, Profile, Topic, UserState};
 use shared::fault;
-use shared::messaging::{Failure, Handler, Outcome, Record};
+use shared::messaging::{EndOfPartition, Failure, Handler, Outcome, Record};
 use uuid::Uuid;
 
 use crate::valkey::Valkey;
@@ -25,6 +25,16 @@ pub struct View {
     /// Prefix of every key, so that several systems can share a server.
     prefix: String,
     script: Arc<Script>,
+}
+
+/// The positions of one partition before and after a call of the script.
+#[derive(Clone, Copy)]
+struct Positions {
+    partition: i32,
+    /// The position that the view must have. `None` in a redrive: any position, and it stays.
+    expected: Option<i64>,
+    /// The position that the view has afterwards.
+    next: i64,
 }
 
 /// The view's entry for a user.
@@ -62,18 +72,13 @@ impl View {
         Ok(Lookup { complete: marks == PARTITIONS, version: version.unwrap_or(0), profile })
     }
 
-    /// Runs the script for one partition. `expected_position` is the position that the view must
-    /// have (`None`: any), and `next_offset` the position that it has afterwards.
-    async fn apply(
-        &self,
-        partition: i32,
-        expected_position: Option<i64>,
-        next_offset: i64,
-        records: &[&Record<UserState>],
-    ) -> Result<Outcome, Failure> {
+    /// Runs the script for the records of one partition. Without records it marks the partition as
+    /// complete.
+    async fn apply(&self, positions: Positions, records: &[&Record<UserState>]) -> Result<Outcome, Failure> {
+        let Positions { partition, expected, next } = positions;
         let mut call = self.script.key(self.position_key(partition));
         call.key(self.mark_key(partition));
-        call.arg(expected_position.map(|position| position.to_string()).unwrap_or_default()).arg(next_offset);
+        call.arg(expected.map(|position| position.to_string()).unwrap_or_default()).arg(next);
         for record in records {
             let profile = match &record.event {
                 UserState::Current(profile) => serde_json::to_string(profile)?,
@@ -119,8 +124,10 @@ impl Handler for View {
         for (partition, records) in partitions {
             let first = records[0];
             let last = records[records.len() - 1];
+            let positions =
+                Positions { partition, expected: first.expected_position, next: last.coordinates.offset + 1 };
             fault::point("cache.before_script");
-            outcome += self.apply(partition, first.expected_position, last.coordinates.offset + 1, &records).await?;
+            outcome += self.apply(positions, &records).await?;
             fault::point("cache.after_script");
         }
         Ok(outcome)
@@ -135,10 +142,12 @@ impl Handler for View {
         Ok(Some(stored.unwrap_or(0)))
     }
 
-    /// Marks the partition as complete, with the same comparison: after a flush the position
+    /// Marks the partition as complete, with the same comparison of the position: after a flush it
     /// differs, and the view is filled again.
-    async fn caught_up(&self, partition: i32, expected_position: i64, next_offset: i64) -> Result<(), Failure> {
-        self.apply(partition, Some(expected_position), next_offset, &[]).await.map(|_| ())
+    async fn caught_up(&self, end: EndOfPartition) -> Result<(), Failure> {
+        let EndOfPartition { partition, expected_position, next_offset } = end;
+        let positions = Positions { partition, expected: Some(expected_position), next: next_offset };
+        self.apply(positions, &[]).await.map(|_| ())
     }
 }
 
@@ -158,20 +167,22 @@ mod tests {
         View::new(&testbed::testing::stack().valkey, &testbed::testing::prefix()).unwrap()
     }
 
-    /// `expected_position` and `next_offset` are the positions before and after the record.
-    fn record(
-        user: Uuid,
-        version: i64,
-        erased: bool,
-        (partition, expected_position, next_offset): (i32, Option<i64>, i64),
-    ) -> Record<UserState> {
-        let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
-        let event = if erased { UserState::Erased } else { UserState::Current(profile) };
+    fn record(user: Uuid, version: i64, event: UserState, positions: Positions) -> Record<UserState> {
         let mut record = Record::sample(user, version, event);
-        record.coordinates.partition = partition;
-        record.coordinates.offset = next_offset - 1;
-        record.expected_position = expected_position;
+        record.coordinates.partition = positions.partition;
+        record.coordinates.offset = positions.next - 1;
+        record.expected_position = positions.expected;
         record
+    }
+
+    fn current(version: i64) -> UserState {
+        let email = format!("v{version}@example.com");
+        UserState::Current(Profile { email, display_name: format!("Version {version}") })
+    }
+
+    /// A record in partition 0 with the user's state at this version.
+    fn update(user: Uuid, version: i64, expected: i64, next: i64) -> Record<UserState> {
+        record(user, version, current(version), Positions { partition: 0, expected: Some(expected), next })
     }
 
     async fn seen(view: &View, user: Uuid) -> (i64, Option<String>) {
@@ -213,8 +224,9 @@ mod tests {
                 let expected = (!redriven).then_some(next_offsets[*user]);
                 // Offsets have gaps.
                 next_offsets[*user] += 1 + version % 2;
-                let erased = erased && version == last;
-                record(users[*user], version, erased, (*user as i32, expected, next_offsets[*user]))
+                let event = if erased && version == last { UserState::Erased } else { current(version) };
+                let positions = Positions { partition: *user as i32, expected, next: next_offsets[*user] };
+                record(users[*user], version, event, positions)
             });
             let records: Vec<_> = records.collect();
             let outcome = view.handle(&records).await.unwrap();
@@ -236,16 +248,17 @@ mod tests {
     async fn a_batch_that_expects_another_position_changes_nothing() {
         let view = view();
         let user = mint_id();
-        view.handle(&[record(user, 1, false, (0, Some(0), 7))]).await.unwrap();
-        for position in [0, 3, 8] {
-            let failure = view.handle(&[record(user, 2, false, (0, Some(position), 9))]).await.unwrap_err();
+        view.handle(&[update(user, 1, 0, 7)]).await.unwrap();
+        for expected in [0, 3, 8] {
+            let failure = view.handle(&[update(user, 2, expected, 9)]).await.unwrap_err();
             assert!(matches!(failure, Failure::Resume), "{failure:?}");
         }
         assert_eq!(seen(&view, user).await, (1, Some("v1@example.com".to_owned())));
         assert_eq!(view.resume_at(0).await.unwrap(), Some(7));
         // A redrive does not follow the order of the partition: it is applied, and the position
         // does not change.
-        view.handle(&[record(user, 2, false, (0, None, 3))]).await.unwrap();
+        let redriven = Positions { partition: 0, expected: None, next: 3 };
+        view.handle(&[record(user, 2, current(2), redriven)]).await.unwrap();
         assert_eq!((seen(&view, user).await.0, view.resume_at(0).await.unwrap()), (2, Some(7)));
     }
 
@@ -254,11 +267,11 @@ mod tests {
     async fn a_view_is_complete_when_every_partition_was_read_to_its_end_since_the_view_was_empty() {
         let view = view();
         let user = mint_id();
-        view.handle(&[record(user, 1, false, (0, Some(0), 1))]).await.unwrap();
+        view.handle(&[update(user, 1, 0, 1)]).await.unwrap();
         for partition in 0..PARTITIONS {
             assert!(!view.find(user).await.unwrap().complete, "before partition {partition}");
             let (expected_position, next_offset) = if partition == 0 { (1, 2) } else { (0, 0) };
-            view.caught_up(partition, expected_position, next_offset).await.unwrap();
+            view.caught_up(EndOfPartition { partition, expected_position, next_offset }).await.unwrap();
         }
         assert!(view.find(user).await.unwrap().complete);
         assert_eq!(view.resume_at(0).await.unwrap(), Some(2));
@@ -268,7 +281,8 @@ mod tests {
         let mut del = redis::cmd("DEL");
         del.arg(keys);
         let () = view.valkey.request(async |mut connection| del.query_async(&mut connection).await).await.unwrap();
-        let failure = view.caught_up(0, 2, 2).await.unwrap_err();
+        let end = EndOfPartition { partition: 0, expected_position: 2, next_offset: 2 };
+        let failure = view.caught_up(end).await.unwrap_err();
         assert!(matches!(failure, Failure::Resume), "{failure:?}");
         assert!(!view.find(user).await.unwrap().complete);
     }
@@ -277,17 +291,12 @@ mod tests {
     #[tokio::test]
     async fn the_highest_version_wins_within_a_batch() {
         let view = view();
-        let (user, other) = (mint_id(), mint_id());
-        let at = |offset| (0, Some(offset), offset + 1);
+        let user = mint_id();
+        let other = mint_id();
         let large = (1 << 53) + 1;
-        let batch = [
-            record(user, 9, false, at(0)),
-            record(user, 10, false, at(1)),
-            record(other, large - 1, false, at(2)),
-            record(user, 9, false, at(3)),
-            record(user, 10, false, at(4)),
-            record(other, large, false, at(5)),
-        ];
+        let versions = [(user, 9), (user, 10), (other, large - 1), (user, 9), (user, 10), (other, large)];
+        let batch: Vec<_> =
+            (0..).zip(versions).map(|(offset, (user, version))| update(user, version, offset, offset + 1)).collect();
         let outcome = view.handle(&batch).await.unwrap();
         assert_eq!(outcome, Outcome { applied: 4, duplicate: 1, stale: 1 });
         assert_eq!((seen(&view, user).await.0, seen(&view, other).await.0), (10, large));
@@ -299,7 +308,7 @@ mod tests {
     async fn a_store_that_is_down_causes_a_retry() {
         let view = View::new(&format!("redis://127.0.0.1:{}", testbed::testing::free_port()), "").unwrap();
         let started = std::time::Instant::now();
-        let failure = view.handle(&[record(mint_id(), 1, false, (0, Some(0), 1))]).await.unwrap_err();
+        let failure = view.handle(&[update(mint_id(), 1, 0, 1)]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
         view.resume_at(0).await.unwrap_err();
         // Neither call waits longer than its time-out.

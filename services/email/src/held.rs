@@ -1,7 +1,7 @@
-//! Held deliveries. An event of long ago comes from a replayed history (a lost database, a group
-//! that starts from the beginning) and not from a user who waits, and most of these mails were sent
-//! before. So such deliveries are held, visible in a metric, until an operator runs `email
-//! send-held`.
+//! Held deliveries. An old event comes from a replayed history (a lost database, a group that
+//! starts from the beginning) and not from a user who waits. Most mails of a replayed history were
+//! sent before. So the deliveries of old events are held until an operator runs `email send-held`.
+//! A metric counts them.
 //!
 //! The command releases only what is held now. A setting would stay on and mail the next replay
 //! too.
@@ -35,8 +35,8 @@ pub struct SendHeld {
 }
 
 /// Holds deliveries that are too old, and cancels held ones whose recipient was erased. A delivery
-/// that is not held yet is not sent either, by the condition of the claim. Several processes may do
-/// this at once.
+/// that is too old and not held yet is not sent either, because the sender does not claim it.
+/// Several processes may do this at once.
 pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> anyhow::Result<()> {
     loop {
         match bounded(async { Ok((hold(&db, max_age).await?, cancel_erased(&db).await?)) }).await {
@@ -48,6 +48,7 @@ pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> a
                     );
                 }
                 metrics.count_ended("cancelled", cancelled);
+                // After a full batch there may be more.
                 if held.max(cancelled) == BATCH.unsigned_abs() {
                     continue;
                 }
@@ -58,8 +59,8 @@ pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> a
     }
 }
 
-/// Holds deliveries that are too old. One that is being sent under a valid lease was young enough,
-/// or released, when it was claimed; it continues.
+/// Holds deliveries that are too old, except those that are being sent under a valid lease: they
+/// were young enough, or released, when they were claimed.
 async fn hold(db: &PgPool, max_age: Duration) -> sqlx::Result<u64> {
     let held = sqlx::query!(
         "update deliveries set status = 'held', token = null, lease_until = null, updated_at = now()

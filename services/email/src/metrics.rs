@@ -40,7 +40,7 @@ impl DeliveryMetrics {
         self.ended.get_or_create(&StateLabels { state }).inc_by(deliveries);
     }
 
-    /// Counts the open deliveries every two seconds, with indexes that contain only those. `held`
+    /// Counts the open deliveries every two seconds. The indexes contain only these. `held`
     /// deliveries wait for an operator. `unaddressed` ones wait for the address of their user from
     /// `user.state.v1`: alert on many or old ones.
     pub async fn measure(self, db: PgPool) -> anyhow::Result<()> {

@@ -94,7 +94,7 @@ pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Re
     Ok(())
 }
 
-/// How many records [`republish`] wrote.
+/// The numbers of records that [`republish`] wrote.
 #[derive(Default)]
 pub struct Republished {
     pub states: u64,

@@ -16,13 +16,13 @@ use crate::problem::Error;
 
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Computes keyed hashes. They are stored instead of what callers sent.
+/// Computes keyed hashes. They are stored instead of the texts that callers sent.
 #[derive(Clone)]
 pub struct Hasher(Hmac<Sha256>);
 
 impl Hasher {
     /// # Errors
-    /// The secret is so short that an attacker could try all of them.
+    /// The secret is so short that an attacker could find it by trial.
     pub fn new(secret: &SecretString) -> anyhow::Result<Self> {
         let secret = secret.expose_secret();
         ensure!(secret.len() >= 32, "IDEMPOTENCY_SECRET has {} characters, it needs at least 32", secret.len());
@@ -71,8 +71,8 @@ pub async fn claim<T: DeserializeOwned>(
         return Ok(Claimed::Free(Claim(key)));
     }
     let stored = sqlx::query!("select request, status, answer from idempotency_keys where key = $1", key);
-    // The key expired and was removed in between. This is rare, and the caller may repeat the
-    // request.
+    // If there is no row, the key has expired and was removed in between. This is rare, and the
+    // caller may repeat the request.
     let stored = stored.fetch_optional(tx).await?.ok_or(Error::Busy)?;
     if stored.request != request {
         return Err(Error::KeyReused);

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::commands::{self, Republished};
 
-/// Users per transaction. They are locked for some hundred milliseconds, and a command on one of
+/// Users per transaction. They are locked for a few hundred milliseconds, and a command on one of
 /// them waits for that long.
 const BATCH_USERS: i64 = 500;
 /// The command waits while the outbox has this many rows: all users at once would fill the

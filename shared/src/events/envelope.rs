@@ -71,9 +71,9 @@ impl Envelope {
     /// Reads the key and the headers of a record. Unknown headers are ignored.
     ///
     /// # Errors
-    /// A required attribute is missing, duplicated or malformed; or the event needs a newer reader,
-    /// because it has another version of the specification, another major version of the schema, or
-    /// another encoding.
+    /// A required attribute is missing, duplicated or malformed. Or this release cannot read the
+    /// event, because it has another version of the specification, another major version of the
+    /// schema, or another encoding.
     pub fn parse(key: Option<&[u8]>, headers: &[(&str, Option<&[u8]>)]) -> Result<Self, DecodeError> {
         let headers = Headers(headers);
         if headers.required("ce_specversion")? != SPEC_VERSION {

@@ -40,8 +40,9 @@ pub trait Event: Sized + Send + Sync + 'static {
     fn samples(user: Uuid) -> Vec<Self>;
 }
 
-/// Why a record could not be read. It is written to a header of the dead letter and to the log. So
-/// it carries the place and the rule and never a value, because a value may be personal data.
+/// Why a record could not be read. The reason is written to a header of the dead letter and to the
+/// log. So it names the field and the violated rule, and never quotes a value: a value may be
+/// personal data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct DecodeError {

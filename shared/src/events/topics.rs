@@ -7,7 +7,7 @@ use uuid::Uuid;
 /// existing one differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topic {
-    /// The logical name. On the broker it follows the configured prefix.
+    /// The logical name. On the broker the configured prefix is in front of it.
     pub name: &'static str,
     /// What the key identifies; the outbox column `aggregatetype`.
     pub aggregate: &'static str,
@@ -50,9 +50,12 @@ impl Topic {
             Kind::State => &[
                 BROKER_TIME,
                 ("cleanup.policy", "compact"),
-                ("max.compaction.lag.ms", "604800000"), // 7 days: the longest time until an erased value is compacted away
-                ("delete.retention.ms", "2592000000"), // 30 days: a consumer that lags by less still reads the tombstone
-                ("segment.ms", "86400000"),            // 1 day: Kafka compacts only closed segments
+                // 7 days: the longest time until an erased value is compacted away.
+                ("max.compaction.lag.ms", "604800000"),
+                // 30 days: a consumer that lags by less still reads the tombstone.
+                ("delete.retention.ms", "2592000000"),
+                // 1 day: Kafka compacts only closed segments.
+                ("segment.ms", "86400000"),
             ],
         }
     }
@@ -87,9 +90,10 @@ fn murmur2(text: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// Known values from the tests of Kafka's Java client whose length is a multiple of four.
+    /// Keys and hashes from the tests of Kafka's Java client, of those keys whose length is a
+    /// multiple of four.
     #[test]
-    fn keys_are_hashed_as_kafka_does() {
+    fn a_key_has_the_same_hash_as_in_kafkas_java_client() {
         let known: [(&str, i32); 2] = [
             ("a-little-bit-long-string", -985_981_536),
             ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58_897_971),

@@ -1,6 +1,6 @@
-//! The inbox: the ids of the events that a read model contains. They are in the model's database,
-//! and are written in the transaction of the effects. An inbox makes any effect idempotent that is
-//! a write to that database.
+//! The inbox: the ids of the events that a read model contains. They are in the model's database
+//! and are written in the transaction of the effects. So an inbox makes every effect idempotent
+//! that is a write to this database.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use super::record::Record;
 use crate::events::Event;
 use crate::fault;
 
-/// Folds events into tables. A pure function of the events: it uses no clock and no random numbers,
-/// so a rebuild gives the same tables.
+/// Folds events into tables. It uses no clock and no random numbers, so a rebuild from the same
+/// events gives the same tables.
 pub trait Projection: Send + Sync + 'static {
     type Event: Event;
 
@@ -89,7 +89,7 @@ async fn insert(tx: &mut PgConnection, group: &str, ids: impl Iterator<Item = Uu
     Ok(new.into_iter().collect())
 }
 
-/// Which of these events the read model contains. `db`'s search path decides which model is asked.
+/// Which of these events the read model contains. The search path of `db` selects the model.
 pub(super) async fn known(db: &mut PgConnection, group: &str, ids: Vec<Uuid>) -> sqlx::Result<HashSet<Uuid>> {
     let known: Vec<Uuid> =
         sqlx::query_scalar("select event_id from inbox where handler = $1 and event_id = any($2::uuid[])")

@@ -1,7 +1,7 @@
 //! Replay: applies a topic from its beginning to a second copy of a read model, while the group of
 //! the live model runs. A replay joins no group, commits nothing and writes to no topic. It keeps
-//! its position in memory, so a replay that dies leaves nothing that could disagree with its
-//! tables, and the next one starts from the beginning.
+//! its position only in memory: a replay that dies leaves no stored position, and the next one
+//! starts from the beginning with empty tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -91,7 +91,7 @@ impl<P: Projection> Replay<P> {
     }
 
     /// Applies everything up to the present end of the topic. Leaves out records that cannot be
-    /// decoded or whose type this release does not know, as the live model did.
+    /// decoded or whose type this release does not know, as the live model's consumer does.
     ///
     /// # Errors
     /// Kafka does not answer, the copy's database is down, or the copy rejects an event that the
@@ -108,7 +108,7 @@ impl<P: Projection> Replay<P> {
     /// the live model contains.
     ///
     /// # Errors
-    /// The same as of [`Replay::advance`].
+    /// As [`Replay::advance`].
     pub async fn complete(&self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
         self.read(live, &ends, Take::Known).await
@@ -185,8 +185,7 @@ impl<P: Projection> Replay<P> {
                     }
                     continue;
                 }
-                // The last offset may be a transaction's marker: then this event is the only sign
-                // of the end.
+                // If the last offset belongs to a transaction marker, no record shows the end.
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     unfinished.remove(&partition);
                 }
@@ -202,8 +201,8 @@ impl<P: Projection> Replay<P> {
         Ok(batch)
     }
 
-    /// Asks the live model about every batch, also when the answer is not used: a rebuild that has
-    /// lost that connection, and its locks with it, stops here.
+    /// Queries the live model for every batch, even if the result is not needed. So a rebuild that
+    /// has lost this connection, and its locks with it, stops here.
     async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], take: Take) -> anyhow::Result<()> {
         let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Coordinates::of(message)));
         let mut records: Vec<Record<P::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();
@@ -215,9 +214,11 @@ impl<P: Projection> Replay<P> {
         let delivered = handler::deliver(&mut delivery, &mut records, split_slow).await;
         delivered.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("cannot write to the copy's database"),
-            Failure::Reject(_) | Failure::Resume => anyhow!("an inbox neither rejects a batch nor keeps a position"),
+            Failure::Reject(_) | Failure::Resume => {
+                anyhow!("bug: an inbox neither rejects a batch nor stores a position")
+            }
         })?;
-        // A record that the live model dead-lettered too stays a dead letter.
+        // A record that is rejected here and is a dead letter of the live model stays one.
         for (id, coordinates, reason) in delivery.rejected {
             ensure!(
                 !known.contains(&id),
@@ -228,7 +229,7 @@ impl<P: Projection> Replay<P> {
     }
 }
 
-/// The records of one batch on their way into the copy.
+/// One batch that is applied to the copy.
 struct ReplayBatch<'a, P> {
     copy: &'a Inbox<P>,
     limit: Duration,

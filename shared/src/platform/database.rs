@@ -14,13 +14,14 @@ use super::health::Health;
 /// process.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("statement_timeout", "5s"), ("lock_timeout", "2s"), ("idle_in_transaction_session_timeout", "5s")];
-/// Set on the session that migrates. A migration may run long and may wait for another replica's,
-/// so the limits above do not apply. A frozen process must not keep the migration lock.
+/// Set on the session that migrates. The limits above do not apply, because a migration may take
+/// long and may wait for another replica. This one ends the session of a frozen process, which
+/// would keep the migration lock.
 const MIGRATION_LIMITS: [(&str, &str); 1] = [("idle_session_timeout", "15s")];
 const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A connection that was idle for longer is pinged before it is used.
-const TRUSTED_IDLE: Duration = Duration::from_secs(5);
+/// A connection that was idle for longer than this is pinged before it is used.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
 /// Time for the answer to a ping. It is below the time-out for acquiring, so that a connection that
 /// does not answer is replaced within the same call.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
@@ -44,7 +45,7 @@ pub(crate) async fn connect(
     health.waiting(COMPONENT, "the database to answer");
     // Postgres rolls back a migration that is cancelled.
     while let Some(Err(error)) = stop.run_until_cancelled(migrate(&options, migrations)).await {
-        if !unreachable(&error) {
+        if !is_transient(&error) {
             return Err(error.context("cannot migrate the database"));
         }
         tracing::warn!(error = %format!("{error:#}"), "cannot reach the database; will retry");
@@ -63,7 +64,7 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
         .test_before_acquire(false)
         .before_acquire(|connection, meta| {
             Box::pin(async move {
-                if meta.idle_for > TRUSTED_IDLE {
+                if meta.idle_for > PING_AFTER_IDLE {
                     ping(connection).await?;
                 }
                 Ok(true)
@@ -88,7 +89,7 @@ async fn migrate(options: &PgConnectOptions, migrations: &Migrator) -> anyhow::R
 
 /// Whether the error is transient: the server is down, is starting, or has too many clients. A
 /// wrong password and a failing migration are not.
-fn unreachable(error: &anyhow::Error) -> bool {
+fn is_transient(error: &anyhow::Error) -> bool {
     let cause = error.downcast_ref::<sqlx::Error>().or_else(|| match error.downcast_ref() {
         Some(sqlx::migrate::MigrateError::Execute(cause)) => Some(cause),
         _ => None,
@@ -104,9 +105,9 @@ fn unreachable(error: &anyhow::Error) -> bool {
     }
 }
 
-/// Cancels a statement that is not answered in time. The statement may have taken effect, as when a
-/// connection breaks. For statements in background loops; HTTP requests and event handlers have
-/// their own time-outs.
+/// Gives up a statement that is not answered in time. The statement may have taken effect, as after
+/// a broken connection. This is for background loops: HTTP requests and event handlers have their
+/// own time-outs.
 ///
 /// # Errors
 /// The statement's error, or `PoolTimedOut`.

@@ -30,12 +30,12 @@ const LOCK: &str = "no thread panics while it holds the lock";
 pub struct Health(Arc<Mutex<BTreeMap<String, String>>>);
 
 impl Health {
-    /// `component` waits for `what`.
+    /// Reports that `component` waits for `what`.
     pub fn waiting(&self, component: &str, what: impl Into<String>) {
         self.0.lock().expect(LOCK).insert(component.to_owned(), what.into());
     }
 
-    /// `component` works.
+    /// Reports that `component` waits for nothing.
     pub fn ready(&self, component: &str) {
         self.0.lock().expect(LOCK).remove(component);
     }

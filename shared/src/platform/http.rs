@@ -16,7 +16,8 @@ use tracing::{Instrument, field::Empty};
 use super::metrics::{Metrics, RequestLabels};
 use super::telemetry::{self, TraceContext};
 
-/// Longer than every database time-out, because the database's error is more specific.
+/// Longer than every time-out of the database, so that its error, which is more specific, comes
+/// first.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes. The largest valid body holds an address and a name.
 const BODY_LIMIT: usize = 16 * 1024;
@@ -41,7 +42,8 @@ pub fn problem(status: StatusCode, detail: impl Into<String>) -> ProblemDetails 
     ProblemDetails::from_status_code(status).with_detail(detail)
 }
 
-/// The answer to a request that failed by a bug. The cause is logged and not shown to the caller.
+/// The answer to a request that failed because of a bug. The caller of this function logs the
+/// cause; the answer does not show it.
 pub fn internal_error() -> ProblemDetails {
     problem(StatusCode::INTERNAL_SERVER_ERROR, "internal error; retry the request (use an Idempotency-Key)")
 }

@@ -23,7 +23,7 @@ use crate::events::Envelope;
 /// The modules that log each handled event at the level debug.
 const EVENT_LOG: &str = "shared::messaging::consumer::batch=debug";
 
-/// What is logged and traced, and where to.
+/// Settings of logs and traces.
 #[derive(Args, Clone, Debug)]
 pub struct TelemetryConfig {
     /// Which log lines are written, as a filter of tracing-subscriber's EnvFilter. Default: our own

@@ -185,8 +185,8 @@ impl Service {
         self.metrics.clone()
     }
 
-    /// Runs until SIGTERM, SIGINT or the end of a task. Then lets every task finish its work in
-    /// progress.
+    /// Runs until SIGTERM, SIGINT or the end of a task. Then waits until every task has finished
+    /// its work in progress.
     ///
     /// # Errors
     /// A task failed or ended early. The process then exits with a non-zero status, and its
@@ -211,7 +211,7 @@ impl Service {
             Some(Err(panic)) => Err(anyhow::Error::new(panic).context("a task panicked")),
         };
         if drained.is_err() {
-            // A thread is blocked in a call to something that does not answer, and the runtime
+            // A thread is blocked in a call to a dependency that does not answer, and the runtime
             // would wait for it forever. Nothing is lost: every task tolerates a crash at any line.
             tracing::warn!("some tasks did not finish in time; exiting without them");
             if let Err(error) = &result {

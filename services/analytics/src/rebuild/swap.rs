@@ -21,18 +21,20 @@ struct Surplus {
     shown: Vec<String>,
 }
 
-/// Consumers and redrives start each transaction with the inbox. So after the first statement none
-/// of them is inside a transaction, and new ones wait for the commit, or until their own time-out,
-/// after which they retry. A statement that has waited resolves its table names again. Readers wait
-/// only while the tables are replaced.
+/// Swaps the models in one transaction.
+///
+/// Consumers and redrives start each transaction with the inbox. So after the first statement here
+/// none of them is inside a transaction. New transactions wait for the commit, or until their own
+/// time-out, after which they retry. A statement that has waited resolves its table names again.
+/// Readers wait only while the tables are replaced.
 ///
 /// # Errors
 /// [`is_busy`]: another session holds a lock; nothing has changed, and the swap may be retried. Any
 /// other error: the models must not be swapped.
 pub async fn swap(live: &mut PgConnection, schema: &str, replays: &Replays, options: &Rebuild) -> anyhow::Result<()> {
     let mut tx = live.begin().await?;
-    // The lock on the first table keeps the migrations of a new release out: the swap would undo
-    // them.
+    // The lock on the first table prevents that a new release migrates meanwhile: the swap would
+    // undo its migrations.
     execute(&mut tx, "lock table _sqlx_migrations, inbox in share row exclusive mode".to_owned()).await?;
     replays.complete(&mut tx).await?;
     fault::point("rebuild.locked");
@@ -112,7 +114,8 @@ async fn compare_tables(
 ) -> anyhow::Result<()> {
     let mut differences = 0;
     for table in tables.iter().filter(|table| *table != "inbox") {
-        let (live, rebuilt) = (format!("table {table}"), format!("table {schema}.{table}"));
+        let live = format!("table {table}");
+        let rebuilt = format!("table {schema}.{table}");
         for (whose, one, other) in [("live", &live, &rebuilt), ("rebuilt", &rebuilt, &live)] {
             let surplus = surplus(tx, one, other).await?;
             differences += surplus.rows;
@@ -158,8 +161,8 @@ async fn surplus(tx: &mut PgConnection, one: &str, other: &str) -> sqlx::Result<
     })
 }
 
-/// Runs a statement with names in it, which cannot be parameters. All names are our own or quoted
-/// by Postgres.
+/// Runs a statement that contains names, for which SQL has no parameters. All names are our own or
+/// quoted by Postgres.
 pub async fn execute(db: &mut PgConnection, statement: String) -> sqlx::Result<()> {
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(db).await.map(drop)
 }

@@ -1,4 +1,4 @@
-//! What a consumer is made of before its thread starts.
+//! What a consumer needs before its thread starts.
 
 use rdkafka::ClientConfig;
 use tokio::sync::watch;
@@ -53,7 +53,7 @@ impl<H: Handler> ConsumerSetup<H> {
     pub async fn prepare_topics(&self, dead_letters: &DeadLetterWriter) -> anyhow::Result<()> {
         self.health.waiting(&self.component("group"), format!("the topic {}", self.topic()));
         topics::ensure_one(&self.kafka, dead_letters.topic(), 1, dead_letters::SETTINGS).await?;
-        topics::exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
+        topics::wait_until_exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
     }
 
     pub fn client_config(&self) -> ClientConfig {

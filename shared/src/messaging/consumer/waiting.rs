@@ -78,7 +78,7 @@ impl Waiting {
         setup.health.waiting(&setup.component("dependency"), what);
         tracing::warn!(group = H::GROUP, error = %format!("{error:#}"), "batch failed; consumer paused, will retry");
         setup.metrics.consumer_retries.get_or_create(&setup.labels()).inc();
-        // Half of the wait is random, so that consumers of one dependency do not all return at the
+        // Half of the wait is random, so that consumers of one dependency do not all retry at the
         // same time.
         let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
         self.pause = Some(Pause::Retry { due, backoff });

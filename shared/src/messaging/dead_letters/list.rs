@@ -116,7 +116,7 @@ fn print_table(out: &mut impl Write, lines: Vec<Line<'_>>, groups: &[&str]) -> a
     Ok(())
 }
 
-/// An age in the largest unit of which it has at least one.
+/// An age in whole units of the largest unit that fits into it.
 fn age(seconds: i64) -> String {
     let units = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
     let (length, unit) = units.into_iter().find(|(length, _)| seconds >= *length).unwrap_or((1, "s"));

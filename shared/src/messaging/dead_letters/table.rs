@@ -54,8 +54,8 @@ pub fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>>
     Ok(letters)
 }
 
-/// Keeps the metric of open letters up to date by following the table. So the metric also changes
-/// when another process redrives. Holds only the keys in memory.
+/// Keeps the metric of open letters up to date by reading the table's changes. So the metric also
+/// changes when another process redrives. Holds only the keys in memory.
 pub fn count_open_dead_letters(
     kafka: &KafkaConfig,
     group: &str,
@@ -86,9 +86,9 @@ pub fn count_open_dead_letters(
 enum Change {
     Letter(Vec<u8>, OwnedMessage),
     Settled(Vec<u8>),
-    /// The topic was deleted. Reading starts from the beginning of a new topic of that name.
+    /// The topic was deleted. Reading starts again from the beginning of a new topic of that name.
     TopicGone,
-    /// No change for now.
+    /// There is no change at the moment.
     None,
 }
 
@@ -129,7 +129,8 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
             Some(Err(error)) => {
                 tracing::debug!(group, %error, "cannot read the dead letters; will retry");
                 if is_topic_gone(&error) {
-                    std::thread::sleep(POLL_INTERVAL); // the client may report this without asking Kafka
+                    // The client may report this at once, without a request to Kafka.
+                    std::thread::sleep(POLL_INTERVAL);
                     consumer.assign(&start)?;
                     at_end = false;
                     Change::TopicGone
