@@ -200,7 +200,7 @@ mod tests {
         prop::collection::vec(prop::collection::vec((0..3_usize, any::<Index>()), 1..6), 1..6)
     }
 
-    /// T26, I8 I10: also outside the topic's order, as in a redrive. An erased user stays erased.
+    /// T26, I8 I10: even outside the topic's order, as in a redrive. An erased user stays erased.
     #[test]
     fn the_highest_version_of_a_state_wins_in_any_order() {
         let runtime = Runtime::new().unwrap();
@@ -287,7 +287,7 @@ mod tests {
         assert!(!view.find(user).await.unwrap().complete);
     }
 
-    /// I10: also with versions that a number in Lua cannot represent exactly.
+    /// I10: even with versions that a number in Lua cannot represent exactly.
     #[tokio::test]
     async fn the_highest_version_wins_within_a_batch() {
         let view = view();

@@ -204,7 +204,7 @@ mod tests {
         });
     }
 
-    /// T26, I5: also after the user was erased.
+    /// T26, I5: even after the user was erased.
     #[test]
     fn a_registration_makes_one_intent_in_any_order_and_repetition() {
         let runtime = Runtime::new().unwrap();

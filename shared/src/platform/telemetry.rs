@@ -78,8 +78,8 @@ impl TraceContext {
 }
 
 /// Installs logging and tracing for the whole process. `service` is the service's name, which is
-/// also the name of its crate. Without an OTLP endpoint spans are created all the same, so that log
-/// lines and records carry a trace id, and then dropped.
+/// also the name of its crate. Without an OTLP endpoint spans are still created, so that log lines
+/// and records carry a trace id, and then dropped.
 ///
 /// # Errors
 /// The OTLP endpoint is not a URL, or RUST_LOG is not a valid filter.

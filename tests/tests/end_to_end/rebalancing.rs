@@ -1,10 +1,10 @@
-//! Partitions move between consumers: in a rolling restart, during an outage, because a consumer
+//! Partitions move between consumers: in a rolling restart, during an outage, or because a consumer
 //! hangs. The new owner continues after the last record that took effect.
 
 use std::time::Duration;
 
 use tests::processes::ServiceProcess;
-use tests::proxy::Request;
+use tests::proxy::KafkaRequest;
 use tests::record::Draft;
 use tests::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, CONSUMERS, EMAIL_WELCOME, USER_EVENTS, groups};
 use tests::{System, eventually, eventually_eq, throughout};
@@ -108,7 +108,7 @@ async fn a_late_answer_to_list_offsets_does_not_restart_a_group() {
     until_registered(&system, registered).await;
     system.processes.stop(ANALYTICS).await;
 
-    proxy.slow_requests(Request::ListOffsets, LATE);
+    proxy.slow_requests(KafkaRequest::ListOffsets, LATE);
     system.processes.start_with(ANALYTICS, &[("KAFKA_BROKERS", &proxy.address())]).await;
     let registered = registered + register(&system, 1).await;
     until_registered(&system, registered).await;

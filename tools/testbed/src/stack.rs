@@ -97,8 +97,8 @@ impl Stack {
         Ok(Self { kafka, further_brokers, postgres, redis, sink, ports })
     }
 
-    /// Lets each component finish its writes. Dropping the stack kills them instead. That is
-    /// faster, and enough when the data is thrown away.
+    /// Stops each component after it has finished its writes. Dropping the stack kills the
+    /// components instead, which is faster and sufficient if the data is not used again.
     pub async fn stop(mut self) {
         let Self { kafka, further_brokers, postgres, redis, .. } = &mut self;
         let brokers = [kafka].into_iter().chain(further_brokers);

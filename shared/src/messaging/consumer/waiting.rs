@@ -46,7 +46,7 @@ impl Waiting {
         match self.pause {
             None => true,
             Some(Pause::Retry { due, .. }) => due <= Instant::now(),
-            // `has_changed` fails only when the sender is gone, that is, during shutdown.
+            // `has_changed` fails only after the sender is dropped, that is, during shutdown.
             Some(Pause::Breaker { .. }) if self.resumed.has_changed().unwrap_or(false) => {
                 self.close_breaker(setup);
                 true
