@@ -84,9 +84,9 @@ pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     ours.fetch_one(db).await
 }
 
-/// Records that the server accepted the mail. Also succeeds after the lease has expired, so that
-/// the sender that took over fails its check and stops. Only the sender that makes the transition
-/// writes the event, so there is one event.
+/// Records that the server accepted the mail. Also succeeds after the lease has ended, so that the
+/// sender that took over fails its check and stops. Returns whether this call changed the state. It
+/// writes the event only then, so a delivery has one event.
 pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let ended = sqlx::query!(
@@ -102,7 +102,8 @@ pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     Ok(ended)
 }
 
-/// Records that the server refused the mail permanently.
+/// Records that the server refused the mail permanently, unless the lease has ended and another
+/// sender has the delivery. Returns whether this call changed the state.
 pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let ended = sqlx::query!(

@@ -36,10 +36,10 @@ type Offsets = BTreeMap<i32, i64>;
 
 /// Which events are applied.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Take {
+enum Events {
     All,
-    /// Only events that the live model contains.
-    Known,
+    /// Only those that the live model contains.
+    OfLiveModel,
 }
 
 /// The replay of one topic into a copy of a read model.
@@ -98,7 +98,7 @@ impl<P: Projection> Replay<P> {
     /// live model contains.
     pub async fn advance(&mut self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
-        self.read(live, &ends, Take::All).await?;
+        self.read(live, &ends, Events::All).await?;
         self.next_offsets = ends;
         Ok(())
     }
@@ -111,7 +111,7 @@ impl<P: Projection> Replay<P> {
     /// As [`Replay::advance`].
     pub async fn complete(&self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
-        self.read(live, &ends, Take::Known).await
+        self.read(live, &ends, Events::OfLiveModel).await
     }
 
     /// How many offsets the live group still has to read to reach the copy's position.
@@ -148,7 +148,7 @@ impl<P: Projection> Replay<P> {
             .with_context(|| format!("cannot get the first and last offset of {} from Kafka", self.topic))
     }
 
-    async fn read(&self, live: &mut PgConnection, until: &Offsets, take: Take) -> anyhow::Result<()> {
+    async fn read(&self, live: &mut PgConnection, until: &Offsets, events: Events) -> anyhow::Result<()> {
         let mut unfinished = BTreeSet::new();
         let mut start = TopicPartitionList::new();
         for (partition, next_offset) in &self.next_offsets {
@@ -160,7 +160,7 @@ impl<P: Projection> Replay<P> {
         self.consumer.assign(&start)?;
         while !unfinished.is_empty() {
             let batch = block_in_place(|| self.collect(until, &mut unfinished))?;
-            self.apply(live, &batch, take).await?;
+            self.apply(live, &batch, events).await?;
             fault::point("replay.after_batch");
         }
         Ok(self.consumer.unassign()?)
@@ -203,12 +203,12 @@ impl<P: Projection> Replay<P> {
 
     /// Queries the live model for every batch, even if the result is not needed. So a rebuild that
     /// has lost this connection, and its locks with it, stops here.
-    async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], take: Take) -> anyhow::Result<()> {
+    async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], events: Events) -> anyhow::Result<()> {
         let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Coordinates::of(message)));
         let mut records: Vec<Record<P::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();
         let ids: Vec<Uuid> = records.iter().map(|record| record.envelope.id).collect();
         let known = inbox::known(live, P::GROUP, ids).await.context("cannot read the inbox of the live model")?;
-        records.retain(|record| take == Take::All || known.contains(&record.envelope.id));
+        records.retain(|record| events == Events::All || known.contains(&record.envelope.id));
         let mut delivery = ReplayBatch { copy: &self.copy, limit: self.limit, rejected: vec![] };
         let split_slow = if records.len() > 1 { SplitSlow::Yes } else { SplitSlow::No };
         let delivered = handler::deliver(&mut delivery, &mut records, split_slow).await;

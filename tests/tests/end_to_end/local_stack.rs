@@ -16,8 +16,8 @@ use tests::{eventually_eq, within};
 /// that the stack is the one to report what did not start.
 const START_DEADLINE: Duration = Duration::from_secs(240);
 
-/// A command of xtask. It does not compile anything: instead of cargo it calls the program `cargo`,
-/// and the services are built already.
+/// A command of xtask. It compiles nothing, because it calls the program `cargo` (`true` or
+/// `false`) instead of the real cargo. The services are already built.
 fn xtask(command: &str, cargo: &str) -> Command {
     let mut run = Command::new(paths::root().join("target/debug/xtask"));
     run.arg(command).env("CARGO", cargo).stdout(Stdio::piped()).stderr(Stdio::piped());

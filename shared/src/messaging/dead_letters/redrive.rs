@@ -108,7 +108,7 @@ enum Content<E> {
     /// This release does not know the type of the event.
     Skipped,
     /// The record was compacted away because its key has a newer record.
-    Gone,
+    Superseded,
     /// The record cannot be decoded, for this reason.
     Undecodable(String),
 }
@@ -143,7 +143,7 @@ impl<'a, H: Handler> Run<'a, H> {
                     records.push(record);
                 }
                 Content::Skipped => self.settle(&[letter.coordinates]).await?,
-                Content::Gone => {
+                Content::Superseded => {
                     self.letters.tombstone(&[letter.coordinates]).await?;
                     self.superseded += 1;
                 }
@@ -167,7 +167,7 @@ impl<'a, H: Handler> Run<'a, H> {
         let decoded = match &self.records {
             None => Record::decode(letter.record_key(), &letter.message, coordinates),
             Some(reader) => match tokio::task::block_in_place(|| read_record(reader, &coordinates))? {
-                None => return Ok(Content::Gone),
+                None => return Ok(Content::Superseded),
                 Some(message) => Record::decode(message.key(), &message, coordinates),
             },
         };

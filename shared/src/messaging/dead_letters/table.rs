@@ -35,7 +35,7 @@ pub fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>>
             Change::Settled(key) => {
                 table.remove(&key);
             }
-            Change::TopicGone => {
+            Change::TopicMissing => {
                 table.clear();
                 cause = "the topic does not exist: the service has never run here, or the topic was deleted";
                 return Follow::unless(last_change.elapsed() >= SILENCE_LIMIT);
@@ -72,7 +72,7 @@ pub fn count_open_dead_letters(
             Change::Settled(key) => {
                 open.remove(&key);
             }
-            Change::TopicGone => open.clear(),
+            Change::TopicMissing => open.clear(),
             Change::None if at_end => {
                 gauge.set(open.len() as i64);
             }
@@ -86,8 +86,8 @@ pub fn count_open_dead_letters(
 enum Change {
     Letter(Vec<u8>, OwnedMessage),
     Settled(Vec<u8>),
-    /// The topic was deleted. Reading starts again from the beginning of a new topic of that name.
-    TopicGone,
+    /// The topic does not exist or was created again. Reading starts from its beginning.
+    TopicMissing,
     /// There is no change at the moment.
     None,
 }
@@ -128,12 +128,12 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
             }
             Some(Err(error)) => {
                 tracing::debug!(group, %error, "cannot read the dead letters; will retry");
-                if is_topic_gone(&error) {
+                if is_topic_missing(&error) {
                     // The client may report this at once, without a request to Kafka.
                     std::thread::sleep(POLL_INTERVAL);
                     consumer.assign(&start)?;
                     at_end = false;
-                    Change::TopicGone
+                    Change::TopicMissing
                 } else {
                     Change::None
                 }
@@ -146,8 +146,8 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
     }
 }
 
-/// Whether the topic does not exist, or another topic has its name.
-fn is_topic_gone(error: &KafkaError) -> bool {
+/// Whether the topic does not exist, or was deleted and created again.
+fn is_topic_missing(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::{AutoOffsetReset, UnknownPartition, UnknownTopic, UnknownTopicOrPartition};
     let code = error.rdkafka_error_code();
     matches!(code, Some(AutoOffsetReset | UnknownPartition | UnknownTopic | UnknownTopicOrPartition))

@@ -48,7 +48,7 @@ async fn start(fresh: bool, brokers: Brokers, logs: &Logs) -> Result<(System, Pa
     // data.
     let (ports, name) = match brokers {
         Brokers::One => (Ports::PUBLISHED, "up"),
-        Brokers::Three => (Ports::PUBLISHED_THREE, "up-3-brokers"),
+        Brokers::Three => (Ports::PUBLISHED_THREE_BROKERS, "up-3-brokers"),
     };
     let instances = SERVICES.map(Instance::on_published_ports);
     // A port that is in use is reported before anything that takes long.
