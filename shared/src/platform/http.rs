@@ -103,8 +103,8 @@ impl IntoProblem for QueryRejection {
     }
 }
 
-/// The span, the metric and the time limit of a request. A request that exceeds the limit may have
-/// taken effect, as after any lost answer. With an `Idempotency-Key` it is safe to retry.
+/// The span, the metric and the time limit of a request. A request that exceeds the limit may have taken effect, as after
+/// any lost answer. With an `Idempotency-Key` it is safe to retry.
 async fn observed(State(metrics): State<Metrics>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();

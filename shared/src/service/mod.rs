@@ -103,8 +103,7 @@ impl Service {
         });
     }
 
-    /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to
-    /// the outbox.
+    /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to the outbox.
     pub fn relay(&mut self, db: &PgPool) -> Wake {
         let wake = Wake::default();
         let relay = Relay {
