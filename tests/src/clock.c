@@ -1,5 +1,5 @@
-/* Preloaded into a program, this library adds an offset to its wall clock. The offset is a number of
- * seconds, in 8 bytes, in the file that CLOCK_OFFSET names. A write to that file makes the clock
+/* Preloaded into a program, this library adds an offset to its wall clock. The offset is a number
+ * of seconds, in 8 bytes, in the file that CLOCK_OFFSET names. A write to that file makes the clock
  * jump. Monotonic clocks are not changed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
