@@ -1,4 +1,5 @@
-# syntax=docker/dockerfile:1 The image of one service: docker build --build-arg SERVICE=user .
+# syntax=docker/dockerfile:1
+# The image of one service: docker build --build-arg SERVICE=user .
 #
 # The first stage builds every folder in services/ and does not use SERVICE, so that the images of
 # all services cost one build.

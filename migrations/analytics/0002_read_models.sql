@@ -4,7 +4,8 @@ create table registrations (
     registrations bigint not null check (registrations > 0)
 );
 
--- How far each user got. The two facts come from two topics, in any order, so either of them may create the row.
+-- The steps that each user has reached. The two facts come from two topics, in any order, so either
+-- of them may create the row.
 create table funnel (
     user_id uuid primary key,
     registered_at timestamptz,

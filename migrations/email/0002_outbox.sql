@@ -1,6 +1,7 @@
--- Events that are committed and not published to Kafka yet. They are written in the transaction of the change that they are
--- about. The relay publishes and deletes them. Rows are only inserted and deleted. The columns are those that Debezium's
--- EventRouter expects, so that Debezium could replace the relay.
+-- Events that are committed and not published to Kafka yet. They are written in the transaction of
+-- the change that they are about. The relay publishes and deletes them. Rows are only inserted and
+-- deleted. The columns are those that Debezium's EventRouter expects, so that Debezium could
+-- replace the relay.
 create table outbox (
     -- The order of publishing. A sequence with a larger cache would hand out 1, 21, 2.
     id bigint generated always as identity (cache 1) primary key,
@@ -15,8 +16,8 @@ create table outbox (
     -- The aggregate's version after the event.
     version bigint not null,
     type text not null,
-    -- Null is a tombstone. The limit is below the 1 MiB that a broker accepts, so that a larger event fails here, where the
-    -- caller gets the error.
+    -- Null is a tombstone. The limit is below the 1 MiB that a broker accepts, so that a larger
+    -- event fails here, where the caller gets the error.
     payload bytea check (octet_length(payload) <= 900000),
     -- W3C trace context of the request that caused the event.
     traceparent text,

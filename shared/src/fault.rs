@@ -1,7 +1,8 @@
-//! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an empty function.
+//! Crash and freeze points for the fault tests. Without the feature `fault-points` a point is an
+//! empty function.
 
-/// A named place between two effects. The tests set `FAULT_AT=point:nth:action` in the environment. When the process
-/// reaches the point for the nth time (counted from 1), the action happens:
+/// A named place between two effects. The tests set `FAULT_AT=point:nth:action` in the environment.
+/// When the process reaches the point for the nth time (counted from 1), the action happens:
 ///
 /// - `kill`: the process gets SIGKILL.
 /// - `stop`: the process gets SIGSTOP.
@@ -72,7 +73,7 @@ mod armed {
 
     fn act(name: &str, action: Action) {
         match action {
-            Action::Signal(signal) => raise(signal).expect("a process may signal itself"),
+            Action::Signal(signal) => raise(signal).expect("a process may send itself a signal"),
             Action::Stall => {
                 let until = variable("FAULT_UNTIL").expect("FAULT_UNTIL names the file that ends the stall");
                 tracing::warn!(point = name, until, "fault point reached: this thread stalls until the file exists");

@@ -1,5 +1,6 @@
-/* Preloaded into a program, this library adds an offset to its wall clock. The offset is a number of seconds, in 8 bytes, in
- * the file that CLOCK_OFFSET names. A write to that file makes the clock jump. Monotonic clocks stay right. */
+/* Preloaded into a program, this library adds an offset to its wall clock. The offset is a number
+ * of seconds, in 8 bytes, in the file that CLOCK_OFFSET names. A write to that file makes the clock
+ * jump. Monotonic clocks are not changed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -24,13 +25,13 @@ __attribute__((constructor)) static void begin(void) {
     void *mapped = file < 0 ? MAP_FAILED : mmap(NULL, sizeof *offset, PROT_READ, MAP_SHARED, file, 0);
     *(void **)&real_clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
     if (mapped == MAP_FAILED || real_clock_gettime == NULL)
-        abort(); /* a test with a right clock would prove nothing */
+        abort(); /* without the offset the test would prove nothing */
     offset = mapped;
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     if (offset == NULL)
-        begin(); /* a constructor of another library calls before ours has run */
+        begin(); /* the constructor of another library may call this before ours has run */
     int result = real_clock_gettime(clock, now);
     if (result == 0 && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
         now->tv_sec += added = *offset;
@@ -58,8 +59,8 @@ time_t time(time_t *result) {
     return precise.tv_sec;
 }
 
-/* The Kafka client waits until a time of day that it computes from its clock. The kernel has the right clock, so the offset is
- * removed again. */
+/* The Kafka client waits until a time of day that it computes from its clock. The kernel has the
+ * real time, so the offset is removed again. */
 int pthread_cond_timedwait(pthread_cond_t *restrict condition, pthread_mutex_t *restrict mutex,
                            const struct timespec *restrict until) {
     struct timespec real_until = { until->tv_sec - added, until->tv_nsec };

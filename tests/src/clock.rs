@@ -26,7 +26,7 @@ impl Clock {
         clock
     }
 
-    /// Makes the clock jump to another offset, also while its service runs.
+    /// Makes the clock jump to another offset, even while its service runs.
     pub fn jump_to(&self, seconds: i64) {
         // The process has the file mapped. It would crash if the file were empty for a moment, so
         // we write in place.

@@ -37,8 +37,9 @@ pub async fn send(request: RequestBuilder) -> reqwest::Result<Answer> {
     Ok(Answer { status, etag, content_type, body })
 }
 
-/// Sends a request until the answer is not a temporary refusal: 503, or 409 with the advice to retry.
-/// A service answers so while it starts, and when it has too many requests for a busy machine.
+/// Sends a request until the answer is not a temporary refusal: 503, or 409 with the advice to
+/// retry. A service answers so while it starts, and when it has too many requests for a busy
+/// machine.
 pub async fn send_with_retries(request: impl Fn() -> RequestBuilder) -> Answer {
     eventually("an answer other than a temporary refusal", async || {
         let answer = send(request()).await.unwrap();

@@ -1,4 +1,4 @@
-//! Clients that keep the user service busy, also while it is killed and started again. They record
+//! Clients that keep the user service busy, even while it is killed and started again. They record
 //! every answer.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,13 +12,13 @@ use tokio::task::JoinSet;
 use topology::{CACHE, USER};
 use uuid::Uuid;
 
-use crate::checker::{Asked, Operation, Outcome};
+use crate::checker::{Operation, Outcome, Request};
 use crate::http::send;
 use crate::system::System;
 use crate::users::address;
 use crate::waiting::eventually;
 
-/// The pause of a client after each request. It leaves enough of two cores to the services.
+/// The pause of a client after each request. It leaves processor time to the services on two cores.
 const PAUSE: Duration = Duration::from_millis(10);
 /// How long a client waits for an answer. A frozen service sends none, so the outcome is unknown.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -35,7 +35,7 @@ impl Answers {
     /// The users whose registration was accepted.
     pub fn accepted(&self) -> Vec<Uuid> {
         let done = self.operations.iter().filter(|operation| matches!(operation.outcome, Outcome::Done(_)));
-        let registered = done.filter(|operation| matches!(operation.asked, Asked::Register { .. }));
+        let registered = done.filter(|operation| matches!(operation.request, Request::Register { .. }));
         registered.filter_map(|operation| operation.user).collect()
     }
 
@@ -43,7 +43,7 @@ impl Answers {
     /// requests, so there should be none.
     pub fn refused(&self) -> Vec<&Operation> {
         let refused = self.operations.iter().filter(|operation| matches!(operation.outcome, Outcome::Refused(_)));
-        refused.filter(|operation| operation.asked != Asked::Read).collect()
+        refused.filter(|operation| operation.request != Request::Read).collect()
     }
 }
 
@@ -116,17 +116,17 @@ impl OneClient {
         for _ in 0..random.usize(0..4) {
             if random.bool() {
                 let display_name = format!("Ada Lovelace {}", random.u32(..));
-                let renaming = self.request(Method::PATCH, user, "").json(&json!({ "display_name": display_name }));
-                self.write(user, Asked::Rename { display_name }, renaming).await;
+                let renaming = self.builder(Method::PATCH, user, "").json(&json!({ "display_name": display_name }));
+                self.send(user, Request::Rename { display_name }, renaming).await;
             } else {
                 let email = address();
-                let moving = self.request(Method::PUT, user, "/email").json(&json!({ "email": email }));
-                self.write(user, Asked::ChangeEmail { email }, moving).await;
+                let change = self.builder(Method::PUT, user, "/email").json(&json!({ "email": email }));
+                self.send(user, Request::ChangeEmail { email }, change).await;
             }
             self.read(user).await;
         }
         if random.u8(0..3) == 0 {
-            self.write(user, Asked::Erase, self.request(Method::DELETE, user, "")).await;
+            self.send(user, Request::Erase, self.builder(Method::DELETE, user, "")).await;
             self.read(user).await;
         }
     }
@@ -137,9 +137,9 @@ impl OneClient {
         let key = Uuid::now_v7().to_string();
         let body = json!({ "email": email, "display_name": "Ada Lovelace" });
         for _ in 0..TRIES {
-            let request = self.http.post(&self.users).header("idempotency-key", &key).json(&body);
-            let (outcome, user) = ask(request).await;
-            self.record(Operation { user, asked: Asked::Register { email: email.clone() }, outcome });
+            let registration = self.http.post(&self.users).header("idempotency-key", &key).json(&body);
+            let (outcome, user) = answer(registration).await;
+            self.record(Operation { user, request: Request::Register { email: email.clone() }, outcome });
             tokio::time::sleep(PAUSE).await;
             if outcome != Outcome::Unknown {
                 return user;
@@ -148,19 +148,19 @@ impl OneClient {
         None
     }
 
-    fn request(&self, method: Method, user: Uuid, path: &str) -> RequestBuilder {
+    fn builder(&self, method: Method, user: Uuid, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}/{user}{path}", self.users))
     }
 
-    async fn write(&self, user: Uuid, asked: Asked, request: RequestBuilder) {
-        let (outcome, _) = ask(request).await;
-        self.record(Operation { user: Some(user), asked, outcome });
+    async fn send(&self, user: Uuid, request: Request, builder: RequestBuilder) {
+        let (outcome, _) = answer(builder).await;
+        self.record(Operation { user: Some(user), request, outcome });
         tokio::time::sleep(PAUSE).await;
     }
 
     async fn read(&self, user: Uuid) {
         if let Some(profiles) = &self.profiles {
-            self.write(user, Asked::Read, self.http.get(format!("{profiles}/{user}"))).await;
+            self.send(user, Request::Read, self.http.get(format!("{profiles}/{user}"))).await;
         }
     }
 
@@ -169,8 +169,8 @@ impl OneClient {
     }
 }
 
-/// The outcome of a request, and the id in the answer.
-async fn ask(request: RequestBuilder) -> (Outcome, Option<Uuid>) {
+/// Sends a request. Returns its outcome, and the id in the answer.
+async fn answer(request: RequestBuilder) -> (Outcome, Option<Uuid>) {
     let Ok(answer) = send(request).await else { return (Outcome::Unknown, None) };
     let id = answer.body["id"].as_str().and_then(|id| id.parse().ok());
     let outcome = match answer.status.as_u16() {

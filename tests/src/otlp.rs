@@ -59,8 +59,8 @@ impl Otlp {
         self.received.lock().unwrap().iter().flat_map(spans).collect()
     }
 
-    /// Everything that was received as text, including attributes and events, to search for data
-    /// that must not be there.
+    /// Everything that was received, as text, including attributes and events: to search it for
+    /// data that must not be there.
     pub fn text(&self) -> String {
         format!("{:?}", self.received.lock().unwrap())
     }

@@ -27,18 +27,18 @@ struct Network {
     /// Delay of each piece, in each direction.
     latency: Duration,
     /// If set, only pieces with such a request are delayed.
-    delayed: Option<Request>,
+    delayed: Option<KafkaRequest>,
     /// Number of resets. Each one breaks the open connections.
     resets: u64,
 }
 
 /// A type of Kafka request, by its API key.
 #[derive(Clone, Copy)]
-pub enum Request {
+pub enum KafkaRequest {
     ListOffsets = 2,
 }
 
-impl Request {
+impl KafkaRequest {
     /// Whether a piece that begins with a request contains one of this type. A request begins with
     /// its length in four bytes and its API key in two.
     fn is_in(self, mut piece: &[u8]) -> bool {
@@ -96,7 +96,7 @@ impl Proxy {
 
     /// Delays requests of this type by this time, and with them the later ones of the same
     /// connection.
-    pub fn slow_requests(&self, delayed: Request, latency: Duration) {
+    pub fn slow_requests(&self, delayed: KafkaRequest, latency: Duration) {
         self.network.send_modify(|network| {
             network.latency = latency;
             network.delayed = Some(delayed);
@@ -150,15 +150,19 @@ async fn serve(mut client: TcpStream, target: &str, mut network: watch::Receiver
     tokio::select! {
         biased;
         _ = watched.wait_for(|network| network.link == Link::Cut || network.resets != resets) => {}
-        ended = converse(&mut client, target, &mut network) => return ended,
+        ended = forward_both_ways(&mut client, target, &mut network) => return ended,
     }
     client.set_zero_linger()
 }
 
 /// Forwards until one side closes. If the network falls silent, waits until both sides have closed.
-async fn converse(client: &mut TcpStream, target: &str, network: &mut watch::Receiver<Network>) -> io::Result<()> {
+async fn forward_both_ways(
+    client: &mut TcpStream,
+    target: &str,
+    network: &mut watch::Receiver<Network>,
+) -> io::Result<()> {
     if network.borrow().link == Link::Silent {
-        return swallow(client).await;
+        return discard(client).await;
     }
     let mut server = TcpStream::connect(target).await?;
     let (mut from_client, mut to_client) = client.split();
@@ -168,16 +172,22 @@ async fn converse(client: &mut TcpStream, target: &str, network: &mut watch::Rec
     let silent = tokio::select! {
         biased;
         _ = network.wait_for(|network| network.link == Link::Silent) => true,
-        ended = carry(&mut from_client, &mut to_server, &there) => { ended?; false }
-        ended = carry(&mut from_server, &mut to_client, &back) => { ended?; false }
+        ended = forward(&mut from_client, &mut to_server, &there) => {
+            ended?;
+            false
+        }
+        ended = forward(&mut from_server, &mut to_client, &back) => {
+            ended?;
+            false
+        }
     };
     if silent {
-        let _ = tokio::join!(swallow(&mut from_client), swallow(&mut from_server));
+        let _ = tokio::join!(discard(&mut from_client), discard(&mut from_server));
     }
     Ok(())
 }
 
-async fn carry(
+async fn forward(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWriteExt + Unpin),
     network: &watch::Receiver<Network>,
@@ -196,7 +206,8 @@ async fn carry(
     }
 }
 
-async fn swallow(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+/// Reads until the end and forwards nothing.
+async fn discard(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     while from.read(&mut piece).await? > 0 {}
     Ok(())
@@ -210,8 +221,8 @@ mod tests {
 
     use super::*;
 
-    /// Longer than anything on the loopback device takes, and a short wait for something that does
-    /// not happen.
+    /// Longer than anything on the loopback device takes, and short enough to wait for something
+    /// that does not happen.
     const MOMENT: Duration = Duration::from_millis(300);
 
     /// A server that echoes, and a proxy in front of it.
@@ -248,9 +259,9 @@ mod tests {
         let mut stream = connect(&proxy).await;
         echoes(&mut stream).await.unwrap();
         proxy.slow(MOMENT);
-        let asked = Instant::now();
+        let sent_at = Instant::now();
         echoes(&mut stream).await.unwrap();
-        assert!(asked.elapsed() >= 2 * MOMENT);
+        assert!(sent_at.elapsed() >= 2 * MOMENT);
         proxy.heal();
         timeout(MOMENT, echoes(&mut stream)).await.unwrap().unwrap();
     }

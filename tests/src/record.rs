@@ -39,7 +39,8 @@ impl Record {
         format!("{} {} {}", self.key_text(), text(&self.value), headers.collect::<Vec<_>>().join(" "))
     }
 
-    /// The same record, to be written again at a new offset, as a relay does after a crash.
+    /// A draft of the same record, to write it again at a new offset, as a relay does after a
+    /// crash.
     pub fn to_draft(&self) -> Draft {
         Draft {
             partition: Some(self.partition),

@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use topology::{ANALYTICS, EMAIL, Service, USER};
 use uuid::Uuid;
 
-use crate::checker::{Analytics, Delivery, Inserted, Known, Person};
+use crate::checker::{Analytics, Delivery, Inserted, Person, Steps, StoredUser};
 use crate::services::{TOPICS, topic_of};
 use crate::waiting::eventually_eq;
 
@@ -144,21 +144,21 @@ impl Stores {
     }
 
     /// Every user that the email service knows.
-    pub async fn recipients(&self) -> BTreeMap<Uuid, Known> {
+    pub async fn recipients(&self) -> BTreeMap<Uuid, StoredUser> {
         let recipients = "select user_id, version, email, display_name from recipients";
         let recipients: Vec<Row> = query(&self.database(EMAIL).await, recipients).await;
-        recipients.into_iter().map(known).collect()
+        recipients.into_iter().map(stored_user).collect()
     }
 
     /// The user service's table `users`.
-    pub async fn users(&self) -> BTreeMap<Uuid, Known> {
+    pub async fn users(&self) -> BTreeMap<Uuid, StoredUser> {
         let users = "select id, version, email, display_name from users";
         let users: Vec<Row> = query(&self.database(USER).await, users).await;
-        users.into_iter().map(known).collect()
+        users.into_iter().map(stored_user).collect()
     }
 
-    /// The profiles in Valkey, also where the cache service would not return them.
-    pub async fn cached_profiles(&self) -> BTreeMap<Uuid, Known> {
+    /// The profiles in Valkey, including those that the cache service would not return.
+    pub async fn cached_profiles(&self) -> BTreeMap<Uuid, StoredUser> {
         let mut valkey = self.valkey().await;
         let prefix = format!("{}profile:", self.prefix);
         let keys: Vec<String> = redis::cmd("KEYS").arg(format!("{prefix}*")).query_async(&mut valkey).await.unwrap();
@@ -168,7 +168,7 @@ impl Stores {
                 redis::cmd("HMGET").arg(&key).arg("version").arg("profile").query_async(&mut valkey).await.unwrap();
             let profile = serde_json::from_str::<Value>(&profile).ok();
             let person = profile.map(|profile| Person::of(&profile).expect("a profile has address and name"));
-            profiles.insert(key[prefix.len()..].parse().unwrap(), Known { version, person });
+            profiles.insert(key[prefix.len()..].parse().unwrap(), StoredUser { version, person });
         }
         profiles
     }
@@ -187,7 +187,7 @@ impl Stores {
         }
         Analytics {
             registrations: query::<(i64, i64)>(&db, hours).await.into_iter().collect(),
-            funnel: funnel.into_iter().map(|(user, registered, mailed)| (user, (registered, mailed))).collect(),
+            funnel: funnel.into_iter().map(|(user, registered, mailed)| (user, Steps { registered, mailed })).collect(),
             inbox,
         }
     }
@@ -217,9 +217,9 @@ impl Stores {
 
 type Row = (Uuid, i64, Option<String>, Option<String>);
 
-fn known((user, version, email, display_name): Row) -> (Uuid, Known) {
+fn stored_user((user, version, email, display_name): Row) -> (Uuid, StoredUser) {
     let person = email.zip(display_name).map(|(email, display_name)| Person { email, display_name });
-    (user, Known { version, person })
+    (user, StoredUser { version, person })
 }
 
 async fn delivery_states(db: &PgPool, user: Uuid) -> String {

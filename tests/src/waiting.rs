@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-/// How long a test waits for a condition. Everything that works takes less, also on two busy cores.
+/// How long a test waits for a condition. Everything that works takes less, even on two busy cores.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 /// The pause between two probes of a condition.
 pub const POLL: Duration = Duration::from_millis(50);

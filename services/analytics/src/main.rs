@@ -1,5 +1,6 @@
-//! The analytics service: read models folded from `user.events.v1` and `email.events.v1`, and queries on them over HTTP. An
-//! [`Inbox`] applies each event once, by its id. The service changes no data of another service and publishes no events.
+//! The analytics service: read models folded from `user.events.v1` and `email.events.v1`, and
+//! queries on them over HTTP. An [`Inbox`] applies each event once, by its id. The service changes
+//! no data of another service and publishes no events.
 
 mod http;
 mod projections;
@@ -34,7 +35,8 @@ enum Command {
     Service(service::Command),
     #[command(flatten)]
     Consumer(ConsumerCommand),
-    /// Rebuild the read models from the log while the service runs, compare them with the live ones, and swap.
+    /// Rebuild the read models from the log while the service runs, compare them with the live
+    /// ones, and swap.
     Rebuild(Rebuild),
 }
 
@@ -43,7 +45,8 @@ struct Config {
     /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8081")]
     http_addr: SocketAddr,
-    /// The service's own database: postgres://waybill_analytics:password@host:port/waybill_analytics
+    /// The service's own database:
+    /// postgres://waybill_analytics:password@host:port/waybill_analytics
     #[arg(long, env, hide_env_values = true)]
     analytics_database_url: SecretString,
     #[command(flatten)]

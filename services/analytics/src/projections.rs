@@ -1,5 +1,5 @@
-//! Facts folded into tables. Each fact adds to a sum or lowers a minimum, so the order of facts does not matter. The inbox
-//! passes each fact once.
+//! Facts folded into tables. Each fact adds to a sum or lowers a minimum, so the order of facts
+//! does not matter. The inbox passes each fact once.
 
 use std::collections::BTreeMap;
 
@@ -74,7 +74,8 @@ impl Projection for Mailed {
     }
 }
 
-/// Writes rows in the order of their keys: two transactions that lock the same rows in opposite orders would deadlock.
+/// Adds to the counts. Writes rows in the order of their keys: two transactions that lock the same
+/// rows in opposite orders would deadlock.
 async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> sqlx::Result<()> {
     let (hours, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
     sqlx::query!(
@@ -89,7 +90,8 @@ async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> s
     Ok(())
 }
 
-/// Folds the facts of a batch about a user, because one statement may update a row only once.
+/// Keeps the earliest time of a user. A batch may have several facts about the user, but one
+/// statement may update a row only once.
 fn earliest(users: &mut BTreeMap<Uuid, OffsetDateTime>, user: Uuid, time: OffsetDateTime) {
     users.entry(user).and_modify(|known| *known = time.min(*known)).or_insert(time);
 }
@@ -156,37 +158,68 @@ mod tests {
         prop::collection::vec(fact, 1..10)
     }
 
-    /// All facts in some order, with some of them repeated, divided into batches.
-    fn deliveries(facts: &[Fact], order: &[Index], repeated: &[Index], batch: usize) -> Vec<Vec<Fact>> {
-        let mut rest = facts.to_vec();
-        let mut delivered: Vec<Fact> =
-            order.iter().take(facts.len()).map(|index| rest.remove(index.index(rest.len()))).collect();
-        for (place, index) in repeated.iter().enumerate() {
-            let fact = delivered[index.index(delivered.len())];
-            delivered.insert(index.index(delivered.len() + 1).saturating_sub(place), fact);
-        }
-        delivered.chunks(batch).map(<[_]>::to_vec).collect()
+    /// How the facts of a topic are delivered.
+    #[derive(Clone, Debug)]
+    struct Schedule {
+        /// Selects the facts, one after another, from those that are left.
+        order: Vec<Index>,
+        /// Selects the facts that are delivered again.
+        repeated: Vec<Index>,
+        /// Facts per batch.
+        batch: usize,
     }
 
-    type ReadModels = (BTreeMap<OffsetDateTime, i64>, BTreeMap<Uuid, (Option<OffsetDateTime>, Option<OffsetDateTime>)>);
+    fn schedule() -> impl Strategy<Value = Schedule> {
+        let order = prop::collection::vec(any::<Index>(), 10);
+        let repeated = prop::collection::vec(any::<Index>(), 0..8);
+        let parameters = (order, repeated, 1..6_usize);
+        parameters.prop_map(|(order, repeated, batch)| Schedule { order, repeated, batch })
+    }
+
+    impl Schedule {
+        /// All facts in some order, with some of them repeated, divided into batches.
+        fn batches(&self, facts: &[Fact]) -> Vec<Vec<Fact>> {
+            let mut rest = facts.to_vec();
+            let selected = self.order.iter().take(facts.len());
+            let mut delivered: Vec<Fact> = selected.map(|index| rest.remove(index.index(rest.len()))).collect();
+            for (shift, index) in self.repeated.iter().enumerate() {
+                let fact = delivered[index.index(delivered.len())];
+                delivered.insert(index.index(delivered.len() + 1).saturating_sub(shift), fact);
+            }
+            delivered.chunks(self.batch).map(<[_]>::to_vec).collect()
+        }
+    }
+
+    #[derive(Debug, Default, PartialEq, Eq)]
+    struct ReadModels {
+        registrations: BTreeMap<OffsetDateTime, i64>,
+        funnel: BTreeMap<Uuid, Steps>,
+    }
+
+    /// When a user was registered and mailed.
+    #[derive(Debug, Default, PartialEq, Eq)]
+    struct Steps {
+        registered: Option<OffsetDateTime>,
+        mailed: Option<OffsetDateTime>,
+    }
 
     /// The expected read models, folded in memory.
     fn fold(users_facts: &[Fact], emails_facts: &[Fact], users: &[Uuid; 3]) -> ReadModels {
-        let (mut hours, mut funnel) = ReadModels::default();
+        let mut models = ReadModels::default();
         let earliest =
             |slot: &mut Option<OffsetDateTime>, time| *slot = Some(slot.map_or(time, |known| time.min(known)));
         for fact in users_facts {
             if let UserEvent::Registered(_) = fact.record(users).event {
-                *hours.entry(hour(fact.time())).or_default() += 1;
-                earliest(&mut funnel.entry(users[fact.user]).or_default().0, fact.time());
+                *models.registrations.entry(hour(fact.time())).or_default() += 1;
+                earliest(&mut models.funnel.entry(users[fact.user]).or_default().registered, fact.time());
             }
         }
         for fact in emails_facts {
             if let EmailEvent::Sent(_) = fact.record(users).event {
-                earliest(&mut funnel.entry(users[fact.user]).or_default().1, fact.time());
+                earliest(&mut models.funnel.entry(users[fact.user]).or_default().mailed, fact.time());
             }
         }
-        (hours, funnel)
+        models
     }
 
     async fn read_models(db: &PgPool) -> ReadModels {
@@ -194,10 +227,9 @@ mod tests {
             sqlx::query_as("select hour, registrations from registrations").fetch_all(db).await.unwrap();
         let funnel: Vec<(Uuid, Option<OffsetDateTime>, Option<OffsetDateTime>)> =
             sqlx::query_as("select user_id, registered_at, mailed_at from funnel").fetch_all(db).await.unwrap();
-        (
-            hours.into_iter().map(|(hour, count)| (hour.to_offset(time::UtcOffset::UTC), count)).collect(),
-            funnel.into_iter().map(|(user, registered, mailed)| (user, (registered, mailed))).collect(),
-        )
+        let hours = hours.into_iter().map(|(hour, count)| (hour.to_offset(time::UtcOffset::UTC), count));
+        let funnel = funnel.into_iter().map(|(user, registered, mailed)| (user, Steps { registered, mailed }));
+        ReadModels { registrations: hours.collect(), funnel: funnel.collect() }
     }
 
     async fn empty(db: &PgPool) {
@@ -211,16 +243,14 @@ mod tests {
         let db = runtime.block_on(database());
         let users_inbox = Inbox::new(db.clone(), Registered);
         let emails_inbox = Inbox::new(db.clone(), Mailed);
-        let order =
-            || (prop::collection::vec(any::<Index>(), 10), prop::collection::vec(any::<Index>(), 0..8), 1..6_usize);
         let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(CASES) };
-        let histories = (facts(), facts(), order(), order(), any::<bool>());
-        proptest!(config, |((users_facts, emails_facts, first, second, users_first) in histories)| {
+        let histories = (facts(), facts(), schedule(), schedule(), any::<bool>());
+        proptest!(config, |((users_facts, emails_facts, users_schedule, emails_schedule, users_first) in histories)| {
             runtime.block_on(async {
                 empty(&db).await;
                 let users = [(); 3].map(|()| mint_id());
-                let users_batches = deliveries(&users_facts, &first.0, &first.1, first.2);
-                let emails_batches = deliveries(&emails_facts, &second.0, &second.1, second.2);
+                let users_batches = users_schedule.batches(&users_facts);
+                let emails_batches = emails_schedule.batches(&emails_facts);
                 if users_first {
                     handle(&users_inbox, &users_batches, &users).await;
                 }
@@ -265,7 +295,7 @@ mod tests {
         let db = database().await;
         let user = mint_id();
         let fact = || [record(user, user, 0, UserEvent::Registered(UserRef { user_id: user }))];
-        let registrations = async || read_models(&db).await.0.into_values().sum::<i64>();
+        let registrations = async || read_models(&db).await.registrations.into_values().sum::<i64>();
         Inbox::new(db.clone(), Registered).handle(&fact()).await.unwrap();
         assert_eq!(registrations().await, 1);
         Inbox::new(db.clone(), RegisteredElsewhere).handle(&fact()).await.unwrap();

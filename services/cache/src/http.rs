@@ -1,5 +1,6 @@
-//! Queries for the current profile of a user. Every command of the user service answers with a version. A caller that sends
-//! it as `min_version` reads its own write, although the cache is updated asynchronously.
+//! Queries for the current profile of a user. Every command of the user service answers with a
+//! version. A caller that sends it as `min_version` reads its own write, although the cache is
+//! updated asynchronously.
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
@@ -16,7 +17,8 @@ use uuid::Uuid;
 
 use crate::view::{Lookup, View};
 
-/// How long a request waits for its `min_version`. An event takes some ten milliseconds.
+/// How long a request waits for its `min_version`. Usually an event arrives within tens of
+/// milliseconds.
 const WAIT_LIMIT: Duration = Duration::from_secs(2);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 

@@ -1,5 +1,6 @@
-//! The cache service: a materialised view of `user.state.v1` in Valkey, queried by user id. The highest version wins. The
-//! position in the topic is stored with the data, so the service notices an emptied Valkey and fills it again from the topic.
+//! The cache service: a materialised view of `user.state.v1` in Valkey, queried by user id. The
+//! highest version wins. The position in the topic is stored with the data, so the service notices
+//! an emptied Valkey and fills it again from the topic.
 
 mod http;
 mod valkey;
@@ -35,7 +36,8 @@ struct Config {
     /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8082")]
     http_addr: SocketAddr,
-    /// Valkey, or another server with the protocol of Redis. It must not evict keys: maxmemory-policy noeviction.
+    /// Valkey, or another server with the protocol of Redis. It must not evict keys:
+    /// maxmemory-policy noeviction.
     #[arg(long, env, default_value = "redis://localhost:6379")]
     valkey_url: String,
     #[command(flatten)]

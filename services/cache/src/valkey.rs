@@ -1,6 +1,7 @@
-//! The connection to Valkey. The client replaces a broken connection by itself. It would keep a half-open one (for example
-//! after the restart of a firewall) for as long as the operating system does, which is a quarter of an hour. So this module
-//! replaces the connection whenever an answer does not arrive in time.
+//! The connection to Valkey. The client replaces a broken connection by itself. It would keep a
+//! half-open one (for example after the restart of a firewall) for as long as the operating system
+//! does, which is a quarter of an hour. So this module replaces the connection whenever an answer
+//! does not arrive in time.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -11,8 +12,8 @@ use redis::{Client, RedisError, RedisResult};
 /// Time for one answer. The script of a batch takes a few milliseconds.
 pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Consumers and callers retry by themselves. With the client's default of six retries each of them would wait about ten
-/// seconds.
+/// Consumers and callers retry by themselves. With the client's default of six retries each of them
+/// would wait about ten seconds.
 const CONNECT_RETRIES: usize = 1;
 
 pub struct Valkey {

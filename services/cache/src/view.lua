@@ -1,7 +1,9 @@
--- Applies the batch of one partition to the view, if the view has the position that the batch expects.
+-- Applies the batch of one partition to the view, if the view has the position that the batch
+-- expects.
 --
 -- KEYS: position, completeness mark, then one profile per record.
--- ARGV: expected position ('' in a redrive), next position, then version and JSON per record ('' is a tombstone).
+-- ARGV: expected position ('' in a redrive), next position, then version and JSON per record ('' is
+-- a tombstone).
 -- Returns {applied, duplicate, stale}, or the error POSITION if the view has another position.
 
 -- Versions and offsets stay text: a number in Lua is exact only up to 2^53.

@@ -1,8 +1,10 @@
-//! The view: per user a hash of version and profile, per partition a position and a completeness mark.
+//! The view: per user a hash of version and profile, per partition a position and a completeness
+//! mark.
 //!
-//! One script compares and sets the position and writes the profiles. After a flush or a failover the position differs from
-//! the one that the next batch expects (or the next `caught_up` call of a quiet topic), and the consumer restarts from the
-//! view's position. For the same reason a frozen process that resumes cannot change the view.
+//! One script compares and sets the position and writes the profiles. After a flush or a failover
+//! the position differs from the one that the next batch expects. On a quiet topic the next
+//! `caught_up` call expects it. Then the consumer restarts from the view's position. For the same
+//! reason a frozen process that resumes cannot change the view.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use std::sync::Arc;
 use redis::{RedisError, Script};
 use shared::events::{Event, Profile, Topic, UserState};
 use shared::fault;
-use shared::messaging::{Failure, Handler, Outcome, Record};
+use shared::messaging::{EndOfPartition, Failure, Handler, Outcome, Record};
 use uuid::Uuid;
 
 use crate::valkey::Valkey;
@@ -25,10 +27,20 @@ pub struct View {
     script: Arc<Script>,
 }
 
+/// The positions of one partition before and after a call of the script.
+#[derive(Clone, Copy)]
+struct Positions {
+    partition: i32,
+    /// The position that the view must have. `None` in a redrive: any position, and it stays.
+    expected: Option<i64>,
+    /// The position that the view has afterwards.
+    next: i64,
+}
+
 /// The view's entry for a user.
 pub struct Lookup {
-    /// Whether every partition was read to its end since the view was last empty. Until then an absent user may exist, and a
-    /// present one may have an old version.
+    /// Whether every partition was read to its end since the view was last empty. Until then an
+    /// absent user may exist, and a present one may have an old version.
     pub complete: bool,
     /// 0: the view has no record of the user.
     pub version: i64,
@@ -46,8 +58,8 @@ impl View {
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
     }
 
-    /// Reads the user and the marks of all partitions in one transaction. A flush between two reads would make a user appear
-    /// absent from a complete view.
+    /// Reads the user and the marks of all partitions in one transaction. A flush between two reads
+    /// would make a user appear absent from a complete view.
     pub async fn find(&self, id: Uuid) -> anyhow::Result<Lookup> {
         let mut pipe = redis::pipe();
         pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("EXISTS");
@@ -60,18 +72,13 @@ impl View {
         Ok(Lookup { complete: marks == PARTITIONS, version: version.unwrap_or(0), profile })
     }
 
-    /// Runs the script for one partition. `expected_position` is the position that the view must have (`None`: any), and
-    /// `next_offset` the position that it has afterwards.
-    async fn apply(
-        &self,
-        partition: i32,
-        expected_position: Option<i64>,
-        next_offset: i64,
-        records: &[&Record<UserState>],
-    ) -> Result<Outcome, Failure> {
+    /// Runs the script for the records of one partition. Without records it marks the partition as
+    /// complete.
+    async fn apply(&self, positions: Positions, records: &[&Record<UserState>]) -> Result<Outcome, Failure> {
+        let Positions { partition, expected, next } = positions;
         let mut call = self.script.key(self.position_key(partition));
         call.key(self.mark_key(partition));
-        call.arg(expected_position.map(|position| position.to_string()).unwrap_or_default()).arg(next_offset);
+        call.arg(expected.map(|position| position.to_string()).unwrap_or_default()).arg(next);
         for record in records {
             let profile = match &record.event {
                 UserState::Current(profile) => serde_json::to_string(profile)?,
@@ -106,8 +113,8 @@ impl Handler for View {
 
     const GROUP: &'static str = "cache.profiles";
 
-    /// One atomic script per partition. Crash between two of them: the batch comes again, the first script finds a later
-    /// position, and the handler asks to resume from there.
+    /// One atomic script per partition. Crash between two of them: the batch comes again, the first
+    /// script finds a later position, and the handler asks to resume from there.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut partitions: BTreeMap<i32, Vec<&Record<UserState>>> = BTreeMap::new();
         for record in batch {
@@ -117,8 +124,10 @@ impl Handler for View {
         for (partition, records) in partitions {
             let first = records[0];
             let last = records[records.len() - 1];
+            let positions =
+                Positions { partition, expected: first.expected_position, next: last.coordinates.offset + 1 };
             fault::point("cache.before_script");
-            outcome += self.apply(partition, first.expected_position, last.coordinates.offset + 1, &records).await?;
+            outcome += self.apply(positions, &records).await?;
             fault::point("cache.after_script");
         }
         Ok(outcome)
@@ -133,10 +142,12 @@ impl Handler for View {
         Ok(Some(stored.unwrap_or(0)))
     }
 
-    /// Marks the partition as complete, with the same comparison: after a flush the position differs, and the view is filled
-    /// again.
-    async fn caught_up(&self, partition: i32, expected_position: i64, next_offset: i64) -> Result<(), Failure> {
-        self.apply(partition, Some(expected_position), next_offset, &[]).await.map(|_| ())
+    /// Marks the partition as complete, with the same comparison of the position: after a flush it
+    /// differs, and the view is filled again.
+    async fn caught_up(&self, end: EndOfPartition) -> Result<(), Failure> {
+        let EndOfPartition { partition, expected_position, next_offset } = end;
+        let positions = Positions { partition, expected: Some(expected_position), next: next_offset };
+        self.apply(positions, &[]).await.map(|_| ())
     }
 }
 
@@ -156,20 +167,22 @@ mod tests {
         View::new(&testbed::testing::stack().valkey, &testbed::testing::prefix()).unwrap()
     }
 
-    /// `expected_position` and `next_offset` are the positions before and after the record.
-    fn record(
-        user: Uuid,
-        version: i64,
-        erased: bool,
-        (partition, expected_position, next_offset): (i32, Option<i64>, i64),
-    ) -> Record<UserState> {
-        let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
-        let event = if erased { UserState::Erased } else { UserState::Current(profile) };
+    fn record(user: Uuid, version: i64, event: UserState, positions: Positions) -> Record<UserState> {
         let mut record = Record::sample(user, version, event);
-        record.coordinates.partition = partition;
-        record.coordinates.offset = next_offset - 1;
-        record.expected_position = expected_position;
+        record.coordinates.partition = positions.partition;
+        record.coordinates.offset = positions.next - 1;
+        record.expected_position = positions.expected;
         record
+    }
+
+    fn current(version: i64) -> UserState {
+        let email = format!("v{version}@example.com");
+        UserState::Current(Profile { email, display_name: format!("Version {version}") })
+    }
+
+    /// A record in partition 0 with the user's state at this version.
+    fn update(user: Uuid, version: i64, expected: i64, next: i64) -> Record<UserState> {
+        record(user, version, current(version), Positions { partition: 0, expected: Some(expected), next })
     }
 
     async fn seen(view: &View, user: Uuid) -> (i64, Option<String>) {
@@ -177,7 +190,8 @@ mod tests {
         (found.version, found.profile.map(|profile| profile.email))
     }
 
-    /// Three users in three partitions. Each has this many versions, and the last one may be its erasure.
+    /// Three users in three partitions. Each has this many versions, and the last one may be its
+    /// erasure.
     type Histories = [(i64, bool); 3];
     /// Users and versions in batches, in any order, with repetitions and gaps.
     type Batches = Vec<Vec<(usize, Index)>>;
@@ -186,7 +200,7 @@ mod tests {
         prop::collection::vec(prop::collection::vec((0..3_usize, any::<Index>()), 1..6), 1..6)
     }
 
-    /// T26, I8 I10: also outside the topic's order, as in a redrive. An erased user stays erased.
+    /// T26, I8 I10: even outside the topic's order, as in a redrive. An erased user stays erased.
     #[test]
     fn the_highest_version_of_a_state_wins_in_any_order() {
         let runtime = Runtime::new().unwrap();
@@ -210,8 +224,9 @@ mod tests {
                 let expected = (!redriven).then_some(next_offsets[*user]);
                 // Offsets have gaps.
                 next_offsets[*user] += 1 + version % 2;
-                let erased = erased && version == last;
-                record(users[*user], version, erased, (*user as i32, expected, next_offsets[*user]))
+                let event = if erased && version == last { UserState::Erased } else { current(version) };
+                let positions = Positions { partition: *user as i32, expected, next: next_offsets[*user] };
+                record(users[*user], version, event, positions)
             });
             let records: Vec<_> = records.collect();
             let outcome = view.handle(&records).await.unwrap();
@@ -233,15 +248,17 @@ mod tests {
     async fn a_batch_that_expects_another_position_changes_nothing() {
         let view = view();
         let user = mint_id();
-        view.handle(&[record(user, 1, false, (0, Some(0), 7))]).await.unwrap();
-        for position in [0, 3, 8] {
-            let failure = view.handle(&[record(user, 2, false, (0, Some(position), 9))]).await.unwrap_err();
+        view.handle(&[update(user, 1, 0, 7)]).await.unwrap();
+        for expected in [0, 3, 8] {
+            let failure = view.handle(&[update(user, 2, expected, 9)]).await.unwrap_err();
             assert!(matches!(failure, Failure::Resume), "{failure:?}");
         }
         assert_eq!(seen(&view, user).await, (1, Some("v1@example.com".to_owned())));
         assert_eq!(view.resume_at(0).await.unwrap(), Some(7));
-        // A redrive does not follow the order of the partition: it is applied, and the position does not change.
-        view.handle(&[record(user, 2, false, (0, None, 3))]).await.unwrap();
+        // A redrive does not follow the order of the partition: it is applied, and the position
+        // does not change.
+        let redriven = Positions { partition: 0, expected: None, next: 3 };
+        view.handle(&[record(user, 2, current(2), redriven)]).await.unwrap();
         assert_eq!((seen(&view, user).await.0, view.resume_at(0).await.unwrap()), (2, Some(7)));
     }
 
@@ -250,11 +267,11 @@ mod tests {
     async fn a_view_is_complete_when_every_partition_was_read_to_its_end_since_the_view_was_empty() {
         let view = view();
         let user = mint_id();
-        view.handle(&[record(user, 1, false, (0, Some(0), 1))]).await.unwrap();
+        view.handle(&[update(user, 1, 0, 1)]).await.unwrap();
         for partition in 0..PARTITIONS {
             assert!(!view.find(user).await.unwrap().complete, "before partition {partition}");
             let (expected_position, next_offset) = if partition == 0 { (1, 2) } else { (0, 0) };
-            view.caught_up(partition, expected_position, next_offset).await.unwrap();
+            view.caught_up(EndOfPartition { partition, expected_position, next_offset }).await.unwrap();
         }
         assert!(view.find(user).await.unwrap().complete);
         assert_eq!(view.resume_at(0).await.unwrap(), Some(2));
@@ -264,26 +281,22 @@ mod tests {
         let mut del = redis::cmd("DEL");
         del.arg(keys);
         let () = view.valkey.request(async |mut connection| del.query_async(&mut connection).await).await.unwrap();
-        let failure = view.caught_up(0, 2, 2).await.unwrap_err();
+        let end = EndOfPartition { partition: 0, expected_position: 2, next_offset: 2 };
+        let failure = view.caught_up(end).await.unwrap_err();
         assert!(matches!(failure, Failure::Resume), "{failure:?}");
         assert!(!view.find(user).await.unwrap().complete);
     }
 
-    /// I10: also with versions that a number in Lua cannot represent exactly.
+    /// I10: even with versions that a number in Lua cannot represent exactly.
     #[tokio::test]
     async fn the_highest_version_wins_within_a_batch() {
         let view = view();
-        let (user, other) = (mint_id(), mint_id());
-        let at = |offset| (0, Some(offset), offset + 1);
+        let user = mint_id();
+        let other = mint_id();
         let large = (1 << 53) + 1;
-        let batch = [
-            record(user, 9, false, at(0)),
-            record(user, 10, false, at(1)),
-            record(other, large - 1, false, at(2)),
-            record(user, 9, false, at(3)),
-            record(user, 10, false, at(4)),
-            record(other, large, false, at(5)),
-        ];
+        let versions = [(user, 9), (user, 10), (other, large - 1), (user, 9), (user, 10), (other, large)];
+        let batch: Vec<_> =
+            (0..).zip(versions).map(|(offset, (user, version))| update(user, version, offset, offset + 1)).collect();
         let outcome = view.handle(&batch).await.unwrap();
         assert_eq!(outcome, Outcome { applied: 4, duplicate: 1, stale: 1 });
         assert_eq!((seen(&view, user).await.0, seen(&view, other).await.0), (10, large));
@@ -295,7 +308,7 @@ mod tests {
     async fn a_store_that_is_down_causes_a_retry() {
         let view = View::new(&format!("redis://127.0.0.1:{}", testbed::testing::free_port()), "").unwrap();
         let started = std::time::Instant::now();
-        let failure = view.handle(&[record(mint_id(), 1, false, (0, Some(0), 1))]).await.unwrap_err();
+        let failure = view.handle(&[update(mint_id(), 1, 0, 1)]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
         view.resume_at(0).await.unwrap_err();
         // Neither call waits longer than its time-out.

@@ -1,5 +1,5 @@
-//! The states of deliveries. Every transition is one statement or one transaction that names the state it comes from, so two
-//! senders cannot both make it.
+//! The states of deliveries. Every transition is one statement or one transaction that names the
+//! state it comes from, so two senders cannot both make it.
 //!
 //! ```text
 //! pending ──claim──► sending ──250──► sent
@@ -7,9 +7,9 @@
 //!    ├── 4xx, no answer ┤
 //!    └ unknown ◄────────┘ no answer after the mail was sent
 //! ```
-//! A sender that dies leaves the state `sending` with a lease. When the lease ends, by the database's clock, another sender
-//! claims the delivery. If the recipient is erased, a delivery that is not being sent becomes `cancelled`. A delivery that is
-//! too old is [`held`](crate::held).
+//! A sender that dies leaves the state `sending` with a lease. When the lease ends, by the
+//! database's clock, another sender claims the delivery. If the recipient is erased, a delivery
+//! that is not being sent becomes `cancelled`. A delivery that is too old is [`held`](crate::held).
 
 use std::time::Duration;
 
@@ -43,8 +43,12 @@ pub struct Claim {
     pub token: Uuid,
 }
 
-/// Claims the delivery that has waited longest. It must be due, its recipient must be known and not erased, its cause must not
-/// be too old (unless an operator released it), and the lease of its previous sender, if any, must have ended.
+/// Claims the delivery that has waited longest, among those that may be sent:
+///
+/// - It is due.
+/// - Its recipient is known and not erased.
+/// - Its cause is not too old, or an operator released it.
+/// - No other sender has it, or the lease of that sender has ended.
 pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     let token = mint_id();
     let claimed = sqlx::query_as!(
@@ -67,8 +71,8 @@ pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
     claimed.fetch_optional(db).await
 }
 
-/// Whether the mail may still be sent: asked before the one step that cannot be undone. The answer is no for a sender whose
-/// lease has ended (it was frozen), and if the recipient was erased in the meantime.
+/// Whether the sender may still send the mail, which cannot be undone. It may not if its lease has
+/// ended because it was frozen, or if the recipient was erased in the meantime.
 pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let ours = sqlx::query_scalar!(
         r#"select exists (
@@ -80,8 +84,9 @@ pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     ours.fetch_one(db).await
 }
 
-/// Records that the server accepted the mail. Also succeeds after the lease has expired, so that the sender that took over
-/// fails its check and stops. Only the sender that makes the transition writes the event, so there is one event.
+/// Records that the server accepted the mail. Also succeeds after the lease has ended, so that the
+/// sender that took over fails its check and stops. Returns whether this call changed the state. It
+/// writes the event only then, so a delivery has one event.
 pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let ended = sqlx::query!(
@@ -97,7 +102,8 @@ pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     Ok(ended)
 }
 
-/// Records that the server refused the mail permanently.
+/// Records that the server refused the mail permanently, unless the lease has ended and another
+/// sender has the delivery. Returns whether this call changed the state.
 pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let ended = sqlx::query!(
@@ -135,16 +141,17 @@ pub async fn retry_later(
 ) -> sqlx::Result<()> {
     let doublings = u32::try_from(claim.attempt - 1).unwrap_or(0).min(20);
     let backoff = rules.backoff.saturating_mul(1 << doublings).min(MAX_BACKOFF);
+    let status = match retry_as {
+        RetryAs::Pending => "pending",
+        RetryAs::Unknown => "unknown",
+    };
     sqlx::query!(
         "update deliveries set status = $3, token = null, lease_until = null, smtp_code = $4,
              next_attempt_at = now() + $5, updated_at = now()
          where id = $1 and token = $2",
         claim.id,
         claim.token,
-        match retry_as {
-            RetryAs::Pending => "pending",
-            RetryAs::Unknown => "unknown",
-        },
+        status,
         smtp_code.map(code),
         interval(backoff),
     )

@@ -1,5 +1,5 @@
-//! The event handlers of the email service. Both are idempotent without an inbox: intents have a unique business key, and for
-//! recipients the highest version wins.
+//! The event handlers of the email service. Both are idempotent without an inbox: intents have a
+//! unique business key, and for recipients the highest version wins.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,8 @@ use shared::platform::telemetry::TraceContext;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-/// `user.events.v1` → intents. A registration causes one welcome mail, however often and in whatever order it arrives.
+/// `user.events.v1` → intents. A registration causes one welcome mail, however often and in
+/// whatever order it arrives.
 #[derive(Clone)]
 pub struct Welcome {
     pub db: PgPool,
@@ -21,9 +22,10 @@ impl Handler for Welcome {
 
     const GROUP: &'static str = "email.welcome";
 
-    /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch comes again and changes
-    /// nothing. Users are written in the order of their ids, as in [`Recipients`]: two transactions that lock the same rows
-    /// in opposite orders would deadlock. The effects commute, so the order has no other meaning.
+    /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch
+    /// comes again and changes nothing. Users are written in the order of their ids, as in
+    /// [`Recipients`]: two transactions that lock the same rows in opposite orders would deadlock.
+    /// The effects commute, so the order has no other meaning.
     async fn handle(&self, batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
         let mut batch: Vec<_> = batch.iter().collect();
         batch.sort_by_key(|record| record.envelope.key);
@@ -33,7 +35,7 @@ impl Handler for Welcome {
             let applied = match record.event {
                 UserEvent::Registered(user) => {
                     let trace = TraceContext::of(&record.envelope);
-                    intend(&mut tx, user.user_id, record.envelope.version, record.envelope.time, trace).await?
+                    store_intent(&mut tx, user.user_id, record.envelope.version, record.envelope.time, trace).await?
                 }
                 UserEvent::Deleted(user) => erase(&mut tx, user.user_id, record.envelope.version).await?,
                 UserEvent::ProfileChanged(_) | UserEvent::EmailChanged(_) => true,
@@ -46,7 +48,8 @@ impl Handler for Welcome {
     }
 }
 
-async fn intend(
+/// Stores the intent to send the welcome mail. Returns whether it is new.
+async fn store_intent(
     tx: &mut PgConnection,
     user: Uuid,
     version: i64,
@@ -67,7 +70,8 @@ async fn intend(
     Ok(inserted.execute(tx).await?.rows_affected() == 1)
 }
 
-/// The fact erases the address too: a consumer that was down for longer than Kafka keeps tombstones misses the tombstone.
+/// Erases the address, as the tombstone does: a consumer that was down for longer than Kafka keeps
+/// tombstones never reads the tombstone. Returns whether the user's version is new.
 async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<bool> {
     let erased = sqlx::query!(
         "insert into recipients as stored (user_id, version) values ($1, $2)
@@ -79,7 +83,8 @@ async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<
     Ok(erased.execute(tx).await?.rows_affected() == 1)
 }
 
-/// `user.state.v1` → recipients. The highest version wins; an erased recipient keeps its version and nothing else.
+/// `user.state.v1` → recipients. The highest version wins; an erased recipient keeps its version
+/// and nothing else.
 #[derive(Clone)]
 pub struct Recipients {
     pub db: PgPool,
@@ -90,8 +95,8 @@ impl Handler for Recipients {
 
     const GROUP: &'static str = "email.recipients";
 
-    /// One statement. Users are written in the order of their ids, as in [`Welcome`], and each once, because a statement may
-    /// update a row only once.
+    /// One statement. Users are written in the order of their ids, as in [`Welcome`], and each
+    /// once, because a statement may update a row only once.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut newest: BTreeMap<Uuid, &Record<UserState>> = BTreeMap::new();
         for record in batch {
@@ -139,16 +144,21 @@ mod tests {
 
     use super::*;
 
-    /// Each case is a whole history on a real database, which takes milliseconds per row. So there are few.
+    /// Few, because each case is a whole history on a real database, which takes milliseconds per
+    /// row.
     const CASES: u32 = 32;
 
     async fn database() -> PgPool {
         testbed::testing::migrated_database(testbed::services::EMAIL, &crate::MIGRATIONS).await
     }
 
-    fn state(user: Uuid, version: i64, erased: bool) -> Record<UserState> {
+    fn profile(user: Uuid, version: i64) -> Record<UserState> {
         let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
-        Record::sample(user, version, if erased { UserState::Erased } else { UserState::Current(profile) })
+        Record::sample(user, version, UserState::Current(profile))
+    }
+
+    fn tombstone(user: Uuid, version: i64) -> Record<UserState> {
+        Record::sample(user, version, UserState::Erased)
     }
 
     async fn recipient(db: &PgPool, user: Uuid) -> Option<(i64, Option<String>)> {
@@ -178,7 +188,8 @@ mod tests {
                         let (last, erased) = histories[*user];
                         let version = 1 + index.index(last as usize) as i64;
                         highest[*user] = version.max(highest[*user]);
-                        state(users[*user], version, erased && version == last)
+                        let state = if erased && version == last { tombstone } else { profile };
+                        state(users[*user], version)
                     }).collect();
                     let outcome = handler.handle(&records).await.unwrap();
                     assert_eq!(outcome.applied + outcome.duplicate + outcome.stale, records.len() as u64);
@@ -193,7 +204,7 @@ mod tests {
         });
     }
 
-    /// T26, I5: also after the user was erased.
+    /// T26, I5: even after the user was erased.
     #[test]
     fn a_registration_makes_one_intent_in_any_order_and_repetition() {
         let runtime = Runtime::new().unwrap();
@@ -202,7 +213,8 @@ mod tests {
         proptest!(config, |(batches in deliveries())| {
             runtime.block_on(async {
                 let users = [(); 3].map(|()| mint_id());
-                let (mut registered, mut deleted) = ([false; 3], [false; 3]);
+                let mut registered = [false; 3];
+                let mut deleted = [false; 3];
                 let handler = Welcome { db: db.clone() };
                 for batch in batches {
                     let records: Vec<_> = batch.iter().map(|(user, index)| {
@@ -236,8 +248,7 @@ mod tests {
         let db = database().await;
         let user = mint_id();
         let handler = Recipients { db: db.clone() };
-        let outcome =
-            handler.handle(&[state(user, 3, false), state(user, 2, false), state(user, 3, false)]).await.unwrap();
+        let outcome = handler.handle(&[profile(user, 3), profile(user, 2), profile(user, 3)]).await.unwrap();
         assert_eq!(outcome, Outcome { applied: 1, duplicate: 0, stale: 2 });
         assert_eq!(recipient(&db, user).await, Some((3, Some("v3@example.com".to_owned()))));
     }
@@ -248,10 +259,10 @@ mod tests {
         let db = database().await;
         let user = mint_id();
         let recipients = Recipients { db: db.clone() };
-        recipients.handle(&[state(user, 1, false)]).await.unwrap();
+        recipients.handle(&[profile(user, 1)]).await.unwrap();
         let deleted = [Record::sample(user, 3, UserEvent::Deleted(UserRef { user_id: user }))];
         Welcome { db: db.clone() }.handle(&deleted).await.unwrap();
-        let outcome = recipients.handle(&[state(user, 2, false)]).await.unwrap();
+        let outcome = recipients.handle(&[profile(user, 2)]).await.unwrap();
         assert_eq!(outcome.stale, 1);
         assert_eq!(recipient(&db, user).await, Some((3, None)));
     }
@@ -261,7 +272,7 @@ mod tests {
     async fn a_database_that_is_down_causes_a_retry() {
         let db = database().await;
         db.close().await;
-        let failure = Recipients { db }.handle(&[state(mint_id(), 1, false)]).await.unwrap_err();
+        let failure = Recipients { db }.handle(&[profile(mint_id(), 1)]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
     }
 }

@@ -1,8 +1,10 @@
-//! Held deliveries. An event of long ago comes from a replayed history (a lost database, a group that starts from the
-//! beginning) and not from a user who waits, and most of these mails were sent before. So such deliveries are held, visible
-//! in a metric, until an operator runs `email send-held`.
+//! Held deliveries. An old event comes from a replayed history (a lost database, a group that
+//! starts from the beginning) and not from a user who waits. Most mails of a replayed history were
+//! sent before. So the deliveries of old events are held until an operator runs `email send-held`.
+//! A metric counts them.
 //!
-//! The command releases only what is held now. A setting would stay on and mail the next replay too.
+//! The command releases only what is held now. A setting would stay on and mail the next replay
+//! too.
 
 use std::time::Duration;
 
@@ -18,11 +20,13 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Deliveries per statement. A whole history would exceed the time-out of a statement.
 const BATCH: i64 = 5_000;
 
-/// The subcommand `send-held`. It requires at least one bound: without any it would mail a whole replayed history.
+/// The subcommand `send-held`. It requires at least one bound: without any it would mail a whole
+/// replayed history.
 #[derive(clap::Args, Clone)]
 #[group(required = true, multiple = true)]
 pub struct SendHeld {
-    /// Send mails whose cause is younger than this, for example of the four days during which this service was down.
+    /// Send mails whose cause is younger than this, for example of the four days during which this
+    /// service was down.
     #[arg(long)]
     younger_than_hours: Option<u32>,
     /// Send the mails of this user.
@@ -30,8 +34,9 @@ pub struct SendHeld {
     user: Option<Uuid>,
 }
 
-/// Holds deliveries that are too old, and cancels held ones whose recipient was erased. A delivery that is not held yet is not
-/// sent either, by the condition of the claim. Several processes may do this at once.
+/// Holds deliveries that are too old, and cancels held ones whose recipient was erased. A delivery
+/// that is too old and not held yet is not sent either, because the sender does not claim it.
+/// Several processes may do this at once.
 pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> anyhow::Result<()> {
     loop {
         match bounded(async { Ok((hold(&db, max_age).await?, cancel_erased(&db).await?)) }).await {
@@ -43,6 +48,7 @@ pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> a
                     );
                 }
                 metrics.count_ended("cancelled", cancelled);
+                // After a full batch there may be more.
                 if held.max(cancelled) == BATCH.unsigned_abs() {
                     continue;
                 }
@@ -53,8 +59,8 @@ pub async fn watch(db: PgPool, max_age: Duration, metrics: DeliveryMetrics) -> a
     }
 }
 
-/// Holds deliveries that are too old. One that is being sent under a valid lease was young enough, or released, when it was
-/// claimed; it continues.
+/// Holds deliveries that are too old, except those that are being sent under a valid lease: they
+/// were young enough, or released, when they were claimed.
 async fn hold(db: &PgPool, max_age: Duration) -> sqlx::Result<u64> {
     let held = sqlx::query!(
         "update deliveries set status = 'held', token = null, lease_until = null, updated_at = now()
@@ -81,8 +87,8 @@ async fn cancel_erased(db: &PgPool) -> sqlx::Result<u64> {
     Ok(cancelled.execute(db).await?.rows_affected())
 }
 
-/// Releases held deliveries. Crash in between: some are released and others are not, and the next call releases the rest. A
-/// released delivery stays released, however often it is retried.
+/// Releases held deliveries. Crash in between: some are released and others are not, and the next
+/// call releases the rest. A released delivery stays released, however often it is retried.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn send(db: &PgPool, options: &SendHeld) -> anyhow::Result<()> {
     let age = options.younger_than_hours.map(|hours| interval(Duration::from_secs(u64::from(hours) * 3600)));

@@ -27,7 +27,8 @@ struct Email {
     requested_at: OffsetDateTime,
 }
 
-/// Returns an empty list for a user without mails and for an unknown user: this service cannot distinguish them.
+/// Returns an empty list for a user without mails and for an unknown user: this service cannot
+/// distinguish them.
 async fn emails(State(db): State<PgPool>, id: Result<Path<Uuid>, PathRejection>) -> Result<Json<Vec<Email>>, Response> {
     let Path(id) = id.map_err(|rejection| rejection.into_problem().into_response())?;
     let emails = sqlx::query_as!(

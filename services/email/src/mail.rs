@@ -19,7 +19,8 @@ struct WelcomeHtml<'a> {
     display_name: &'a str,
 }
 
-/// Builds the mail of a delivery. Mailboxes recognise copies by the Message-ID, `<delivery id@domain of the sender>`.
+/// Builds the mail of a delivery. Mailboxes recognise copies by the Message-ID, `<delivery
+/// id@domain of the sender>`.
 ///
 /// # Errors
 /// The address or the template is invalid. A retry cannot help, so the delivery fails.

@@ -1,6 +1,6 @@
-//! The email service. Facts become intents to send a mail, states become recipients, and the sender joins the two when it
-//! sends. So the relative order of the two topics does not matter. The results are published on `email.events.v1`, through an
-//! outbox.
+//! The email service. Facts become intents to send a mail, states become recipients, and the sender
+//! joins the two when it sends. So the relative order of the two topics does not matter. The
+//! results are published on `email.events.v1`, through an outbox.
 
 mod deliveries;
 mod handlers;
@@ -61,16 +61,17 @@ struct Config {
     /// How many mails this process sends at the same time.
     #[arg(long, env, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     senders: u16,
-    /// How long a sender may take for one mail, in milliseconds, before another sender may take the mail over. It must be
-    /// longer than the time-outs of all steps together, 130 seconds: a shorter lease causes duplicate mails when the mail
-    /// server is slow.
+    /// How long a sender may take for one mail, in milliseconds, before another sender may take the
+    /// mail over. It must be longer than the time-outs of all steps together, 130 seconds: a
+    /// shorter lease causes duplicate mails when the mail server is slow.
     #[arg(long, env, default_value_t = 180_000)]
     lease_ms: u64,
-    /// The wait before the second attempt, in milliseconds. It doubles with each attempt, up to ten minutes.
+    /// The wait before the second attempt, in milliseconds. It doubles with each attempt, up to ten
+    /// minutes.
     #[arg(long, env, default_value_t = 1_000)]
     backoff_ms: u64,
-    /// A mail whose cause is older is held: it comes from a replayed history and not from a user who waits. `email
-    /// send-held` sends held mails.
+    /// A mail whose cause is older is held: it comes from a replayed history and not from a user
+    /// who waits. `email send-held` sends held mails.
     #[arg(long, env, default_value_t = 72)]
     max_age_hours: u32,
     #[command(flatten)]

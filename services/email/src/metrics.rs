@@ -10,8 +10,9 @@ use sqlx::PgPool;
 use tokio::time::{Duration, sleep};
 
 const INTERVAL: Duration = Duration::from_secs(2);
-/// The states that are reported. A state without deliveries is reported as 0, or its series would keep the last value.
-const OPEN: [&str; 5] = ["pending", "sending", "unknown", "unaddressed", "held"];
+/// The states that are reported. A state without deliveries is reported as 0; otherwise its series
+/// would keep the last value.
+const OPEN_STATES: [&str; 5] = ["pending", "sending", "unknown", "unaddressed", "held"];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct StateLabels {
@@ -39,8 +40,9 @@ impl DeliveryMetrics {
         self.ended.get_or_create(&StateLabels { state }).inc_by(deliveries);
     }
 
-    /// Counts the open deliveries every two seconds, with indexes that contain only those. `held` deliveries wait for an
-    /// operator. `unaddressed` ones wait for the address of their user from `user.state.v1`: alert on many or old ones.
+    /// Counts the open deliveries every two seconds. The indexes contain only these. `held`
+    /// deliveries wait for an operator. `unaddressed` ones wait for the address of their user from
+    /// `user.state.v1`: alert on many or old ones.
     pub async fn measure(self, db: PgPool) -> anyhow::Result<()> {
         loop {
             let measured = sqlx::query!(
@@ -52,7 +54,7 @@ impl DeliveryMetrics {
                    select 'held', count(*), 0 from deliveries where status = 'held'"#
             );
             if let Ok(rows) = bounded(measured.fetch_all(&db)).await {
-                for state in OPEN {
+                for state in OPEN_STATES {
                     let open = rows.iter().find(|row| row.state == state).map_or(0, |row| row.deliveries);
                     self.open.get_or_create(&StateLabels { state }).set(open);
                 }

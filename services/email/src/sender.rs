@@ -1,5 +1,5 @@
-//! The sender: claims a delivery, sends the mail to the SMTP server and records the result. It sends one mail after another
-//! over one connection.
+//! The sender: claims a delivery, sends the mail to the SMTP server and records the result. It
+//! sends one mail after another over one connection.
 
 use shared::fault;
 use shared::messaging::Wake;
@@ -15,7 +15,7 @@ use crate::mail;
 use crate::metrics::DeliveryMetrics;
 use crate::smtp::{Connection, Ending, SmtpConfig};
 
-/// The longest time until a sender finds a new delivery.
+/// How long an idle sender waits before it looks for a new delivery.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How often deliveries to erased users are cancelled.
 const CANCEL_INTERVAL: Duration = Duration::from_secs(1);
@@ -51,9 +51,10 @@ impl Sender {
         Ok(())
     }
 
-    /// Makes one delivery, if one is due. Returns whether one was due.
+    /// Sends the mail of one delivery, if one is due. Returns whether one was due.
     async fn send_next(&self, connection: &mut Connection, cancel_at: &mut Instant) -> sqlx::Result<bool> {
-        // Not before each mail, because the query reads all open deliveries. A claim skips erased recipients anyway.
+        // Not before each mail, because the query reads all open deliveries. Nor is it needed: a
+        // claim skips erased recipients.
         if *cancel_at <= Instant::now() {
             let cancelled = bounded(deliveries::cancel_erased(&self.db)).await?;
             self.metrics.count_ended("cancelled", cancelled);
@@ -70,7 +71,8 @@ impl Sender {
             let claimed_at = Instant::now();
             let ending = self.attempt(connection, &claim).await;
             fault::point("email.after_answer");
-            // Retries until the lease ends: a result that is not recorded by then means that the mail is sent again.
+            // Retries until the lease ends: a result that is not recorded by then means that the
+            // mail is sent again.
             while let Err(error) = bounded(self.record(&claim, &ending)).await {
                 if claimed_at.elapsed() > self.rules.lease {
                     return Err(error);
@@ -84,9 +86,12 @@ impl Sender {
         Ok(true)
     }
 
-    /// Crash before the server's 250: the lease ends, and another attempt sends the mail. The server has accepted it once. Crash
-    /// after the 250 and before [`Sender::record`]: the mail is sent a second time, with the same Message-ID. The sender cannot
-    /// close this window, because SMTP has no transaction that spans both sides.
+    /// Sends the mail, and returns how the attempt ended.
+    ///
+    /// Crash before the server's 250: the lease ends, and another attempt sends the mail. The
+    /// server accepts it once. Crash after the 250 and before [`Sender::record`]: the mail is sent
+    /// a second time, with the same Message-ID. This window cannot be closed, because SMTP has no
+    /// transaction that spans both sides.
     async fn attempt(&self, connection: &mut Connection, claim: &Claim) -> Ending {
         let message = mail::build(claim, &self.smtp.mail_from).ok();
         let Some((message, to)) = message.zip(claim.email.parse().ok()) else {
@@ -129,8 +134,8 @@ impl Sender {
                     "no answer after the mail was sent; will retry, so the recipient may get two copies"
                 );
             }
-            // If another sender has the delivery, this statement changes nothing. Otherwise the recipient was erased, or the
-            // database did not answer.
+            // If another sender has the delivery, the statement changes nothing. If the recipient
+            // was erased or the database did not answer, it schedules another attempt.
             Ending::Superseded => {
                 deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Pending, None).await?;
                 tracing::warn!(

@@ -1,5 +1,5 @@
-//! The SMTP dialogue, step by step. The consequence of a failure depends on the step, which lettre's pooled transport would
-//! hide.
+//! The SMTP dialogue, step by step. The consequence of a failure depends on the step, which
+//! lettre's pooled transport would hide.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use lettre::transport::smtp::extension::ClientId;
 use lettre::{Address, Message};
 use tokio::time::timeout;
 
-/// Time for each step. RFC 5321 §4.5.3.2 allows minutes, but the lease must be longer than all steps together.
+/// Time for each step. RFC 5321 §4.5.3.2 allows minutes, but the lease must be longer than all
+/// steps together.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(clap::Args, Clone)]
@@ -37,11 +38,11 @@ pub enum Ending {
     Accepted,
     /// The server refused this mail permanently.
     Refused { code: u16 },
-    /// The server deferred the mail, or did not answer before it was sent.
+    /// The server deferred the mail, or did not answer before the mail was sent.
     Later { code: Option<u16> },
     /// The mail was sent and no answer came: the server may have accepted it.
     Unknown,
-    /// The check before sending failed.
+    /// The check immediately before the mail was negative, so the mail was not sent.
     Superseded,
 }
 
@@ -86,9 +87,9 @@ impl Connection {
         message: &Message,
         check: impl Future<Output = bool>,
     ) -> Ending {
-        // A permanent refusal before RCPT is about this client and not about the mail: a wrong setting must not fail every
-        // mail.
-        let connection = match self.greeted(config).await {
+        // A permanent refusal before RCPT is about this client and not about the mail: a wrong
+        // setting must not fail every mail.
+        let connection = match self.open(config).await {
             Ok(connection) => connection,
             Err(failed) => return Ending::Later { code: failed.code },
         };
@@ -113,7 +114,7 @@ impl Connection {
         }
     }
 
-    async fn greeted(&mut self, config: &SmtpConfig) -> Result<&mut AsyncSmtpConnection, Failed> {
+    async fn open(&mut self, config: &SmtpConfig) -> Result<&mut AsyncSmtpConnection, Failed> {
         if self.0.is_none() {
             let hello = ClientId::Domain(config.mail_from.email.domain().to_owned());
             let server = (config.smtp_host.as_str(), config.smtp_port);

@@ -1,7 +1,8 @@
-//! The commands. Each changes one user and writes one fact and one state record, in the caller's transaction. Both carry the
-//! version of the changed row, so the row's lock orders them.
+//! The commands. Each changes one user and writes one fact and one state record, in the caller's
+//! transaction. Both carry the version of the changed row, so the row's lock orders them.
 //!
-//! Crash before the caller's commit: neither the change nor the events exist. Crash after it: all of them exist.
+//! Crash before the caller's commit: neither the change nor the events exist. Crash after it: all
+//! of them exist.
 
 use shared::events::{Profile, UserEvent, UserRef, UserState, mint_id};
 use shared::messaging::outbox;
@@ -77,7 +78,8 @@ pub async fn change_email(tx: &mut PgConnection, id: Uuid, expected: Option<i64>
     Ok(user)
 }
 
-/// Erases the personal data in this database. The tombstone erases it in all other services. The row and its version stay.
+/// Erases the personal data in this database. The tombstone erases it in all other services. The
+/// row and its version stay.
 pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Result<(), Error> {
     let version = sqlx::query_scalar!(
         "update users set version = version + 1, email = null, display_name = null
@@ -92,16 +94,17 @@ pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Re
     Ok(())
 }
 
-/// How many records [`republish`] wrote.
+/// The numbers of records that [`republish`] wrote.
 #[derive(Default)]
 pub struct Republished {
     pub states: u64,
     pub tombstones: u64,
 }
 
-/// Publishes the current states of these users again, with their current versions and new event ids. No user changes, so
-/// there is no fact. The rows are locked, in the order of their ids. A command on one of these users waits for the lock, and
-/// its events come after these. So the last state record of a user is always its newest state.
+/// Publishes the current states of these users again, with their current versions and new event
+/// ids. No user changes, so there is no fact. The rows are locked, in the order of their ids. A
+/// command on one of these users waits for the lock, and its events come after these. So the last
+/// state record of a user is always its newest state.
 pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Republished> {
     let rows = sqlx::query!(
         "select id, version, email, display_name from users where id = any($1) order by id for update",

@@ -1,7 +1,7 @@
-//! The heartbeat of `user.state.v1`. Kafka compacts only closed segments, and only a later record closes a segment. So on a
-//! quiet partition an erased address would stay permanently. The user service therefore writes one record per partition per
-//! day: the current state of one of its users, published again unchanged. Readers ignore it because they already have that
-//! version.
+//! The heartbeat of `user.state.v1`. Kafka compacts only closed segments, and only a later record
+//! closes a segment. So on a quiet partition an erased address would stay permanently. The user
+//! service therefore writes one record per partition per day: the current state of one of its
+//! users, published again unchanged. Readers ignore it because they already have that version.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,10 +16,11 @@ use uuid::Uuid;
 
 use crate::commands;
 
-/// How often the service checks whether a heartbeat is due. A shorter heartbeat interval also shortens this one.
+/// How often the service checks whether a heartbeat is due. A shorter heartbeat interval also
+/// shortens this one.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
-/// How many of the oldest users are searched for one user per partition. If a partition has users, it is practically certain
-/// that one of them is among a thousand.
+/// How many of the oldest users are searched for one user per partition. Among a thousand users it
+/// is practically certain that every partition has one.
 const CANDIDATES: i64 = 1_000;
 
 pub async fn run(db: PgPool, wake: Wake, interval: Duration) -> anyhow::Result<()> {
@@ -33,9 +34,10 @@ pub async fn run(db: PgPool, wake: Wake, interval: Duration) -> anyhow::Result<(
     }
 }
 
-/// One transaction: the time of the heartbeat and its records. Only one replica finds it due: the others wait for the lock on
-/// the row and then see the new time. Crash before the commit: the heartbeat is still due. While Kafka is down the records
-/// wait in the outbox, one per partition and interval.
+/// Writes the heartbeat, if it is due. Its time and its records are one transaction. Only one
+/// replica finds it due: the others wait for the lock on the row and then see the new time. Crash
+/// before the commit: the heartbeat is still due. While Kafka is down the records wait in the
+/// outbox, one per partition and interval.
 async fn beat(db: &PgPool, interval: Duration) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let due = sqlx::query!(

@@ -67,8 +67,9 @@ struct Accepted {
 type Body<T> = Result<Json<T>, JsonRejection>;
 type Id = Result<Path<Uuid>, PathRejection>;
 
-/// The user, the two events and the stored answer are one transaction. Crash before the commit: nothing is stored, and a
-/// retry with the same key registers the user. Crash after it: a retry with the same key gets the stored answer.
+/// The user, the two events and the stored answer are one transaction. Crash before the commit:
+/// nothing is stored, and a retry with the same key registers the user. Crash after it: a retry
+/// with the same key gets the stored answer.
 async fn register(State(app): State<App>, headers: HeaderMap, body: Body<Registration>) -> Result<Response, Error> {
     let Json(registration) = body.map_err(malformed)?;
     let profile = Profile {

@@ -16,13 +16,13 @@ use crate::problem::Error;
 
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Computes keyed hashes. They are stored instead of what callers sent.
+/// Computes keyed hashes. They are stored instead of the texts that callers sent.
 #[derive(Clone)]
 pub struct Hasher(Hmac<Sha256>);
 
 impl Hasher {
     /// # Errors
-    /// The secret is so short that an attacker could try all of them.
+    /// The secret is so short that an attacker could find it by trial.
     pub fn new(secret: &SecretString) -> anyhow::Result<Self> {
         let secret = secret.expose_secret();
         ensure!(secret.len() >= 32, "IDEMPOTENCY_SECRET has {} characters, it needs at least 32", secret.len());
@@ -48,9 +48,10 @@ pub enum Claimed<T> {
     Answered(StatusCode, T),
 }
 
-/// Claims `key` for `request` within the caller's transaction. A second request with the same key waits at the insert for
-/// the commit of the first, for at most `lock_timeout`. If the first fails or its process dies, its claim is rolled back and
-/// the second one proceeds. A key is free again after a day.
+/// Claims `key` for `request` within the caller's transaction. A second request with the same key
+/// waits at the insert for the commit of the first, for at most `lock_timeout`. If the first fails
+/// or its process dies, its claim is rolled back and the second one proceeds. A key is free again
+/// after a day.
 pub async fn claim<T: DeserializeOwned>(
     tx: &mut PgConnection,
     hasher: &Hasher,
@@ -70,7 +71,8 @@ pub async fn claim<T: DeserializeOwned>(
         return Ok(Claimed::Free(Claim(key)));
     }
     let stored = sqlx::query!("select request, status, answer from idempotency_keys where key = $1", key);
-    // The key expired and was removed in between. This is rare, and the caller may repeat the request.
+    // If there is no row, the key has expired and was removed in between. This is rare, and the
+    // caller may repeat the request.
     let stored = stored.fetch_optional(tx).await?.ok_or(Error::Busy)?;
     if stored.request != request {
         return Err(Error::KeyReused);
@@ -83,8 +85,8 @@ pub async fn claim<T: DeserializeOwned>(
     }
 }
 
-/// Stores the answer of a successful request. Any other result rolls back the claim together with the rest of the
-/// transaction.
+/// Stores the answer of a successful request. Any other result rolls back the claim together with
+/// the rest of the transaction.
 pub async fn store(tx: &mut PgConnection, claim: Claim, status: StatusCode, answer: &Value) -> Result<(), Error> {
     let status = i16::try_from(status.as_u16()).expect("HTTP statuses have three digits");
     sqlx::query!("update idempotency_keys set status = $2, answer = $3 where key = $1", claim.0, status, answer)

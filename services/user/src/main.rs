@@ -1,5 +1,5 @@
-//! The user service: the only one that changes users. A command changes a row and writes its events in one transaction. The
-//! relay publishes the events to `user.events.v1` and `user.state.v1`.
+//! The user service: the only one that changes users. A command changes a row and writes its events
+//! in one transaction. The relay publishes the events to `user.events.v1` and `user.state.v1`.
 
 mod commands;
 mod heartbeat;
@@ -36,8 +36,9 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Service(service::Command),
-    /// Publish the current state of users again, to repair a damaged user.state.v1 or to fill a new one. A running service
-    /// publishes the states. The command is safe to repeat and to run while the system runs.
+    /// Publish the current state of users again, to repair a damaged user.state.v1 or to fill a new
+    /// one. A running service publishes the states. The command is safe to repeat and to run while
+    /// the system runs.
     Republish(Republish),
 }
 
@@ -49,12 +50,13 @@ struct Config {
     /// The service's own database: postgres://waybill_user:password@host:port/waybill_user
     #[arg(long, env, hide_env_values = true)]
     user_database_url: SecretString,
-    /// The key of the hashes of idempotent requests: at least 32 random characters, the same on every replica. A new key
-    /// invalidates all stored answers.
+    /// The key of the hashes of idempotent requests: at least 32 random characters, the same on
+    /// every replica. A new key invalidates all stored answers.
     #[arg(long, env, hide_env_values = true)]
     idempotency_secret: SecretString,
-    /// How often each partition of user.state.v1 gets a record, in milliseconds. Kafka does not compact a partition without
-    /// new records, so erased addresses would remain in it. Default: one day, which is also how long a segment stays open.
+    /// How often each partition of user.state.v1 gets a record, in milliseconds. Kafka does not
+    /// compact a partition without new records, so erased addresses would remain in it. Default:
+    /// one day, which is also how long a segment stays open.
     #[arg(long, env, default_value_t = 86_400_000, value_parser = clap::value_parser!(u64).range(1..))]
     heartbeat_interval_ms: u64,
     #[command(flatten)]

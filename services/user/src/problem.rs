@@ -33,7 +33,8 @@ pub enum Error {
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
         match error.as_database_error().and_then(|error| error.code()).as_deref() {
-            // lock_timeout and deadlock: the other transaction continues, and the caller may repeat this request.
+            // lock_timeout and deadlock: the other transaction continues, and the caller may repeat
+            // this request.
             Some("55P03" | "40P01") => Self::Busy,
             _ => Self::Unavailable(error.into()),
         }

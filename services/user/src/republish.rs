@@ -1,5 +1,6 @@
-//! `user republish`: publishes the current state of users again, for a `user.state.v1` that lost records, or for a new one. A
-//! reader that already has a state recognises its version and ignores it.
+//! `user republish`: publishes the current state of users again, for a `user.state.v1` that lost
+//! records, or for a new one. A reader that already has a state recognises its version and ignores
+//! it.
 
 use std::time::Duration;
 
@@ -12,9 +13,11 @@ use uuid::Uuid;
 
 use crate::commands::{self, Republished};
 
-/// Users per transaction. They are locked for some hundred milliseconds, and a command on one of them waits for that long.
+/// Users per transaction. They are locked for a few hundred milliseconds, and a command on one of
+/// them waits for that long.
 const BATCH_USERS: i64 = 500;
-/// The command waits while the outbox has this many rows: all users at once would fill the database.
+/// The command waits while the outbox has this many rows: all users at once would fill the
+/// database.
 const OUTBOX_LIMIT: i64 = 2_000;
 const ROOM_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How often the command reports that it waits.
@@ -33,9 +36,9 @@ pub struct Republish {
 
 /// Writes the states to the outbox. The relay of a running service publishes them.
 ///
-/// Crash: a batch is in the outbox completely or not at all, and readers recognise a repeated state by its version. So run the
-/// command again, from the beginning or with `--after` and the last printed user. Users who register in the meantime
-/// publish their own state.
+/// Crash: a batch is in the outbox completely or not at all, and readers recognise a repeated state
+/// by its version. So run the command again, from the beginning or with `--after` and the last
+/// printed user. Users who register in the meantime publish their own state.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn republish(db: &PgPool, options: &Republish) -> anyhow::Result<()> {
     let mut total = Republished::default();

@@ -1,12 +1,13 @@
-//! Events of the email service about its deliveries. They carry reply codes and never reply texts, because SMTP reply
-//! texts contain addresses.
+//! Events of the email service about its deliveries. They carry reply codes and never reply texts,
+//! because SMTP reply texts contain addresses.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{DecodeError, Event, Topic, from_json, to_json};
 
-/// How a delivery ended. The record's key is the delivery's id, so all facts of a delivery are in one partition, in order.
+/// How a delivery ended. The record's key is the delivery's id, so all facts of a delivery are in
+/// one partition, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EmailEvent {
     /// An SMTP server accepted the mail: it answered 250 after DATA.

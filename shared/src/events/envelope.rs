@@ -1,6 +1,6 @@
-//! The envelope: CloudEvents 1.0 in Kafka's binary mode. Attributes are headers named `ce_…`; the record's value is the
-//! data, unwrapped. Sources: CloudEvents 1.0.2, its Kafka protocol binding §3.2, its sequence extension and its
-//! distributed tracing extension.
+//! The envelope: CloudEvents 1.0 in Kafka's binary mode. Attributes are headers named `ce_…`; the
+//! record's value is the data, unwrapped. Sources: CloudEvents 1.0.2, its Kafka protocol binding
+//! §3.2, its sequence extension and its distributed tracing extension.
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -9,16 +9,16 @@ use uuid::Uuid;
 use super::DecodeError;
 
 const SPEC_VERSION: &str = "1.0";
-/// The major version of every event's schema. A release may only add fields to an event. Any other change needs a new
-/// event type or a new major version.
+/// The major version of every event's schema. A release may only add fields to an event. Any other
+/// change needs a new event type or a new major version.
 const SCHEMA_MAJOR: &str = "1";
 const JSON: &str = "application/json";
 
 /// Identity and origin of an event. Every guarantee depends on these attributes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
-    /// Created once, in the producer's transaction. All copies of an event have the same id; an inbox recognises
-    /// duplicates by it.
+    /// Created once, in the producer's transaction. All copies of an event have the same id; an
+    /// inbox recognises duplicates by it.
     pub id: Uuid,
     /// The event's type, for example `user.registered`.
     pub kind: String,
@@ -28,7 +28,8 @@ pub struct Envelope {
     pub key: Uuid,
     /// The aggregate's version after this event: 1, 2, 3, …
     pub version: i64,
-    /// When the event happened, by the producer's clock. For people and reports; nothing is ordered by it.
+    /// When the event happened, by the producer's clock. For people and reports; nothing is ordered
+    /// by it.
     pub time: OffsetDateTime,
     /// The W3C trace context of the request that caused the event.
     pub traceparent: Option<String>,
@@ -70,8 +71,9 @@ impl Envelope {
     /// Reads the key and the headers of a record. Unknown headers are ignored.
     ///
     /// # Errors
-    /// A required attribute is missing, duplicated or malformed; or the event needs a newer reader, because it has another
-    /// version of the specification, another major version of the schema, or another encoding.
+    /// A required attribute is missing, duplicated or malformed. Or this release cannot read the
+    /// event, because it has another version of the specification, another major version of the
+    /// schema, or another encoding.
     pub fn parse(key: Option<&[u8]>, headers: &[(&str, Option<&[u8]>)]) -> Result<Self, DecodeError> {
         let headers = Headers(headers);
         if headers.required("ce_specversion")? != SPEC_VERSION {

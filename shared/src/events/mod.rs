@@ -14,16 +14,19 @@ pub use user::{Profile, UserEvent, UserRef, UserState};
 use serde::{Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-/// What a topic carries. Each topic has one Rust type; the header `ce_type` distinguishes the event types within it.
+/// What a topic carries. Each topic has one Rust type; the header `ce_type` distinguishes the event
+/// types within it.
 pub trait Event: Sized + Send + Sync + 'static {
     /// The topic of these events.
     const TOPIC: Topic;
 
-    /// The event's type (`ce_type`) and its data. No data is a tombstone, which only a [`Kind::State`] topic may carry.
+    /// The event's type (`ce_type`) and its data. No data is a tombstone, which only a
+    /// [`Kind::State`] topic may carry.
     fn encode(&self) -> (&'static str, Option<Vec<u8>>);
 
-    /// Reads what [`Event::encode`] wrote, in this release or in an older or newer one. Unknown fields are ignored.
-    /// `Ok(None)`: this release does not know the type; the consumer skips the record and counts it.
+    /// Reads what [`Event::encode`] wrote, in this release or in an older or newer one. Unknown
+    /// fields are ignored. `Ok(None)`: this release does not know the type; the consumer skips the
+    /// record and counts it.
     ///
     /// # Errors
     /// The data does not have the form that `kind` requires. The record becomes a dead letter.
@@ -37,8 +40,9 @@ pub trait Event: Sized + Send + Sync + 'static {
     fn samples(user: Uuid) -> Vec<Self>;
 }
 
-/// Why a record could not be read. It is written to a header of the dead letter and to the log. So it carries the place
-/// and the rule and never a value, because a value may be personal data.
+/// Why a record could not be read. The reason is written to a header of the dead letter and to the
+/// log. So it names the field and the violated rule, and never quotes a value: a value may be
+/// personal data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct DecodeError {

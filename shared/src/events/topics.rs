@@ -1,18 +1,19 @@
-//! Every topic, declared once. Names use `.` and `-` and never `_`, because `_` and `.` collide in the names of Kafka's
-//! metrics.
+//! Every topic, declared once. Names use `.` and `-` and never `_`, because `_` and `.` collide in
+//! the names of Kafka's metrics.
 
 use uuid::Uuid;
 
-/// A topic as its owner declares it. The owner creates the topic, and exits with an error if an existing one differs.
+/// A topic as its owner declares it. The owner creates the topic, and exits with an error if an
+/// existing one differs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topic {
-    /// The logical name. On the broker it follows the configured prefix.
+    /// The logical name. On the broker the configured prefix is in front of it.
     pub name: &'static str,
     /// What the key identifies; the outbox column `aggregatetype`.
     pub aggregate: &'static str,
-    /// The number of partitions. Records of one key are ordered because they are always in one partition. The number
-    /// never changes for [`Kind::State`]: after a change, a tombstone would go to another partition than the value that
-    /// it should erase.
+    /// The number of partitions. Records of one key are ordered because they are always in one
+    /// partition. The number never changes for [`Kind::State`]: after a change, a tombstone would
+    /// go to another partition than the value that it should erase.
     pub partitions: i32,
     /// Determines the retention and the meaning of a null value.
     pub kind: Kind,
@@ -23,8 +24,8 @@ pub struct Topic {
 pub enum Kind {
     /// What happened. Facts carry no personal data and are kept permanently. Their effects commute.
     Facts,
-    /// The complete current state per key. The topic is compacted; a null value is a tombstone; the highest version
-    /// wins.
+    /// The complete current state per key. The topic is compacted; a null value is a tombstone; the
+    /// highest version wins.
     State,
 }
 
@@ -48,24 +49,27 @@ impl Topic {
         Self { name, aggregate, partitions: 6, kind: Kind::Facts }
     }
 
-    /// The topic's settings on the broker, with times in milliseconds. Records carry the broker's time and not the
-    /// producer's: Kafka closes segments by that time, and rejects records of a producer whose clock is ahead. The
-    /// envelope carries the time of the event.
+    /// The topic's settings on the broker, with times in milliseconds. Records carry the broker's
+    /// time and not the producer's: Kafka closes segments by that time, and rejects records of a
+    /// producer whose clock is ahead. The envelope carries the time of the event.
     pub const fn settings(&self) -> &'static [(&'static str, &'static str)] {
         match self.kind {
             Kind::Facts => &[BROKER_TIME, ("cleanup.policy", "delete"), ("retention.ms", "-1")],
             Kind::State => &[
                 BROKER_TIME,
                 ("cleanup.policy", "compact"),
-                ("max.compaction.lag.ms", "604800000"), // 7 days: the longest time until an erased value is compacted away
-                ("delete.retention.ms", "2592000000"), // 30 days: a consumer that lags by less still reads the tombstone
-                ("segment.ms", "86400000"),            // 1 day: Kafka compacts only closed segments
+                // 7 days: the longest time until an erased value is compacted away.
+                ("max.compaction.lag.ms", "604800000"),
+                // 30 days: a consumer that lags by less still reads the tombstone.
+                ("delete.retention.ms", "2592000000"),
+                // 1 day: Kafka compacts only closed segments.
+                ("segment.ms", "86400000"),
             ],
         }
     }
 
-    /// The partition that holds a key's records. The result is the same as librdkafka's `murmur2_random` and every Java
-    /// client compute from the key's text.
+    /// The partition that holds a key's records. The result is the same as librdkafka's
+    /// `murmur2_random` and every Java client compute from the key's text.
     pub fn partition_of(&self, key: Uuid) -> i32 {
         key_hash(key) % self.partitions
     }
@@ -79,8 +83,8 @@ pub fn key_hash(key: Uuid) -> i32 {
 
 const BROKER_TIME: (&str, &str) = ("message.timestamp.type", "LogAppendTime");
 
-/// MurmurHash2 in 32 bits with Kafka's seed. The text of a UUID has 36 bytes, so the algorithm's step for a last word of
-/// fewer than four bytes is left out.
+/// MurmurHash2 in 32 bits with Kafka's seed. The text of a UUID has 36 bytes, so the algorithm's
+/// step for a last word of fewer than four bytes is left out.
 fn murmur2(text: &[u8]) -> u32 {
     const MULTIPLIER: u32 = 0x5bd1_e995;
     const SEED: u32 = 0x9747_b28c;
@@ -98,9 +102,10 @@ fn murmur2(text: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// Known values from the tests of Kafka's Java client whose length is a multiple of four.
+    /// Keys and hashes from the tests of Kafka's Java client, of those keys whose length is a
+    /// multiple of four.
     #[test]
-    fn keys_are_hashed_as_kafka_does() {
+    fn a_key_has_the_same_hash_as_in_kafkas_java_client() {
         let known: [(&str, i32); 2] = [
             ("a-little-bit-long-string", -985_981_536),
             ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58_897_971),

@@ -1,4 +1,5 @@
-//! Events of the user service: facts, which carry no personal data, and the current state, which can be erased.
+//! Events of the user service: facts, which carry no personal data, and the current state, which
+//! can be erased.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -57,7 +58,8 @@ impl Event for UserEvent {
     }
 }
 
-/// The current state of a user. The record's key is the user's id and its version is the user's version.
+/// The current state of a user. The record's key is the user's id and its version is the user's
+/// version.
 #[derive(Clone, PartialEq, Eq)]
 pub enum UserState {
     Current(Profile),

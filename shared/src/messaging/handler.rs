@@ -1,6 +1,7 @@
-//! What a service does with events. A handler gets a batch, in the order of the partitions. The same event can come again
-//! at any time, also after newer ones: the relay duplicates it, or it is retried, redriven or replayed. So the effects of
-//! facts must commute, and for state the highest version must win.
+//! What a service does with events. A handler gets a batch of records; those of one partition are
+//! in order. The same event can come again at any time, even after newer ones: the relay duplicates
+//! it, or it is retried, redriven or replayed. So the effects of facts must commute, and for state
+//! the highest version must win.
 
 use std::ops::AddAssign;
 use std::panic::AssertUnwindSafe;
@@ -16,33 +17,42 @@ use crate::events::Event;
 pub trait Handler: Send + Sync + 'static {
     type Event: Event;
 
-    /// The consumer group, for example `email.welcome`. Its dead letters are in the topic `<group>.dlq`.
+    /// The consumer group, for example `email.welcome`. Its dead letters are in the topic
+    /// `<group>.dlq`.
     const GROUP: &'static str;
 
-    /// Makes the effects of the batch durable. The offset is committed afterwards, so after a crash within this call the
-    /// batch comes again.
+    /// Makes the effects of the batch durable. The offset is committed afterwards, so after a crash
+    /// within this call the batch comes again.
     fn handle(&self, batch: &[Record<Self::Event>]) -> impl Future<Output = Result<Outcome, Failure>> + Send;
 
-    /// The offset at which to start reading a partition, for a handler that stores its position with its data. `None`:
-    /// start at the offset that is committed in Kafka, or at the beginning if there is none.
+    /// The offset at which to start reading a partition, for a handler that stores its position
+    /// with its data. `None`: start at the offset that is committed in Kafka, or at the beginning
+    /// if there is none.
     fn resume_at(&self, _partition: i32) -> impl Future<Output = anyhow::Result<Option<i64>>> + Send {
         async { Ok(None) }
     }
 
-    /// All records before `next_offset` are handled, and the partition currently has no more. Called on reaching the end
-    /// of the partition, and every second while it stays at the end. `expected_position` is what a handler that stores
-    /// its position compares it with, as in [`Record::expected_position`].
-    fn caught_up(
-        &self,
-        _partition: i32,
-        _expected_position: i64,
-        _next_offset: i64,
-    ) -> impl Future<Output = Result<(), Failure>> + Send {
+    /// Called when the consumer reaches the end of a partition, and every second while it stays
+    /// there.
+    fn caught_up(&self, _end: EndOfPartition) -> impl Future<Output = Result<(), Failure>> + Send {
         async { Ok(()) }
     }
 }
 
-/// What happened to the records of a batch. The sum is the length of the batch: no record is dropped silently.
+/// A partition that a consumer has read to its end.
+#[derive(Clone, Copy, Debug)]
+pub struct EndOfPartition {
+    pub partition: i32,
+    /// The next offset before this call. A handler that stores its own position compares it with
+    /// this one, as with [`Record::expected_position`].
+    pub expected_position: i64,
+    /// The next offset after this call: all records before it are handled, and the partition
+    /// currently has no more.
+    pub next_offset: i64,
+}
+
+/// What happened to the records of a batch. The sum is the length of the batch: no record is
+/// dropped silently.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Records that took effect now.
@@ -64,11 +74,14 @@ impl AddAssign for Outcome {
 /// Why a batch failed. The caller of [`Handler::handle`] decides what follows.
 #[derive(Debug)]
 pub enum Failure {
-    /// A dependency is down: the batch is retried until the dependency is back. The operator `?` makes this variant.
+    /// A dependency is down: the batch is retried until the dependency is back. The operator `?`
+    /// makes this variant.
     Retry(anyhow::Error),
-    /// The record can never succeed: it becomes a dead letter. The reason is text of the program, never of the record.
+    /// The record can never succeed: it becomes a dead letter. The reason is a fixed text of the
+    /// program and quotes nothing from the record.
     Reject(&'static str),
-    /// The handler's stored position differs from the one the batch assumes. Drop the batch and restart at `resume_at`.
+    /// The handler's stored position differs from the one the batch assumes. Drop the batch and
+    /// restart at `resume_at`.
     Resume,
 }
 
@@ -79,8 +92,9 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 impl Failure {
-    /// The reason to give up the record, if a retry cannot help: it is a rejection, or an SQLSTATE of class 22 (data
-    /// exception) or 23 (integrity constraint violation), which the same data causes every time.
+    /// The reason to dead-letter the record, if a retry cannot help: a rejection by the handler, or
+    /// an SQLSTATE of class 22 (data exception) or 23 (integrity constraint violation). The same
+    /// data causes these every time.
     pub(super) fn rejection(&self) -> Option<String> {
         match self {
             Self::Reject(reason) => Some((*reason).to_owned()),
@@ -92,8 +106,8 @@ impl Failure {
         }
     }
 
-    /// Whether the call was ended because it took too long: by our time limit, or by the statement time-out of Postgres
-    /// (SQLSTATE 57014). Fewer records at once may be fast enough.
+    /// Whether the call took too long: it exceeded our time limit, or the statement time-out of
+    /// Postgres (SQLSTATE 57014). With fewer records a call may be fast enough.
     fn took_too_long(&self) -> bool {
         let Self::Retry(error) = self else { return false };
         error.chain().any(|cause| {
@@ -103,8 +117,9 @@ impl Failure {
     }
 }
 
-/// Calls a handler, for at most `limit`: a frozen server or a dead network does not answer at all. A panic is a bug that
-/// this record triggers. Its message may quote the record, so it is dropped.
+/// Calls a handler and waits at most `limit`: a frozen server or a broken network does not answer
+/// at all. A panic counts as a rejection, because these records trigger a bug. The panic's message
+/// is dropped, because it may quote a record.
 pub(super) async fn call<H: Handler>(
     handler: &H,
     records: &[Record<H::Event>],
@@ -126,25 +141,26 @@ pub(super) trait Delivery {
     type Event: Event;
     type Error: From<Failure>;
 
-    /// Calls the handler and notes the success.
+    /// Calls the handler, and records the success.
     async fn attempt(&mut self, records: &mut [Record<Self::Event>]) -> Result<(), Failure>;
 
     /// The handler rejected this record when it was called with it alone.
     async fn reject(&mut self, record: &Record<Self::Event>, reason: String) -> Result<(), Self::Error>;
 }
 
-/// When a call that took too long is tried record by record.
+/// Whether the records of a call that took too long are tried one by one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum SplitSlow {
     Yes,
     No,
 }
 
-/// Hands records to a handler: all at once, and if one of them is rejected, one by one. An SQL error has rolled back the
-/// whole transaction, so each record is tried again alone.
+/// Hands records to a handler: first all at once, then one by one if a record was rejected. The SQL
+/// error of one record rolls back the whole transaction, so every record is tried again.
 ///
 /// # Errors
-/// Any failure other than a rejection. Records that were tried alone before it have taken effect.
+/// Any failure other than a rejection. The records that succeeded one by one before the failure
+/// have taken effect.
 pub(super) async fn deliver<D: Delivery>(
     delivery: &mut D,
     records: &mut [Record<D::Event>],

@@ -1,5 +1,6 @@
-//! The inbox: the ids of the events that a read model contains. They are in the model's database, and are written in the
-//! transaction of the effects. An inbox makes any effect idempotent that is a write to that database.
+//! The inbox: the ids of the events that a read model contains. They are in the model's database
+//! and are written in the transaction of the effects. So an inbox makes every effect idempotent
+//! that is a write to this database.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -12,17 +13,18 @@ use super::record::Record;
 use crate::events::Event;
 use crate::fault;
 
-/// Folds events into tables. A pure function of the events: it uses no clock and no random numbers, so a rebuild gives the
-/// same tables.
+/// Folds events into tables. It uses no clock and no random numbers, so a rebuild from the same
+/// events gives the same tables.
 pub trait Projection: Send + Sync + 'static {
     type Event: Event;
 
-    /// The consumer group, for example `analytics.users`. It is also the name that distinguishes the inboxes of one
-    /// database.
+    /// The consumer group, for example `analytics.users`. It is also the name that distinguishes
+    /// the inboxes of one database.
     const GROUP: &'static str;
 
-    /// Writes the effects of events that are not in the inbox yet, within the transaction that records their ids. Events
-    /// may come in any order, and different topics are not ordered relative to each other, so effects must commute.
+    /// Writes the effects of events that are not in the inbox yet, within the transaction that
+    /// records their ids. Events may come in any order, and different topics are not ordered
+    /// relative to each other, so effects must commute.
     fn apply(
         &self,
         tx: &mut PgConnection,
@@ -53,9 +55,10 @@ impl<P: Projection> Handler for Inbox<P> {
 
     const GROUP: &'static str = P::GROUP;
 
-    /// The ids and the effects are one transaction. Crash before the commit: neither is stored, and the batch comes again.
-    /// Crash after it: the batch comes again, and every id is known. A second process with the same event waits at the
-    /// insert for this commit, for at most `lock_timeout`.
+    /// The ids and the effects are one transaction. Crash before the commit: neither is stored, and
+    /// the batch comes again. Crash after it: the batch comes again, and every id is known. A
+    /// second process with the same event waits at the insert for this commit, for at most
+    /// `lock_timeout`.
     async fn handle(&self, batch: &[Record<P::Event>]) -> Result<Outcome, Failure> {
         let mut tx = self.db.begin().await?;
         let mut new = insert(&mut tx, P::GROUP, batch.iter().map(|record| record.envelope.id)).await?;
@@ -71,8 +74,8 @@ impl<P: Projection> Handler for Inbox<P> {
     }
 }
 
-/// Records the ids and returns those that were not known. The ids are sorted: two batches that insert the same ids in
-/// opposite orders would deadlock.
+/// Records the ids and returns those that were not known. The ids are sorted: two batches that
+/// insert the same ids in opposite orders would deadlock.
 async fn insert(tx: &mut PgConnection, group: &str, ids: impl Iterator<Item = Uuid>) -> sqlx::Result<HashSet<Uuid>> {
     let mut ids: Vec<Uuid> = ids.collect();
     ids.sort_unstable();
@@ -86,7 +89,7 @@ async fn insert(tx: &mut PgConnection, group: &str, ids: impl Iterator<Item = Uu
     Ok(new.into_iter().collect())
 }
 
-/// Which of these events the read model contains. `db`'s search path decides which model is asked.
+/// Which of these events the read model contains. The search path of `db` selects the model.
 pub(super) async fn known(db: &mut PgConnection, group: &str, ids: Vec<Uuid>) -> sqlx::Result<HashSet<Uuid>> {
     let known: Vec<Uuid> =
         sqlx::query_scalar("select event_id from inbox where handler = $1 and event_id = any($2::uuid[])")

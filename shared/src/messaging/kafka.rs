@@ -16,23 +16,25 @@ pub struct KafkaConfig {
     /// Prefix of every topic and consumer group, so that several systems can share a cluster.
     #[arg(long, env, default_value = "")]
     pub topic_prefix: String,
-    /// Whether the service creates the topics that it owns. Set it to `false` if an operator creates them: then the
-    /// service only checks them.
+    /// Whether the service creates the topics that it owns. Set it to `false` if an operator
+    /// creates them. The service then only checks them.
     #[arg(long, env, default_value_t = true, action = clap::ArgAction::Set)]
     pub manage_topics: bool,
-    /// How long a handler may take for one batch, in milliseconds, before the batch is retried later. Keep it well above
-    /// the time-out of a database statement (5000). After five times as long Kafka assigns the partitions of a consumer
-    /// that hangs to another one.
+    /// How long a handler may take for one batch, in milliseconds, before the batch is retried
+    /// later. Keep it well above the time-out of a database statement (5000). If a consumer hangs
+    /// for five times as long, Kafka assigns its partitions to another one.
     #[arg(long, env, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(2_000..=600_000))]
     pub handle_timeout_ms: u64,
-    /// Replicas of each topic that the service creates. Default: the brokers' `default.replication.factor`. A record is
-    /// acknowledged when more than half of the replicas have it. Existing topics do not change.
+    /// Replicas of each topic that the service creates. Default: the brokers'
+    /// `default.replication.factor`. A record is acknowledged when more than half of the replicas
+    /// have it. Existing topics do not change.
     #[arg(long, env, value_parser = clap::value_parser!(i16).range(1..))]
     pub kafka_replication_factor: Option<i16>,
 }
 
-/// How many handler time-outs fit between two polls before Kafka considers a consumer dead. One turn of the loop has one
-/// call of the handler and a few short waits, so it stays far below.
+/// The longest time between two polls, in handler time-outs. A turn of the consumer's loop takes at
+/// most about three of them: one for the whole batch and, if its records are then tried one by one,
+/// two more.
 const HANDLE_TIMEOUTS_PER_POLL: u32 = 5;
 
 impl KafkaConfig {
@@ -41,7 +43,7 @@ impl KafkaConfig {
         Duration::from_millis(self.handle_timeout_ms)
     }
 
-    /// Kafka assigns the partitions of a consumer that has not polled for this long to another one.
+    /// If a consumer does not poll for this long, Kafka assigns its partitions to another one.
     pub fn max_poll_interval(&self) -> Duration {
         self.handle_timeout() * HANDLE_TIMEOUTS_PER_POLL
     }
@@ -57,25 +59,30 @@ impl KafkaConfig {
         client
             .set("bootstrap.servers", &self.kafka_brokers)
             .set("allow.auto.create.topics", "false")
-            // The longest wait (ms) before the next connection attempt after an outage; librdkafka's default is 10 s.
+            // The longest wait (ms) before the next connection attempt after an outage;
+            // librdkafka's default is 10 s.
             .set("reconnect.backoff.max.ms", "1000")
-            // A frozen broker keeps its connections open and does not answer. After this time (ms) another broker is asked;
-            // the default is a minute. librdkafka requires it to be at most the relay's transaction.timeout.ms.
+            // A frozen broker keeps its connections open and does not answer. After this time (ms)
+            // the client tries another broker; the default is a minute. librdkafka allows no more
+            // than the relay's transaction.timeout.ms.
             .set("socket.timeout.ms", "10000")
-            // `localhost` resolves to IPv6 first on many machines, and brokers in development listen on IPv4.
+            // `localhost` resolves to IPv6 first on many machines, and brokers in development
+            // listen on IPv4.
             .set("broker.address.family", "v4");
         client
     }
 
-    /// The settings of a producer. Java clients choose partitions by murmur2; librdkafka's default would choose others.
+    /// The settings of a producer. Java clients choose partitions by murmur2; librdkafka's default
+    /// would choose others.
     pub fn producer(&self) -> ClientConfig {
         let mut producer = self.client();
         producer.set("partitioner", "murmur2_random").set("enable.idempotence", "true").set("acks", "all");
         producer
     }
 
-    /// The settings of a consumer that joins no group and commits nothing: it assigns partitions to itself. librdkafka
-    /// requires a group id all the same; `name` is one. An offset that Kafka does not have is an error.
+    /// The settings of a consumer that joins no group and commits nothing: it assigns partitions to
+    /// itself. `name` is its group id, which librdkafka requires nevertheless. An offset that Kafka
+    /// does not have is an error.
     pub fn reader(&self, name: &str) -> ClientConfig {
         let mut reader = self.client();
         reader

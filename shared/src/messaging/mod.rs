@@ -1,5 +1,5 @@
-//! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or [`inbox`] → [`dead_letters`].
-//! From the beginning of the topic again: [`replay`].
+//! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or
+//! [`inbox`] → [`dead_letters`]. [`replay`] reads a topic again from its beginning.
 
 mod kafka;
 pub mod outbox;
@@ -16,7 +16,7 @@ pub use consumer::BreakerConfig;
 pub(crate) use consumer::{Consumer, ConsumerSetup};
 pub(crate) use dead_letters::count_open_dead_letters;
 pub use dead_letters::{ListDeadLetters, Redrive, list_dead_letters, redrive};
-pub use handler::{Failure, Handler, Outcome};
+pub use handler::{EndOfPartition, Failure, Handler, Outcome};
 pub use inbox::{Inbox, Projection};
 pub use kafka::KafkaConfig;
 pub use record::{Coordinates, Record};

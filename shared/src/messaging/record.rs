@@ -9,7 +9,8 @@ use rdkafka::message::{Header, Headers, OwnedMessage};
 
 use crate::events::{DecodeError, Envelope, Event};
 
-/// The place of a record in Kafka. Its text form, `topic-partition-offset`, is the key of the record's dead letter.
+/// The place of a record in Kafka. Its text form, `topic-partition-offset`, is the key of the
+/// record's dead letter.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Coordinates {
     pub topic: String,
@@ -51,9 +52,10 @@ pub struct Record<E> {
     pub event: E,
     pub envelope: Envelope,
     pub coordinates: Coordinates,
-    /// The next offset of the partition before this record is handled. A handler that stores its own position compares it
-    /// with this one. Offsets have gaps (compaction, transaction markers), so it can differ from `coordinates.offset`.
-    /// `None` in a redrive, which does not follow the order of the partition.
+    /// The next offset of the partition before this record is handled. A handler that stores its
+    /// own position compares it with this one. Offsets have gaps (compaction, transaction markers),
+    /// so it can differ from `coordinates.offset`. `None` in a redrive, which does not follow the
+    /// order of the partition.
     pub expected_position: Option<i64>,
 }
 
@@ -70,7 +72,8 @@ impl<E: Event> Record<E> {
         Ok(event.map(|event| Self { event, envelope, coordinates, expected_position: None }))
     }
 
-    /// A record as a redrive would deliver it: in partition 0, at the offset `version`, with a new event id.
+    /// A record as a redrive would deliver it: in partition 0, at the offset `version`, with a new
+    /// event id.
     #[cfg(feature = "test-support")]
     pub fn sample(key: uuid::Uuid, version: i64, event: E) -> Self {
         let envelope = Envelope {
@@ -88,8 +91,8 @@ impl<E: Event> Record<E> {
     }
 }
 
-/// A record's headers. rdkafka panics on a name that is not UTF-8, which any client may write to a topic. This function
-/// turns the panic into an error.
+/// A record's headers. rdkafka panics on a name that is not UTF-8, which any client may write to a
+/// topic. This function turns the panic into an error.
 pub(super) fn headers(message: &OwnedMessage) -> impl Iterator<Item = Result<Header<'_, &[u8]>, DecodeError>> {
     message.headers().into_iter().flat_map(|headers| {
         (0..headers.count()).map(|index| {

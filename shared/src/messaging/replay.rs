@@ -1,6 +1,7 @@
-//! Replay: applies a topic from its beginning to a second copy of a read model, while the group of the live model runs. A
-//! replay joins no group, commits nothing and writes to no topic. It keeps its position in memory, so a replay that dies
-//! leaves nothing that could disagree with its tables, and the next one starts from the beginning.
+//! Replay: applies a topic from its beginning to a second copy of a read model, while the group of
+//! the live model runs. A replay joins no group, commits nothing and writes to no topic. It keeps
+//! its position only in memory: a replay that dies leaves no stored position, and the next one
+//! starts from the beginning with empty tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -35,10 +36,10 @@ type Offsets = BTreeMap<i32, i64>;
 
 /// Which events are applied.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Take {
+enum Events {
     All,
-    /// Only events that the live model contains.
-    Known,
+    /// Only those that the live model contains.
+    OfLiveModel,
 }
 
 /// The replay of one topic into a copy of a read model.
@@ -50,7 +51,8 @@ pub struct Replay<P> {
     limit: Duration,
     /// The first offset that Kafka still has, per partition.
     beginning: Offsets,
-    /// The next offset to apply, per partition. The copy contains every earlier event that its projection accepts.
+    /// The next offset to apply, per partition. The copy contains every earlier event that its
+    /// projection accepts.
     next_offsets: Offsets,
 }
 
@@ -88,26 +90,28 @@ impl<P: Projection> Replay<P> {
         self.beginning.values().sum()
     }
 
-    /// Applies everything up to the present end of the topic. Leaves out records that cannot be decoded or whose type this
-    /// release does not know, as the live model did.
+    /// Applies everything up to the present end of the topic. Leaves out records that cannot be
+    /// decoded or whose type this release does not know, as the live model's consumer does.
     ///
     /// # Errors
-    /// Kafka does not answer, the copy's database is down, or the copy rejects an event that the live model contains.
+    /// Kafka does not answer, the copy's database is down, or the copy rejects an event that the
+    /// live model contains.
     pub async fn advance(&mut self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
-        self.read(live, &ends, Take::All).await?;
+        self.read(live, &ends, Events::All).await?;
         self.next_offsets = ends;
         Ok(())
     }
 
-    /// Applies the later events that the live model already has. Does not advance the position. The caller keeps the live
-    /// model from changing, so afterwards the copy contains every event that the live model contains.
+    /// Applies the later events that the live model already has. Does not advance the position. The
+    /// caller keeps the live model from changing, so afterwards the copy contains every event that
+    /// the live model contains.
     ///
     /// # Errors
-    /// The same as of [`Replay::advance`].
+    /// As [`Replay::advance`].
     pub async fn complete(&self, live: &mut PgConnection) -> anyhow::Result<()> {
         let ends = self.ends()?;
-        self.read(live, &ends, Take::Known).await
+        self.read(live, &ends, Events::OfLiveModel).await
     }
 
     /// How many offsets the live group still has to read to reach the copy's position.
@@ -144,7 +148,7 @@ impl<P: Projection> Replay<P> {
             .with_context(|| format!("cannot get the first and last offset of {} from Kafka", self.topic))
     }
 
-    async fn read(&self, live: &mut PgConnection, until: &Offsets, take: Take) -> anyhow::Result<()> {
+    async fn read(&self, live: &mut PgConnection, until: &Offsets, events: Events) -> anyhow::Result<()> {
         let mut unfinished = BTreeSet::new();
         let mut start = TopicPartitionList::new();
         for (partition, next_offset) in &self.next_offsets {
@@ -156,13 +160,14 @@ impl<P: Projection> Replay<P> {
         self.consumer.assign(&start)?;
         while !unfinished.is_empty() {
             let batch = block_in_place(|| self.collect(until, &mut unfinished))?;
-            self.apply(live, &batch, take).await?;
+            self.apply(live, &batch, events).await?;
             fault::point("replay.after_batch");
         }
         Ok(self.consumer.unassign()?)
     }
 
-    /// Reads a batch of records before `until`. Removes partitions from `unfinished` that have no more of them.
+    /// Reads a batch of records before `until`. Removes partitions from `unfinished` that have no
+    /// more of them.
     fn collect(&self, until: &Offsets, unfinished: &mut BTreeSet<i32>) -> anyhow::Result<Vec<OwnedMessage>> {
         let mut batch = Vec::new();
         let mut bytes = 0;
@@ -180,7 +185,7 @@ impl<P: Projection> Replay<P> {
                     }
                     continue;
                 }
-                // The last offset may be a transaction's marker: then this event is the only sign of the end.
+                // If the last offset belongs to a transaction marker, no record shows the end.
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     unfinished.remove(&partition);
                 }
@@ -196,22 +201,24 @@ impl<P: Projection> Replay<P> {
         Ok(batch)
     }
 
-    /// Asks the live model about every batch, also when the answer is not used: a rebuild that has lost that connection, and
-    /// its locks with it, stops here.
-    async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], take: Take) -> anyhow::Result<()> {
+    /// Queries the live model for every batch, even if the result is not needed. So a rebuild that
+    /// has lost this connection, and its locks with it, stops here.
+    async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], events: Events) -> anyhow::Result<()> {
         let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Coordinates::of(message)));
         let mut records: Vec<Record<P::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();
         let ids: Vec<Uuid> = records.iter().map(|record| record.envelope.id).collect();
         let known = inbox::known(live, P::GROUP, ids).await.context("cannot read the inbox of the live model")?;
-        records.retain(|record| take == Take::All || known.contains(&record.envelope.id));
+        records.retain(|record| events == Events::All || known.contains(&record.envelope.id));
         let mut delivery = ReplayBatch { copy: &self.copy, limit: self.limit, rejected: vec![] };
         let split_slow = if records.len() > 1 { SplitSlow::Yes } else { SplitSlow::No };
         let delivered = handler::deliver(&mut delivery, &mut records, split_slow).await;
         delivered.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("cannot write to the copy's database"),
-            Failure::Reject(_) | Failure::Resume => anyhow!("an inbox neither rejects a batch nor keeps a position"),
+            Failure::Reject(_) | Failure::Resume => {
+                anyhow!("bug: an inbox neither rejects a batch nor stores a position")
+            }
         })?;
-        // A record that the live model dead-lettered too stays a dead letter.
+        // A record that is rejected here and is a dead letter of the live model stays one.
         for (id, coordinates, reason) in delivery.rejected {
             ensure!(
                 !known.contains(&id),
@@ -222,7 +229,7 @@ impl<P: Projection> Replay<P> {
     }
 }
 
-/// The records of one batch on their way into the copy.
+/// One batch that is applied to the copy.
 struct ReplayBatch<'a, P> {
     copy: &'a Inbox<P>,
     limit: Duration,

@@ -1,4 +1,5 @@
-//! Topics on the broker. Their owner creates them as declared, and exits with an error if an existing one differs.
+//! Topics on the broker. Their owner creates them as declared, and exits with an error if an
+//! existing one differs.
 
 use anyhow::{Context, anyhow, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
@@ -13,7 +14,8 @@ type Admin = AdminClient<DefaultClientContext>;
 
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// Lets the broker choose the replication factor; `min.insync.replicas` then is the broker's default too.
+/// Lets the broker choose the replication factor; `min.insync.replicas` then is the broker's
+/// default too.
 const BROKER_DEFAULT: i32 = -1;
 
 /// Creates missing topics and checks existing ones. Waits for Kafka indefinitely.
@@ -28,7 +30,7 @@ pub(crate) async fn ensure(kafka: &KafkaConfig, topics: &[Topic]) -> anyhow::Res
     Ok(())
 }
 
-/// The same for one topic, by its full name.
+/// As [`ensure`], for one topic. `name` is its full name on the broker.
 pub(crate) async fn ensure_one(
     kafka: &KafkaConfig,
     name: &str,
@@ -52,7 +54,7 @@ pub(crate) async fn ensure_one(
 ///
 /// # Errors
 /// The topic has another number of partitions than this release expects.
-pub(crate) async fn exists(kafka: &KafkaConfig, name: &str, partitions: i32) -> anyhow::Result<()> {
+pub(crate) async fn wait_until_exists(kafka: &KafkaConfig, name: &str, partitions: i32) -> anyhow::Result<()> {
     let admin: Admin = create(&kafka.client())?;
     loop {
         match existing_partitions(&admin, name).await {
@@ -76,7 +78,7 @@ enum Check {
 /// Two owners may do this at once: the second gets the answer that the topic exists.
 ///
 /// # Errors
-/// Transient ones only.
+/// Kafka does not answer or refuses the request. The caller retries.
 async fn create_and_check(
     admin: &Admin,
     kafka: &KafkaConfig,
@@ -90,7 +92,8 @@ async fn create_and_check(
         let mut topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replicas));
         topic.config = settings.to_vec();
         if replicas != BROKER_DEFAULT {
-            // A record is acknowledged when a majority has it, so the loss of one broker of three stops no producer.
+            // A record is acknowledged when a majority of the replicas has it. So producers can
+            // continue when one of three brokers is lost.
             topic.config.push(("min.insync.replicas", &in_sync));
         }
         for result in admin.create_topics([&topic], &options()).await? {
@@ -130,7 +133,8 @@ async fn existing_partitions(admin: &Admin, name: &str) -> anyhow::Result<i32> {
     }
 }
 
-/// A broker that does not know a new topic yet answers without a value; that is an error, and so retried.
+/// A broker that does not know a new topic yet answers without a value. This is an error, so the
+/// caller retries.
 async fn cleanup_policy(admin: &Admin, name: &str) -> anyhow::Result<String> {
     let mut described = admin.describe_configs([&ResourceSpecifier::Topic(name)], &options()).await?;
     let topic = described.pop().context("Kafka sent no settings of the topic")?;

@@ -1,4 +1,5 @@
-//! The connection pool. Its time-outs keep a frozen process from blocking the process that takes over its work.
+//! The connection pool. Its time-outs keep a frozen process from blocking the process that takes
+//! over its work.
 
 use anyhow::{Context, ensure};
 use sqlx::migrate::Migrator;
@@ -9,28 +10,30 @@ use tokio_util::sync::CancellationToken;
 
 use super::health::Health;
 
-/// Set on every pooled session, so that Postgres ends the transactions and locks of a frozen process.
+/// Set on every pooled session, so that Postgres ends the transactions and locks of a frozen
+/// process.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("statement_timeout", "5s"), ("lock_timeout", "2s"), ("idle_in_transaction_session_timeout", "5s")];
-/// Set on the session that migrates. A migration may run long and may wait for another replica's, so the limits above do
-/// not apply. A frozen process must not keep the migration lock.
+/// Set on the session that migrates. The limits above do not apply, because a migration may take
+/// long and may wait for another replica. This one ends the session of a frozen process, which
+/// would keep the migration lock.
 const MIGRATION_LIMITS: [(&str, &str); 1] = [("idle_session_timeout", "15s")];
 const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A connection that was idle for longer is pinged before it is used.
-const TRUSTED_IDLE: Duration = Duration::from_secs(5);
-/// Time for the answer to a ping. It is below the time-out for acquiring, so that a connection that does not answer is
-/// replaced within the same call.
+/// A connection that was idle for longer than this is pinged before it is used.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
+/// Time for the answer to a ping. It is below the time-out for acquiring, so that a connection that
+/// does not answer is replaced within the same call.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time for one statement, measured by the client. It is longer than Postgres' own `statement_timeout`, which has no effect
-/// while the server is frozen or the network is down.
+/// Time for one statement, measured by the client. It is longer than Postgres' own
+/// `statement_timeout`, which has no effect while the server is frozen or the network is down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The component's name in `/readyz`.
 const COMPONENT: &str = "database";
 
-/// Waits for the database, migrates it and returns a pool. Several replicas may do this at once: the migrator takes a lock,
-/// and each migration is a transaction.
+/// Waits for the database, migrates it and returns a pool. Several replicas may do this at once:
+/// the migrator takes a lock, and each migration is a transaction.
 pub(crate) async fn connect(
     url: &str,
     migrations: &Migrator,
@@ -42,7 +45,7 @@ pub(crate) async fn connect(
     health.waiting(COMPONENT, "the database to answer");
     // Postgres rolls back a migration that is cancelled.
     while let Some(Err(error)) = stop.run_until_cancelled(migrate(&options, migrations)).await {
-        if !unreachable(&error) {
+        if !is_transient(&error) {
             return Err(error.context("cannot migrate the database"));
         }
         tracing::warn!(error = %format!("{error:#}"), "cannot reach the database; will retry");
@@ -61,14 +64,14 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
         .test_before_acquire(false)
         .before_acquire(|connection, meta| {
             Box::pin(async move {
-                if meta.idle_for > TRUSTED_IDLE {
+                if meta.idle_for > PING_AFTER_IDLE {
                     ping(connection).await?;
                 }
                 Ok(true)
             })
         })
-        // By default the pool pings a returned connection without a time-out. A dead connection would keep its slot
-        // forever, and ten of them would exhaust the pool.
+        // By default the pool pings a returned connection without a time-out. A dead connection
+        // would keep its slot forever, and ten of them would exhaust the pool.
         .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
         .connect_lazy_with(options.options(SESSION_LIMITS))
 }
@@ -84,16 +87,17 @@ async fn migrate(options: &PgConnectOptions, migrations: &Migrator) -> anyhow::R
     Ok(())
 }
 
-/// Whether the error is transient: the server is down, is starting, or has too many clients. A wrong password and a failing
-/// migration are not.
-fn unreachable(error: &anyhow::Error) -> bool {
+/// Whether the error is transient: the server is down, is starting, or has too many clients. A
+/// wrong password and a failing migration are not.
+fn is_transient(error: &anyhow::Error) -> bool {
     let cause = error.downcast_ref::<sqlx::Error>().or_else(|| match error.downcast_ref() {
         Some(sqlx::migrate::MigrateError::Execute(cause)) => Some(cause),
         _ => None,
     });
     match cause {
         Some(sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed) => true,
-        // 57P0x: starting up or shutting down; 53xxx: out of connections; 08xxx: the connection broke.
+        // 57P0x: starting up or shutting down; 53xxx: out of connections; 08xxx: the connection
+        // broke.
         Some(sqlx::Error::Database(error)) => {
             error.code().is_some_and(|code| ["57P", "53", "08"].iter().any(|class| code.starts_with(class)))
         }
@@ -101,8 +105,9 @@ fn unreachable(error: &anyhow::Error) -> bool {
     }
 }
 
-/// Cancels a statement that is not answered in time. The statement may have taken effect, as when a connection breaks.
-/// For statements in background loops; HTTP requests and event handlers have their own time-outs.
+/// Gives up a statement that is not answered in time. The statement may have taken effect, as after
+/// a broken connection. This is for background loops: HTTP requests and event handlers have their
+/// own time-outs.
 ///
 /// # Errors
 /// The statement's error, or `PoolTimedOut`.

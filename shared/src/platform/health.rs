@@ -1,7 +1,7 @@
 //! The admin port: `/livez`, `/readyz`, `/metrics`.
 //!
-//! `/livez` does not check any dependency, because a restart would not repair the database. `/readyz` lists the components
-//! of the process that wait, and what each waits for.
+//! `/livez` does not check any dependency, because a restart would not repair the database.
+//! `/readyz` lists the components of the process that wait, and what each waits for.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,21 +19,23 @@ use tokio::time::{Duration, timeout};
 
 use super::metrics::Metrics;
 
-/// Longer than a healthy process needs to answer, and shorter than the health-check time-out of container platforms.
+/// Longer than a healthy process needs to answer, and shorter than the health-check time-out of
+/// container platforms.
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(3);
 const LOCK: &str = "no thread panics while it holds the lock";
 
-/// The components of this process that wait, each with what it waits for. The process is ready when there are none.
+/// The components of this process that wait, each with what it waits for. The process is ready when
+/// there are none.
 #[derive(Clone, Default)]
 pub struct Health(Arc<Mutex<BTreeMap<String, String>>>);
 
 impl Health {
-    /// `component` waits for `what`.
+    /// Reports that `component` waits for `what`.
     pub fn waiting(&self, component: &str, what: impl Into<String>) {
         self.0.lock().expect(LOCK).insert(component.to_owned(), what.into());
     }
 
-    /// `component` works.
+    /// Reports that `component` waits for nothing.
     pub fn ready(&self, component: &str) {
         self.0.lock().expect(LOCK).remove(component);
     }
@@ -56,8 +58,8 @@ async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.page())
 }
 
-/// The subcommand `healthcheck`: requests `/readyz` at `admin_addr`. It serves as the health check of images that have
-/// neither a shell nor curl.
+/// The subcommand `healthcheck`: requests `/readyz` at `admin_addr`. It serves as the health check
+/// of images that have neither a shell nor curl.
 ///
 /// # Errors
 /// The service does not answer, or it is not ready; then the message says what it waits for.

@@ -1,5 +1,5 @@
-//! What every public HTTP route gets: a request id, a span in the caller's trace, a latency metric, a time limit, a size
-//! limit, and errors as problem documents (RFC 9457).
+//! What every public HTTP route gets: a request id, a span in the caller's trace, a latency metric,
+//! a time limit, a size limit, and errors as problem documents (RFC 9457).
 
 use axum::Router;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
@@ -16,7 +16,8 @@ use tracing::{Instrument, field::Empty};
 use super::metrics::{Metrics, RequestLabels};
 use super::telemetry::{self, TraceContext};
 
-/// Longer than every database time-out, because the database's error is more specific.
+/// Longer than every time-out of the database, so that its error, which is more specific, comes
+/// first.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes. The largest valid body holds an address and a name.
 const BODY_LIMIT: usize = 16 * 1024;
@@ -41,18 +42,21 @@ pub fn problem(status: StatusCode, detail: impl Into<String>) -> ProblemDetails 
     ProblemDetails::from_status_code(status).with_detail(detail)
 }
 
-/// The answer to a request that failed by a bug. The cause is logged and not shown to the caller.
+/// The answer to a request that failed because of a bug. The caller of this function logs the
+/// cause; the answer does not show it.
 pub fn internal_error() -> ProblemDetails {
     problem(StatusCode::INTERNAL_SERVER_ERROR, "internal error; retry the request (use an Idempotency-Key)")
 }
 
-/// A request failed because the database refused a statement or did not answer. Answers 503 with `Retry-After`.
+/// A request failed because the database refused a statement or did not answer. Answers 503 with
+/// `Retry-After`.
 #[derive(Debug, thiserror::Error)]
 #[error("the database does not answer")]
 pub struct Unavailable(#[from] sqlx::Error);
 
 impl IntoResponse for Unavailable {
-    /// Logs the cause. The message of a database error may quote values, so only its code is logged.
+    /// Logs the cause. The message of a database error may quote values, so only its code is
+    /// logged.
     fn into_response(self) -> Response {
         match self.0 {
             sqlx::Error::Database(error) => {
@@ -105,7 +109,8 @@ async fn observed(State(observer): State<Observer>, request: Request, next: Next
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("none", MatchedPath::as_str).to_owned(); // never the path, which contains what users type
-    // HTTP allows any word as a method. A label has only known methods, so that callers cannot create series.
+    // HTTP allows any word as a method. A label has only known methods, so that callers cannot
+    // create series.
     let known = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::HEAD, Method::OPTIONS];
     let method = known.iter().find(|known| *known == request.method()).map_or("other", Method::as_str).to_owned();
     let span = tracing::error_span!(

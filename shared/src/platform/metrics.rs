@@ -1,5 +1,6 @@
-//! All metrics of the messaging and HTTP layers, with their names. The admin port serves them as OpenMetrics text at
-//! `/metrics`. No label has a value that a user chooses: no id, no address, no type of an unknown event.
+//! All metrics of the messaging and HTTP layers, with their names. The admin port serves them as
+//! OpenMetrics text at `/metrics`. No label has a value that a user chooses: no id, no address, no
+//! type of an unknown event.
 
 use std::sync::{Arc, Mutex};
 
@@ -25,7 +26,8 @@ pub struct RequestLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ConsumedLabels {
     pub group: String,
-    /// `applied`, `duplicate`, `stale`, `skipped` or `dead_lettered`. Every delivered record has exactly one outcome.
+    /// `applied`, `duplicate`, `stale`, `skipped` or `dead_lettered`. Every delivered record has
+    /// exactly one outcome.
     pub outcome: &'static str,
 }
 

@@ -1,5 +1,6 @@
-//! Logs and traces. A trace starts at the HTTP request. Its context is stored in the outbox row, travels in the record's
-//! headers, and is continued by each consumer: see [`current`] and [`continue_from`].
+//! Logs and traces. A trace starts at the HTTP request. Its context is stored in the outbox row,
+//! travels in the record's headers, and is continued by each consumer: see [`current`] and
+//! [`continue_from`].
 
 use std::collections::HashMap;
 
@@ -22,11 +23,11 @@ use crate::events::Envelope;
 /// The modules that log each handled event at the level debug.
 const EVENT_LOG: &str = "shared::messaging::consumer::batch=debug";
 
-/// What is logged and traced, and where to.
+/// Settings of logs and traces.
 #[derive(Args, Clone, Debug)]
 pub struct TelemetryConfig {
-    /// Which log lines are written, as a filter of tracing-subscriber's EnvFilter. Default: our own messages at info,
-    /// libraries at warn.
+    /// Which log lines are written, as a filter of tracing-subscriber's EnvFilter. Default: our own
+    /// messages at info, libraries at warn.
     #[arg(long, env)]
     pub rust_log: Option<String>,
     /// Write a log line for every handled event, with its event id, type, user id and trace id.
@@ -40,7 +41,8 @@ pub struct TelemetryConfig {
     /// The format of log lines.
     #[arg(long, env, value_enum, default_value_t)]
     pub log_format: LogFormat,
-    /// The collector for traces, by OTLP over gRPC, for example http://localhost:4317. Without it traces are dropped.
+    /// The collector for traces, by OTLP over gRPC, for example http://localhost:4317. Without it
+    /// traces are dropped.
     #[arg(long, env)]
     pub otel_exporter_otlp_endpoint: Option<String>,
 }
@@ -80,9 +82,9 @@ impl TraceContext {
     }
 }
 
-/// Installs logging and tracing for the whole process. `service` is the service's name, which is also the name of its
-/// crate. Without an OTLP endpoint spans are created all the same, so that log lines and records carry a trace id, and then
-/// dropped.
+/// Installs logging and tracing for the whole process. `service` is the service's name, which is
+/// also the name of its crate. Without an OTLP endpoint spans are still created, so that log lines
+/// and records carry a trace id, and then dropped.
 ///
 /// # Errors
 /// The OTLP endpoint is not a URL, or RUST_LOG is not a valid filter.
@@ -104,9 +106,9 @@ pub(crate) fn init(service: &'static str, config: &TelemetryConfig) -> anyhow::R
         LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
     };
     let traces = tracing_opentelemetry::layer().with_tracer(provider.tracer(service));
-    // One filter for the whole subscriber, not one per layer. sqlx asks `enabled!`; with per-layer filters the answer stays
-    // in thread-local state and is applied to the next span. Our spans use level ERROR so that no filter drops them and
-    // traces have no gaps.
+    // One filter for the whole subscriber, not one per layer. sqlx asks `enabled!`; with per-layer
+    // filters the answer stays in thread-local state and is applied to the next span. Our spans use
+    // level ERROR so that no filter drops them and traces have no gaps.
     let subscriber = tracing_subscriber::registry().with(filter).with(lines).with(traces);
     tracing::subscriber::set_global_default(subscriber).context("a tracing subscriber is already installed")?;
     hide_panic_messages();
@@ -131,9 +133,9 @@ pub fn current() -> TraceContext {
     }
 }
 
-/// Makes `span` a child of the span that `origin` names, which may be in another process. Records the trace's id in the
-/// span's field `trace.id`, so that every log line within the span carries it. An absent or invalid context starts a new
-/// trace.
+/// Makes `span` a child of the span that `origin` names, which may be in another process. Records
+/// the trace's id in the span's field `trace.id`, so that every log line within the span carries
+/// it. An absent or invalid context starts a new trace.
 pub fn continue_from(span: &Span, origin: &TraceContext) {
     let parent = remote(origin);
     if parent.span().span_context().is_valid() {

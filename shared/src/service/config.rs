@@ -15,7 +15,8 @@ pub struct ServiceConfig {
     pub admin_addr: SocketAddr,
     #[command(flatten)]
     pub telemetry: TelemetryConfig,
-    /// Consumers per consumer group in this process. Consumers beyond the topic's partition count stay idle.
+    /// Consumers per consumer group in this process. Consumers beyond the topic's partition count
+    /// stay idle.
     #[arg(long, env, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub consumers: u16,
     #[command(flatten)]

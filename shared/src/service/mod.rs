@@ -1,5 +1,6 @@
-//! The process: what every `main.rs` calls. A [`Service`] opens the admin port first, so that `/readyz` can report what the
-//! process waits for. Every long-running task is a visible call in `main`. A task that ends early ends the process.
+//! The process: what every `main.rs` calls. A [`Service`] opens the admin port first, so that
+//! `/readyz` can report what the process waits for. Every long-running task is a visible call in
+//! `main`. A task that ends early ends the process.
 
 mod command;
 mod config;
@@ -28,11 +29,13 @@ use crate::platform::health::{self, Health};
 use crate::platform::metrics::Metrics;
 use crate::platform::{database, http, telemetry};
 
-/// How long tasks may take to finish their work in progress after a stop signal. Container platforms allow 10 s in total.
+/// How long tasks may take to finish their work in progress after a stop signal. Container
+/// platforms allow 10 s in total.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long the export of the last spans may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// The component of `/readyz` that waits until `main` has started all tasks, including the public port.
+/// The component of `/readyz` that waits until `main` has started all tasks, including the public
+/// port.
 const START: &str = "start";
 
 /// A running process and its tasks.
@@ -48,7 +51,8 @@ pub struct Service {
     traces: SdkTracerProvider,
 }
 
-/// Stops the threads of a process whose start fails; otherwise the process would wait for them forever.
+/// Stops the threads of a process whose start fails; otherwise the process would wait for them
+/// forever.
 impl Drop for Service {
     fn drop(&mut self) {
         self.stop.cancel();
@@ -82,14 +86,16 @@ impl Service {
     /// Waits for the database and migrates it. From then on `/readyz` reports whether it answers.
     ///
     /// # Errors
-    /// The URL is malformed, the server rejects the login, a migration fails, or the process is stopped.
+    /// The URL is malformed, the server rejects the login, a migration fails, or the process is
+    /// stopped.
     pub async fn database(&mut self, url: &str, migrations: &Migrator) -> anyhow::Result<PgPool> {
         let db = database::connect(url, migrations, &self.health, &self.stop).await?;
         self.spawn("database watch", database::watch(db.clone(), self.health.clone()));
         Ok(db)
     }
 
-    /// Creates the topics that this service owns, or checks that they are as declared. Runs in the background.
+    /// Creates the topics that this service owns, or checks that they are as declared. Runs in the
+    /// background.
     pub fn own_topics(&mut self, topics: &'static [Topic]) {
         let kafka = self.config.kafka.clone();
         self.spawn("topics", async move {
@@ -131,7 +137,8 @@ impl Service {
                 metrics: self.metrics.clone(),
                 stop: self.stop.clone(),
             };
-            // Reported here, because the thread may start after `run` has reported that all tasks have started.
+            // Reported here, because the thread may start after `run` has reported that all tasks
+            // have started.
             self.health.waiting(&setup.component("group"), "its thread to start");
             self.thread(format!("{group} consumer {number}"), move || Consumer::run(setup));
         }
@@ -152,7 +159,8 @@ impl Service {
         self.listen("HTTP_ADDR", addr, routes).await
     }
 
-    /// Runs a task of the service. The task is cancelled when the process stops; it must not end before.
+    /// Runs a task of the service. The task is cancelled when the process stops; it must not end
+    /// before.
     pub fn spawn(&mut self, name: &str, task: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
         let name = name.to_owned();
         let stop = self.stop.clone();
@@ -164,8 +172,8 @@ impl Service {
         });
     }
 
-    /// Runs a task that must not be cancelled in the middle of its work. It watches [`Service::stopping`] itself and returns
-    /// soon after.
+    /// Runs a task that must not be cancelled in the middle of its work. It watches
+    /// [`Service::stopping`] itself and returns soon after.
     pub fn spawn_draining(&mut self, name: &str, task: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
         let name = name.to_owned();
         self.tasks.spawn(async move { (name, task.await) });
@@ -180,10 +188,12 @@ impl Service {
         self.metrics.clone()
     }
 
-    /// Runs until SIGTERM, SIGINT or the end of a task. Then lets every task finish its work in progress.
+    /// Runs until SIGTERM, SIGINT or the end of a task. Then waits until every task has finished
+    /// its work in progress.
     ///
     /// # Errors
-    /// A task failed or ended early. The process then exits with a non-zero status, and its supervisor restarts it.
+    /// A task failed or ended early. The process then exits with a non-zero status, and its
+    /// supervisor restarts it.
     pub async fn run(mut self) -> anyhow::Result<()> {
         self.health.ready(START);
         tracing::info!(service.name = self.name, "started");
@@ -204,8 +214,8 @@ impl Service {
             Some(Err(panic)) => Err(anyhow::Error::new(panic).context("a task panicked")),
         };
         if drained.is_err() {
-            // A thread is blocked in a call to something that does not answer, and the runtime would wait for it forever.
-            // Nothing is lost: every task tolerates a crash at any line.
+            // A thread is blocked in a call to a dependency that does not answer, and the runtime
+            // would wait for it forever. Nothing is lost: every task tolerates a crash at any line.
             tracing::warn!("some tasks did not finish in time; exiting without them");
             if let Err(error) = &result {
                 tracing::error!(error = %format!("{error:#}"), "the service failed");
@@ -216,7 +226,8 @@ impl Service {
         result
     }
 
-    /// Runs a task on its own OS thread, because calls of librdkafka block. The runtime's handle is available there.
+    /// Runs a task on its own OS thread, because calls of librdkafka block. The runtime's handle is
+    /// available there.
     fn thread(&mut self, name: String, task: impl FnOnce() -> anyhow::Result<()> + Send + 'static) {
         self.tasks.spawn_blocking(move || (name, task()));
     }
@@ -233,8 +244,8 @@ impl Service {
         Ok(())
     }
 
-    /// SIGTERM and SIGINT stop the process. SIGUSR1 resumes the consumers whose breaker is open. It never ends a process, not
-    /// even one without consumers.
+    /// SIGTERM and SIGINT stop the process. SIGUSR1 resumes the consumers whose breaker is open. It
+    /// never ends a process, not even one without consumers.
     fn watch_signals(&mut self) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;

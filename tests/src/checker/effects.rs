@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::history::{Analytics, Asked, Fact, History, Known, Outcome};
+use super::history::{Analytics, Fact, History, Outcome, Request, StoredUser};
 use super::violation::Found;
 use crate::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, EMAIL_EVENTS, USER_EVENTS};
 
@@ -13,23 +13,23 @@ pub fn check(history: &History, found: &mut Found) {
         let users = history.facts_for(ANALYTICS_USERS, &history.facts);
         let mailed = history.email.as_ref().map_or(&[][..], |email| &email.facts);
         let emails = history.facts_for(ANALYTICS_EMAILS, mailed);
-        in_inbox(analytics, USER_EVENTS, &users, found);
-        in_inbox(analytics, EMAIL_EVENTS, &emails, found);
-        folded(analytics, &users, &emails, found);
+        check_inbox(analytics, USER_EVENTS, &users, found);
+        check_inbox(analytics, EMAIL_EVENTS, &emails, found);
+        check_read_models(analytics, &users, &emails, found);
     }
-    let newest = Known::newest(&history.states);
+    let newest = StoredUser::newest(&history.states);
     if let Some(email) = &history.email {
-        same("I10", "the recipient", &newest, &email.recipients, found);
+        check_store("I10", "the recipient", &newest, &email.recipients, found);
     }
     if let Some(cache) = &history.cache {
-        same("I8", "the cached profile", &newest, cache, found);
-        reads(history, found);
+        check_store("I8", "the cached profile", &newest, cache, found);
+        check_reads(history, found);
     }
 }
 
 /// I9: since all offsets are committed, an event without effect must be an open dead letter. I7:
 /// every event with an effect is in the topic.
-fn in_inbox(analytics: &Analytics, topic: &str, facts: &[Fact], found: &mut Found) {
+fn check_inbox(analytics: &Analytics, topic: &str, facts: &[Fact], found: &mut Found) {
     let logged: BTreeSet<Uuid> = facts.iter().map(|fact| fact.id).collect();
     let none = BTreeSet::new();
     let inbox = analytics.inbox.get(topic).unwrap_or(&none);
@@ -42,7 +42,7 @@ fn in_inbox(analytics: &Analytics, topic: &str, facts: &[Fact], found: &mut Foun
 }
 
 /// I7: the read models are the fold of the topics, with each fact once.
-fn folded(analytics: &Analytics, users: &[Fact], emails: &[Fact], found: &mut Found) {
+fn check_read_models(analytics: &Analytics, users: &[Fact], emails: &[Fact], found: &mut Found) {
     let (hours, funnel) = Analytics::fold(users, emails);
     let model = &analytics.registrations;
     found.expect(*model == hours, "I7", || {
@@ -58,40 +58,40 @@ fn folded(analytics: &Analytics, users: &[Fact], emails: &[Fact], found: &mut Fo
 
 /// The store has the state with the highest version of each user. A compacted topic may lack erased
 /// users.
-fn same(
+fn check_store(
     invariant: &'static str,
-    whose: &str,
-    newest: &BTreeMap<Uuid, Known>,
-    kept: &BTreeMap<Uuid, Known>,
+    what: &str,
+    newest: &BTreeMap<Uuid, StoredUser>,
+    store: &BTreeMap<Uuid, StoredUser>,
     found: &mut Found,
 ) {
     for (user, state) in newest {
-        let kept = kept.get(user);
-        found.expect(kept == Some(state), invariant, || {
-            format!("{whose} of {user} is {kept:?}, in the topic {state:?}")
+        let stored = store.get(user);
+        found.expect(stored == Some(state), invariant, || {
+            format!("{what} of {user} is {stored:?}, in the topic {state:?}")
         });
     }
-    for (user, kept) in kept.iter().filter(|(user, kept)| !newest.contains_key(user) && kept.person.is_some()) {
-        found.add(invariant, format!("{whose} of {user} is {kept:?}, but the topic has no state"));
+    for (user, stored) in store.iter().filter(|(user, stored)| !newest.contains_key(user) && stored.person.is_some()) {
+        found.add(invariant, format!("{what} of {user} is {stored:?}, but the topic has no state"));
     }
 }
 
 /// I8: a reader never sees an older version than before, and a user who is no longer found was
 /// erased.
-fn reads(history: &History, found: &mut Found) {
+fn check_reads(history: &History, found: &mut Found) {
     let mut seen: BTreeMap<Uuid, i64> = BTreeMap::new();
     let mut erased = BTreeSet::new();
     for operation in &history.operations {
         let Some(user) = operation.user else { continue };
-        match (&operation.asked, operation.outcome) {
-            (Asked::Erase, Outcome::Done(_) | Outcome::Unknown) => drop(erased.insert(user)),
-            (Asked::Read, Outcome::Done(version)) => {
+        match (&operation.request, operation.outcome) {
+            (Request::Erase, Outcome::Done(_) | Outcome::Unknown) => drop(erased.insert(user)),
+            (Request::Read, Outcome::Done(version)) => {
                 let before = seen.insert(user, version).unwrap_or(0);
                 found.expect(version >= before, "I8", || {
                     format!("{user} was read with version {before}, then with {version}")
                 });
             }
-            (Asked::Read, Outcome::Refused(404)) if seen.contains_key(&user) => {
+            (Request::Read, Outcome::Refused(404)) if seen.contains_key(&user) => {
                 found.expect(erased.contains(&user), "I8", || {
                     format!("{user} was read, then not found, and was not erased")
                 });

@@ -16,7 +16,7 @@ pub struct History {
     /// Requests of the clients. The requests of one client are in their order.
     pub operations: Vec<Operation>,
     /// Rows of the table `users`.
-    pub users: BTreeMap<Uuid, Known>,
+    pub users: BTreeMap<Uuid, StoredUser>,
     /// Rows that the user service inserted into its outbox and committed.
     pub inserted: Vec<Inserted>,
     /// Events that the test wrote without an outbox.
@@ -31,19 +31,19 @@ pub struct History {
     pub email: Option<Email>,
     pub analytics: Option<Analytics>,
     /// Profiles in Valkey.
-    pub cache: Option<BTreeMap<Uuid, Known>>,
+    pub cache: Option<BTreeMap<Uuid, StoredUser>>,
     /// Dead letters ever written, by consumer group, without the tombstones.
     pub letters: BTreeMap<&'static str, Vec<Record>>,
     /// Dead letters that are open at the end, by consumer group.
     pub open: BTreeMap<&'static str, Vec<Record>>,
-    /// Number of records that a consumer group counted as delivered. Only of groups whose one
-    /// process ran from the start to the end.
+    /// Number of records that a consumer group counted as delivered. It contains only groups whose
+    /// single process ran from the start of the run to its end.
     pub counted: BTreeMap<&'static str, u64>,
     /// Work that was not done at the end.
     pub work_left: Vec<String>,
     /// Processes that ended though the test did not end them.
     pub ended: Vec<String>,
-    /// Places with personal data that must not contain any.
+    /// Places that contain personal data although they must not.
     pub leaks: Vec<String>,
 }
 
@@ -61,12 +61,12 @@ impl History {
 pub struct Operation {
     /// The user. `None` for a registration whose id the client does not know.
     pub user: Option<Uuid>,
-    pub asked: Asked,
+    pub request: Request,
     pub outcome: Outcome,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum Request {
     Register {
         email: String,
     },
@@ -93,7 +93,7 @@ pub enum Outcome {
 
 /// A user as a store has it: the user service, the email service, the cache, or `user.state.v1`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct StoredUser {
     pub version: i64,
     /// `None` if the user is erased.
     pub person: Option<Person>,
@@ -116,7 +116,7 @@ pub struct Inserted {
 #[derive(Clone, Debug, Default)]
 pub struct Email {
     pub deliveries: Vec<Delivery>,
-    pub recipients: BTreeMap<Uuid, Known>,
+    pub recipients: BTreeMap<Uuid, StoredUser>,
     pub inserted: Vec<Inserted>,
     /// Records of `email.events.v1`.
     pub facts: Vec<Record>,
@@ -143,25 +143,32 @@ pub struct Analytics {
 }
 
 impl Analytics {
-    /// The read models that these facts must produce. Each fact counts once, and their order does
-    /// not matter.
+    /// The read models that these facts must produce: registrations by hour, and the funnel. Each
+    /// fact counts once, and their order does not matter.
     pub fn fold(users: &[Fact], emails: &[Fact]) -> (BTreeMap<i64, i64>, Funnel) {
         let mut hours: BTreeMap<i64, i64> = BTreeMap::new();
         let mut funnel = Funnel::new();
         let earliest = |slot: &mut Option<i64>, time: i64| *slot = Some(slot.map_or(time, |known| known.min(time)));
         for fact in users.iter().filter(|fact| fact.kind == "user.registered") {
             *hours.entry(fact.hour()).or_default() += 1;
-            earliest(&mut funnel.entry(fact.user).or_default().0, fact.time);
+            earliest(&mut funnel.entry(fact.user).or_default().registered, fact.time);
         }
         for fact in emails.iter().filter(|fact| fact.kind == "email.sent") {
-            earliest(&mut funnel.entry(fact.user).or_default().1, fact.time);
+            earliest(&mut funnel.entry(fact.user).or_default().mailed, fact.time);
         }
         (hours, funnel)
     }
 }
 
-/// Times of registration and of the mail by user, in microseconds since 1970.
-pub type Funnel = BTreeMap<Uuid, (Option<i64>, Option<i64>)>;
+/// The steps of each user.
+pub type Funnel = BTreeMap<Uuid, Steps>;
+
+/// When a user was registered and mailed, in microseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    pub registered: Option<i64>,
+    pub mailed: Option<i64>,
+}
 
 /// A decoded record of a topic with facts.
 #[derive(Clone, Debug)]
@@ -198,7 +205,7 @@ impl Fact {
     }
 }
 
-impl Known {
+impl StoredUser {
     /// The user and the state in a record of `user.state.v1`. `None` if it is malformed.
     pub fn of(record: &Record) -> Option<(Uuid, Self)> {
         let person = match record.value.as_deref() {

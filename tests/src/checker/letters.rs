@@ -12,27 +12,28 @@ pub fn check(history: &History, found: &mut Found) {
     }
     for (group, letters) in &history.letters {
         for letter in letters {
-            names_its_record(history, group, letter, found);
+            check_letter(history, group, letter, found);
         }
     }
 }
 
-/// I13: the key of a dead letter names an existing record. The letter of a fact has the same bytes.
-/// The letter of a state has none, since they could not be erased there.
-fn names_its_record(history: &History, group: &str, letter: &Record, found: &mut Found) {
+/// I13: the key of a dead letter names an existing record. The letter of a fact has the same value.
+/// The letter of a state has no value, since it could not be erased there.
+fn check_letter(history: &History, group: &str, letter: &Record, found: &mut Found) {
     let key = letter.key_text();
-    let mut parts = key.rsplitn(3, '-');
-    let offset = parts.next().and_then(|offset| offset.parse().ok());
-    let partition = parts.next().and_then(|partition| partition.parse().ok());
-    let topic = parts.next().is_some_and(|topic| topic.ends_with(topic_of(group)));
+    let mut fields = key.rsplitn(3, '-');
+    let offset = fields.next().and_then(|offset| offset.parse().ok());
+    let partition = fields.next().and_then(|partition| partition.parse().ok());
+    let is_topic_of_group = fields.next().is_some_and(|topic| topic.ends_with(topic_of(group)));
     let at = |record: &&Record| Some(record.partition) == partition && Some(record.offset) == offset;
     let original = records(history, group).iter().find(at);
     if topic_of(group) == USER_STATE {
-        let there = original.is_some() || history.compacted;
-        found.expect(topic && there, "I13", || format!("a dead letter of {group} names no record: {key}"));
+        let names_record = is_topic_of_group && (original.is_some() || history.compacted);
+        found.expect(names_record, "I13", || format!("a dead letter of {group} names no record: {key}"));
         found.expect(letter.value.is_none(), "I13", || format!("the dead letter of a state has a value: {key}"));
     } else {
-        found.expect(topic && original.is_some(), "I13", || format!("a dead letter of {group} names no record: {key}"));
+        let names_record = is_topic_of_group && original.is_some();
+        found.expect(names_record, "I13", || format!("a dead letter of {group} names no record: {key}"));
         let same = original.is_none_or(|original| original.value == letter.value);
         found.expect(same, "I13", || format!("a dead letter has other bytes than its record: {key}"));
     }

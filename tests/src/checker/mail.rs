@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 
-use super::history::{Delivery, Email, History, Known};
+use super::history::{Delivery, Email, History, StoredUser};
 use super::violation::Found;
 use crate::services::EMAIL_WELCOME;
 
@@ -12,16 +12,16 @@ use crate::services::EMAIL_WELCOME;
 const FINAL: [&str; 3] = ["sent", "failed", "cancelled"];
 
 pub fn check(history: &History, email: &Email, found: &mut Found) {
-    one_delivery_each(history, email, found);
+    check_deliveries_per_user(history, email, found);
     for delivery in &email.deliveries {
-        ended(history, delivery, found);
+        check_end(history, delivery, found);
     }
-    mailed(history, email, found);
-    published(email, found);
+    check_mails(history, email, found);
+    check_events(email, found);
 }
 
 /// I5: each registration in the topic has one delivery, and no other user has one.
-fn one_delivery_each(history: &History, email: &Email, found: &mut Found) {
+fn check_deliveries_per_user(history: &History, email: &Email, found: &mut Found) {
     let facts = history.facts_for(EMAIL_WELCOME, &history.facts);
     let registered: BTreeSet<Uuid> =
         facts.iter().filter(|fact| fact.kind == "user.registered").map(|fact| fact.user).collect();
@@ -39,16 +39,16 @@ fn one_delivery_each(history: &History, email: &Email, found: &mut Found) {
 }
 
 /// I5: every delivery has ended. Only that of an erased user may be cancelled.
-fn ended(history: &History, delivery: &Delivery, found: &mut Found) {
+fn check_end(history: &History, delivery: &Delivery, found: &mut Found) {
     let status = delivery.states.last().map_or("", String::as_str);
     found.expect(FINAL.contains(&status), "I5", || format!("not in a final state: {delivery:?}"));
-    let there = history.users.get(&delivery.user).is_some_and(|row| row.person.is_some());
-    found.expect(!there || status != "cancelled", "I5", || format!("cancelled though the user exists: {delivery:?}"));
+    let exists = history.users.get(&delivery.user).is_some_and(|row| row.person.is_some());
+    found.expect(!exists || status != "cancelled", "I5", || format!("cancelled though the user exists: {delivery:?}"));
 }
 
 /// I6: the server has every sent mail, and no mail without a delivery. All copies of a mail have
 /// one Message-ID. There is more than one copy only if the answer was lost or the lease ended.
-fn mailed(history: &History, email: &Email, found: &mut Found) {
+fn check_mails(history: &History, email: &Email, found: &mut Found) {
     let users: BTreeMap<Uuid, Uuid> = email.deliveries.iter().map(|delivery| (delivery.id, delivery.user)).collect();
     let addresses = addresses(history);
     let mut copies: BTreeMap<Uuid, usize> = BTreeMap::new();
@@ -82,7 +82,7 @@ fn mailed(history: &History, email: &Email, found: &mut Found) {
 /// Every address that each user ever had.
 fn addresses(history: &History) -> BTreeMap<Uuid, BTreeSet<String>> {
     let mut addresses: BTreeMap<Uuid, BTreeSet<String>> = BTreeMap::new();
-    for (user, known) in history.states.iter().filter_map(Known::of) {
+    for (user, known) in history.states.iter().filter_map(StoredUser::of) {
         addresses.entry(user).or_default().extend(known.person.map(|person| person.email));
     }
     addresses
@@ -91,13 +91,14 @@ fn addresses(history: &History) -> BTreeMap<Uuid, BTreeSet<String>> {
 /// Whether the answer to the mail was lost, or a lease ended and another sender took the delivery
 /// over.
 fn may_have_copies(delivery: &Delivery) -> bool {
-    let taken = |next: &str| ["sending", "held", "cancelled"].contains(&next);
-    let lease_ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && taken(&pair[1]));
+    // The sender itself never changes `sending` to one of these states.
+    let by_another = |next: &str| ["sending", "held", "cancelled"].contains(&next);
+    let lease_ended = delivery.states.windows(2).any(|pair| pair[0] == "sending" && by_another(&pair[1]));
     lease_ended || delivery.states.iter().any(|status| status == "unknown")
 }
 
 /// I6: the end of each delivery is published once, as the right event.
-fn published(email: &Email, found: &mut Found) {
+fn check_events(email: &Email, found: &mut Found) {
     let mut published: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for record in &email.facts {

@@ -14,12 +14,12 @@ mod violation;
 use violation::Found;
 
 pub use history::{
-    Analytics, Asked, Delivery, Email, Fact, Funnel, History, Inserted, Known, Operation, Outcome, Person,
+    Analytics, Delivery, Email, Fact, Funnel, History, Inserted, Operation, Outcome, Person, Request, Steps, StoredUser,
 };
 pub use violation::Violation;
 
-/// Every violation in a run whose faults are healed and whose work is drained. The project promises
-/// none.
+/// Every violation in a run, after its faults are healed and its work is drained. The project
+/// promises that there is none.
 pub fn violations(history: &History) -> Vec<Violation> {
     let mut found = Found::default();
     log::check(history, &mut found);

@@ -25,7 +25,7 @@ impl Found {
         self.0.push(Violation { invariant, evidence });
     }
 
-    /// A violation unless `holds`.
+    /// Adds a violation unless `holds`.
     pub(super) fn expect(&mut self, holds: bool, invariant: &'static str, evidence: impl FnOnce() -> String) {
         if !holds {
             self.add(invariant, evidence());

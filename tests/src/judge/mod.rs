@@ -126,8 +126,8 @@ async fn email(system: &System) -> Email {
     }
 }
 
-/// How many records each group counted, where one process has run since the beginning: counters are
-/// lost with their process.
+/// How many records each group counted. Only groups whose single process has run since the
+/// beginning, because counters are lost with their process.
 async fn counted(system: &System) -> BTreeMap<&'static str, u64> {
     let mut counted = BTreeMap::new();
     for group in groups() {

@@ -8,7 +8,7 @@ use rdkafka::metadata::Metadata;
 use super::Kafka;
 use crate::waiting::{eventually, eventually_eq};
 
-/// How long one broker may take to answer before the question is asked again.
+/// How long one broker may take to answer before the request is repeated.
 const METADATA_LIMIT: Duration = Duration::from_secs(5);
 
 impl Kafka {

@@ -102,7 +102,7 @@ impl Kafka {
         let name = self.prefixed(topic);
         let sent = drafts.iter().map(|draft| {
             self.note_written(draft);
-            let delivery = producer.send_result(to_send(draft, &name)).unwrap();
+            let delivery = producer.send_result(future_record(draft, &name)).unwrap();
             async { delivery.await.unwrap().unwrap() }
         });
         let deliveries = join_all(sent).await;
@@ -117,7 +117,7 @@ impl Kafka {
         let producer: FutureProducer = self.client().set("transactional.id", id).create().unwrap();
         producer.init_transactions(TIMEOUT).unwrap();
         producer.begin_transaction().unwrap();
-        producer.send(to_send(draft, &self.prefixed(topic)), TIMEOUT).await.unwrap();
+        producer.send(future_record(draft, &self.prefixed(topic)), TIMEOUT).await.unwrap();
         producer.abort_transaction(TIMEOUT).unwrap();
     }
 
@@ -156,7 +156,7 @@ impl Kafka {
     }
 }
 
-fn to_send<'a>(draft: &'a Draft, topic: &'a str) -> FutureRecord<'a, [u8], [u8]> {
+fn future_record<'a>(draft: &'a Draft, topic: &'a str) -> FutureRecord<'a, [u8], [u8]> {
     let mut headers = OwnedHeaders::new();
     for (key, value) in &draft.headers {
         headers = headers.insert(Header { key, value: value.as_ref() });

@@ -35,7 +35,7 @@ pub struct Processes {
     expected_to_end: BTreeSet<&'static str>,
     /// Processes that ended by themselves and were replaced.
     ended: Vec<String>,
-    /// Whether any service ever had a second process.
+    /// Whether any service ever had a second process at the same time.
     had_copies: AtomicBool,
 }
 
@@ -165,7 +165,7 @@ impl Processes {
         self.process(service).exit_status().is_some()
     }
 
-    /// Waits until the process is stopped by a fault point. Linux only.
+    /// Waits until a fault point has frozen the process. Linux only.
     pub async fn until_frozen(&mut self, service: Service) {
         self.process(service).until_frozen().await;
     }

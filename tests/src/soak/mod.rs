@@ -69,13 +69,14 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
         let fault = Fault::any(&mut random);
         *faults.entry(name(fault)).or_insert(0) += 1;
         say(format_args!("{:>5.1} s  {fault}", begin.elapsed().as_secs_f64()));
-        // A panic is a wait that reached its deadline, or an answer that a client did not expect.
-        let survived = async {
+        // A panic means that a wait reached its deadline, or that a client got an unexpected
+        // answer.
+        let recovery = async {
             fault.inject(&mut system).await;
             let healed = Instant::now();
             recovered(&mut system).await.then(|| healed.elapsed())
         };
-        match AssertUnwindSafe(survived).catch_unwind().await {
+        match AssertUnwindSafe(recovery).catch_unwind().await {
             Ok(Some(time)) => recoveries.push((time, fault)),
             _ => {
                 let evidence = format!("no recovery from {fault} within {DEADLINE:?}");

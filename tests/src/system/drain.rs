@@ -13,7 +13,7 @@ use crate::waiting::{DEADLINE, POLL};
 const OUTBOX: &str = "select count(*) from outbox";
 const OPEN_DELIVERIES: &str = "select count(*) from deliveries where status in ('pending', 'sending', 'unknown')";
 
-/// Work that is not in a topic yet: a description, the service, and the question to its database.
+/// Work that is not in a topic yet: a description, the service, and the query that counts it.
 const UNPUBLISHED: [(&str, Service, &str); 3] = [
     ("rows in the outbox of user", USER, OUTBOX),
     ("rows in the outbox of email", EMAIL, OUTBOX),
@@ -39,8 +39,8 @@ impl System {
                 databases.push((what, self.stores.database(service).await, question));
             }
         }
-        // It must be idle twice in a row: between the two halves of the first look a consumer may
-        // have created new work.
+        // The system must be idle twice in a row. `work_left` looks at the databases first and at
+        // the lags afterwards, and in between a consumer may have created new rows.
         let mut idle = 0;
         loop {
             let left = self.work_left(&databases).await;

@@ -78,7 +78,7 @@ impl System {
 
     /// No service yet, on three Kafka brokers, a Postgres and a Valkey of its own.
     pub async fn empty_on_three_brokers() -> Self {
-        Self::empty_on(Ports::free_three()).await
+        Self::empty_on(Ports::free_three_brokers()).await
     }
 
     async fn empty_on(ports: Ports) -> Self {

@@ -54,8 +54,8 @@ impl System {
         Own { component, _scratch: scratch }
     }
 
-    /// Gives the services a Kafka of their own. It has a second listener, behind the proxy: a
-    /// broker directs its clients to the listener that they used first.
+    /// Gives the services a Kafka of their own. It has a second listener, to which the proxy
+    /// forwards: a broker directs its clients to the listener that they used first.
     pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
         let scratch = Scratch::create("own-kafka").unwrap();
         let logs = Logs::to_files(&format!("tests/kafka-{}", prefix())).unwrap();

@@ -1,6 +1,6 @@
 //! Kafka loses brokers. Each of three brokers has a copy of everything, so any one may be down.
 
-use tests::checker::{Asked, Outcome};
+use tests::checker::{Outcome, Request};
 use tests::load::{Answers, Load};
 use tests::services::USER_EVENTS;
 use tests::{DEADLINE, System};
@@ -70,7 +70,7 @@ async fn freeze_the_leader(system: &mut System, load: &Load) {
     assert!(log.iter().all(|record| record.key.as_deref() != Some(LATE)), "the late record is in the log");
 }
 
-/// Registers so many users that some of them are on a partition that the lost broker led.
+/// Registers enough users that some of them are on a partition that the lost broker led.
 async fn new_users_reach_the_cache(system: &System) {
     for _ in 0..12 {
         let user = system.users.register().await;
@@ -79,7 +79,7 @@ async fn new_users_reach_the_cache(system: &System) {
 }
 
 fn unsuccessful_writes(answered: &Answers) -> Vec<String> {
-    let writes = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
+    let writes = answered.operations.iter().filter(|operation| operation.request != Request::Read);
     let unsuccessful = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_)));
     unsuccessful.map(|operation| format!("{operation:?}")).collect()
 }

@@ -33,8 +33,8 @@ async fn the_cache_refills_a_flushed_valkey_under_load_and_when_idle() {
     clients.stop().await;
     assert_view_equals_log(&system).await;
 
-    // The restarted cache has no record to handle before the flush, so it stalls when it begins to
-    // refill the view.
+    // The restarted cache has no record to handle before the flush. So it reaches the fault point,
+    // and stalls there, when it begins to refill the view.
     let end_of_stall = system.processes.file("seen-empty");
     let stall = [("FAULT_AT", "cache.before_script:1:stall"), ("FAULT_UNTIL", end_of_stall.to_str().unwrap())];
     system.processes.start_with(CACHE, &stall).await;
@@ -281,7 +281,7 @@ impl Reader {
     }
 
     /// # Panics
-    /// An answer was wrong. Or the reader never met an incomplete view, so the test shows nothing.
+    /// An answer was wrong, or the view was never incomplete, so that the test proves nothing.
     async fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
         let Answers { versions, unavailable } = self.task.await.unwrap();

@@ -28,9 +28,9 @@ async fn a_service_exits_with_an_error_if_the_first_records_of_a_partition_were_
     assert_exits_if_deleted(&mut system, 0, 3).await;
 }
 
-/// The same while the consumer waits for its database with a batch of another partition. All
-/// partitions are paused when Kafka reports that the offset is missing, unless it reports it before
-/// the pause.
+/// The same while the consumer waits for its database with a batch of another partition. So all
+/// partitions are paused when Kafka reports the missing offset, unless the report comes before the
+/// pause.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_service_exits_with_an_error_if_unread_records_were_deleted() {
     let mut system = analytics_after(&[0, 1]).await;

@@ -86,8 +86,8 @@ async fn register(system: &System, person: &mut Person) {
     assert_eq!(second.status, StatusCode::CONFLICT, "{second:?}");
 }
 
-/// Waits until the metrics show that this many rows are in the outbox, and that one is a second old.
-/// The relay is held, so they stay there.
+/// Waits until the metrics show that this many rows are in the outbox, and that one is a second
+/// old. The relay is held, so they stay there.
 async fn until_outbox_shows(system: &System, service: Service, rows: f64) {
     eventually(&format!("the metrics of {} show {rows} old outbox rows", service.name), async || {
         let age = system.processes.metric(service, "outbox_oldest_age_seconds", &[]).await?;

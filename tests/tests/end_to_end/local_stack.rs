@@ -16,8 +16,8 @@ use tests::{eventually_eq, within};
 /// that the stack is the one to report what did not start.
 const START_DEADLINE: Duration = Duration::from_secs(240);
 
-/// A command of xtask. It does not compile anything: instead of cargo it calls the program `cargo`,
-/// and the services are built already.
+/// A command of xtask. It compiles nothing, because it calls the program `cargo` (`true` or
+/// `false`) instead of the real cargo. The services are already built.
 fn xtask(command: &str, cargo: &str) -> Command {
     let mut run = Command::new(paths::root().join("target/debug/xtask"));
     run.arg(command).env("CARGO", cargo).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -101,11 +101,11 @@ async fn start_of_shared_postgres() -> String {
     sqlx::query_scalar("select pg_postmaster_start_time()::text").fetch_one(&mut connection).await.unwrap()
 }
 
-/// A process that xtask did not start. It is killed at the end of the test, also when the test
+/// A process that xtask did not start. It is killed at the end of the test, even when the test
 /// fails.
-struct Stranger(Child);
+struct UnrelatedProcess(Child);
 
-impl Stranger {
+impl UnrelatedProcess {
     fn start() -> Self {
         let mut sleep = Command::new("sleep");
         // It must not inherit our output: a reader of that waits until the last writer has closed
@@ -115,7 +115,7 @@ impl Stranger {
     }
 }
 
-impl Drop for Stranger {
+impl Drop for UnrelatedProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -172,10 +172,10 @@ async fn the_demo_prints_every_step_and_leaves_nothing_running() {
 }
 
 /// The next run of any command ends the processes of a killed run and removes its data. The stack
-/// of an active run (the one that this test uses) and the process of a stranger stay as they are.
+/// of an active run (the one that this test uses) and unrelated processes stay as they are.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_run_ends_what_a_killed_run_has_left_and_nothing_else() {
-    let mut stranger = Stranger::start();
+    let mut unrelated = UnrelatedProcess::start();
     let shared_postgres = start_of_shared_postgres().await;
     let mut run = start_demo().await;
     let left = descendants(run.id());
@@ -193,5 +193,5 @@ async fn the_next_run_ends_what_a_killed_run_has_left_and_nothing_else() {
     eventually_eq("no process of the killed run is left", Vec::<String>::new(), async || still_running(&left)).await;
     assert!(!has_data(run.id()), "the data of the killed run is still on disk");
     assert_eq!(start_of_shared_postgres().await, shared_postgres, "the shared Postgres was restarted");
-    assert!(stranger.0.try_wait().unwrap().is_none(), "the stranger's process was ended");
+    assert!(unrelated.0.try_wait().unwrap().is_none(), "the unrelated process was ended");
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 /// as long for the other members of its group, and it cannot distinguish this wait from silence.
 const HANDLE_TIMEOUT: (&str, &str) = ("HANDLE_TIMEOUT_MS", "3000");
 
-/// T40, I9, I12: one consumer hears nothing from Kafka. After 10 s Kafka assigns its partitions to
+/// T40, I9, I12: one consumer gets no data from Kafka. After 10 s Kafka assigns its partitions to
 /// the other copy. The consumer reports that it is not ready, keeps running, and resumes after the
 /// silence. No event is lost or counted twice.
 #[tokio::test(flavor = "multi_thread")]
@@ -89,7 +89,7 @@ async fn a_slow_network_that_resets_connections_only_delays_effects() {
     judge.check_with(&mut system, &answered).await;
 }
 
-/// T40, I5, I7, I8, I12: each consumer hears nothing from the store of its effects. It reports that
+/// T40, I5, I7, I8, I12: each consumer gets no data from the store of its effects. It reports that
 /// it is not ready and dead-letters nothing. After the silence the same processes apply every event
 /// once.
 #[tokio::test(flavor = "multi_thread")]
@@ -142,7 +142,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// More than the ten connections of the service's pool.
 const CONCURRENT_REQUESTS: i64 = 12;
 
-/// T40, I1, I2, I3: the user service hears nothing from its database. It answers 503 in time, and a
+/// T40, I1, I2, I3: the user service gets no data from its database. It answers 503 in time, and a
 /// retry with the same key registers the user once. There are more requests than the pool has
 /// connections, so a silent connection must not keep its slot in the pool. The relay's silent
 /// session holds the lock until Postgres ends it after 15 s; then everything is published.

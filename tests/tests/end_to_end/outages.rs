@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use reqwest::StatusCode;
-use tests::checker::{Asked, Outcome};
+use tests::checker::{Outcome, Request};
 use tests::record::Draft;
 use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE, groups, service_of};
 use tests::stores::count;
@@ -54,7 +54,7 @@ async fn consumers_wait_for_their_dependencies_and_resume() {
     judge.check(&mut system).await;
 }
 
-/// T13, I1 to I5, I7, I8: Postgres gets SIGKILL under load, twice. Its backends die at any point.
+/// T13, I1 to I5, I7, I8: Postgres is killed under load, twice. Its processes die at any point.
 /// Every accepted request has its row and its events, and a transaction that did not commit leaves
 /// nothing.
 #[tokio::test(flavor = "multi_thread")]
@@ -152,7 +152,7 @@ async fn registrations_succeed_while_kafka_is_down_and_are_published_in_order_la
 
     system.components().kafka.restart().await.unwrap();
     let answered = load.end().await;
-    let writes = answered.operations.iter().filter(|operation| operation.asked != Asked::Read);
+    let writes = answered.operations.iter().filter(|operation| operation.request != Request::Read);
     let failed: Vec<_> = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_))).collect();
     assert!(failed.is_empty(), "writes without success: {failed:?}");
     judge.check_with(&mut system, &answered).await;

@@ -1,4 +1,4 @@
-//! I11: delivered = applied + duplicate + stale + skipped + dead-lettered, also if a batch is
+//! I11: delivered = applied + duplicate + stale + skipped + dead-lettered, even if a batch is
 //! retried or dropped.
 
 use sqlx::PgPool;

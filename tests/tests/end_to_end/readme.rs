@@ -1,4 +1,5 @@
-//! The README's `curl` lines, run exactly as they are printed, on a system whose ports replace the ones in the text.
+//! The README's `curl` lines, run exactly as they are printed, on a system whose ports replace the
+//! ones in the text.
 
 use std::fs;
 use std::process::Output;
@@ -9,7 +10,8 @@ use tests::{System, eventually};
 use tokio::process::Command;
 use topology::SERVICES;
 
-/// The commands of the README's `curl` block, without their comments. A line that ends in `\` continues.
+/// The commands of the README's `curl` block, without their comments. A line that ends in `\`
+/// continues.
 fn commands() -> Vec<String> {
     let readme = fs::read_to_string(paths::root().join("README.md")).unwrap();
     let joined = readme.replace("\\\n", " ");

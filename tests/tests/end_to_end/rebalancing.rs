@@ -1,10 +1,10 @@
-//! Partitions move between consumers: in a rolling restart, during an outage, because a consumer
+//! Partitions move between consumers: in a rolling restart, during an outage, or because a consumer
 //! hangs. The new owner continues after the last record that took effect.
 
 use std::time::Duration;
 
 use tests::processes::ServiceProcess;
-use tests::proxy::Request;
+use tests::proxy::KafkaRequest;
 use tests::record::Draft;
 use tests::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, CONSUMERS, EMAIL_WELCOME, USER_EVENTS, groups};
 use tests::{System, eventually, eventually_eq, throughout};
@@ -56,9 +56,9 @@ async fn a_rolling_restart_under_load_loses_and_duplicates_nothing() {
     assert!(unique, "two mails to one address: a sender must finish its mail before it stops");
 }
 
-/// T19, I7, I9, I12: while a copy of analytics waits for its database, another copy joins, gets half
-/// of the partitions and leaves. The partitions return to the copy that is paused. When its database
-/// is back, every partition continues after its last record that took effect.
+/// T19, I7, I9, I12: while a copy of analytics waits for its database, another copy joins, gets
+/// half of the partitions and leaves. The partitions return to the copy that is paused. When its
+/// database is back, every partition continues after its last record that took effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() {
     let mut system = System::empty().await;
@@ -108,7 +108,7 @@ async fn a_late_answer_to_list_offsets_does_not_restart_a_group() {
     until_registered(&system, registered).await;
     system.processes.stop(ANALYTICS).await;
 
-    proxy.slow_requests(Request::ListOffsets, LATE);
+    proxy.slow_requests(KafkaRequest::ListOffsets, LATE);
     system.processes.start_with(ANALYTICS, &[("KAFKA_BROKERS", &proxy.address())]).await;
     let registered = registered + register(&system, 1).await;
     until_registered(&system, registered).await;

@@ -158,7 +158,7 @@ async fn a_service_frozen_inside_a_registration_delays_its_successor_by_seconds(
     system.processes.until_frozen(USER).await;
 
     // Postgres ends the frozen transaction after 5 s. Until then it holds the key, and the
-    // successor's answer is to retry.
+    // successor asks the client to retry.
     let registered = within(Duration::from_secs(15), "the successor registers the user", async || {
         let answer = system.users.at(&successor).post(&email, Some(&key)).await.unwrap();
         assert!([201, 409, 503].contains(&answer.status.as_u16()), "{answer:?}");

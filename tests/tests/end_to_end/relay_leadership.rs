@@ -20,9 +20,9 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// A relay that has published this many rounds more than before is the leader.
 const LEADER_ROUNDS: f64 = 5.0;
 
-/// T07, I3, I4: one of three relays publishes. It is killed under load, and then its successor. Each
-/// time another relay takes over at once, because Postgres frees the lock of a dead session. No
-/// event is lost, and no key's order changes.
+/// T07, I3, I4: one of three relays publishes. It is killed under load, and then its successor.
+/// Each time another relay takes over at once, because Postgres frees the lock of a dead session.
+/// No event is lost, and no key's order changes.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_several_relays_leads_and_another_takes_over_when_it_dies() {
     let mut system = System::start_only(&[USER]).await;
@@ -105,9 +105,9 @@ impl Writers {
     }
 }
 
-/// T09: the leader is frozen at `point`, inside the round that publishes version 2. A second process
-/// publishes newer versions, and the last of them erases the user. Then the first process is thawed,
-/// with its round still in progress.
+/// T09: the leader is frozen at `point`, inside the round that publishes version 2. A second
+/// process publishes newer versions, and the last of them erases the user. Then the first process
+/// is thawed, with its round still in progress.
 async fn a_leader_frozen_at(point: &str) {
     let mut system = System::start_only(&[USER]).await;
     let judge = system.judge().await;

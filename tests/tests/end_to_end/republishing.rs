@@ -223,7 +223,7 @@ async fn an_erased_address_disappears_from_a_quiet_topic() {
     assert_eq!(last.map(|record| record.value.is_some()), Some(true), "compaction must keep the other user's state");
 }
 
-/// Each partition gets one record per interval, also if several replicas run. The service computes
+/// Each partition gets one record per interval, even if several replicas run. The service computes
 /// the partition of a key as the producer does.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_heartbeat_writes_one_record_per_partition_for_all_replicas() {

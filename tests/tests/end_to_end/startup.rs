@@ -6,8 +6,8 @@ use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 
 use crate::effects::assert_effects_once;
 
-/// The services can be started in all 24 orders, also on a broker without topics and on empty
-/// databases. This test tries one half of the orders.
+/// The services can be started in all 24 orders, on a broker without topics and on empty databases.
+/// This test tries one half of the orders.
 #[tokio::test(flavor = "multi_thread")]
 async fn services_start_in_any_order() {
     start_in_rotated_orders([USER, EMAIL, ANALYTICS, CACHE]).await;

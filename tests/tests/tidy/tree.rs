@@ -12,7 +12,8 @@ pub fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The files below a folder of the checkout whose name ends so: path from the root, and text.
+/// The files below a folder of the checkout whose name has this ending: path from the root, and
+/// text.
 pub fn files(folder: &str, ending: &str) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let mut folders = vec![root().join(folder)];

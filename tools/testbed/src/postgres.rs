@@ -24,8 +24,7 @@ pub const PASSWORD: &str = "waybill-local";
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a start is retried while the previous server on the same data is still exiting. After a
-/// `kill -9` its child processes need a moment to notice, and no other server starts until they are
-/// gone.
+/// `kill -9` its child processes exit a moment later, and no other server starts before that.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
 const PREDECESSOR_POLL: Duration = Duration::from_millis(200);
 /// Tests run many services against one server, each with a pool of connections.

@@ -1,5 +1,5 @@
-//! Everything that is printed on the terminal. Errors of writing are ignored: `cargo xtask up |
-//! head` must not kill a database.
+//! Everything that is printed on the terminal. Write errors are ignored: `cargo xtask up | head`
+//! must not kill a database.
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};

@@ -32,7 +32,7 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// On the ports that docker-compose.yml publishes too.
+    /// The instance on the ports that docker-compose.yml publishes too.
     pub fn on_published_ports(service: Service) -> Self {
         Self { service, http: service.http, admin: service.admin }
     }
@@ -120,8 +120,8 @@ pub async fn build(logs: &Logs) -> Result<PathBuf> {
     Ok(target().join("debug"))
 }
 
-/// The same with fault points. The programs are copied to a folder of their own, because any other
-/// `cargo build` replaces those in `target/debug`.
+/// As [`build`], with fault points. The programs are copied to a folder of their own, because any
+/// other `cargo build` replaces those in `target/debug`.
 pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
     cargo_build(&["--features", &fault_points()], logs).await?;
     let folder = target().join("fault-points");
@@ -174,7 +174,7 @@ pub fn cargo() -> std::process::Command {
     cargo_in(paths::root())
 }
 
-/// The same in another checkout.
+/// As [`cargo`], in another checkout.
 pub fn cargo_in(root: &Path) -> std::process::Command {
     let mut command = process::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root);

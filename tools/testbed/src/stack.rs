@@ -30,7 +30,7 @@ impl Ports {
     /// The ports that docker-compose.yml publishes.
     pub const PUBLISHED: Self =
         Self { kafka: 9092, further_brokers: None, postgres: 5432, redis: 6379, smtp: 1025, mails: 8025 };
-    pub const PUBLISHED_THREE: Self = Self { further_brokers: Some([9093, 9094]), ..Self::PUBLISHED };
+    pub const PUBLISHED_THREE_BROKERS: Self = Self { further_brokers: Some([9093, 9094]), ..Self::PUBLISHED };
 
     pub fn free() -> Self {
         Self {
@@ -43,7 +43,7 @@ impl Ports {
         }
     }
 
-    pub fn free_three() -> Self {
+    pub fn free_three_brokers() -> Self {
         Self { further_brokers: Some([ports::free(), ports::free()]), ..Self::free() }
     }
 
@@ -97,8 +97,8 @@ impl Stack {
         Ok(Self { kafka, further_brokers, postgres, redis, sink, ports })
     }
 
-    /// Lets each component finish its writes. Dropping the stack kills them instead. That is
-    /// faster, and enough when the data is thrown away.
+    /// Stops each component after it has finished its writes. Dropping the stack kills the
+    /// components instead, which is faster and sufficient if the data is not used again.
     pub async fn stop(mut self) {
         let Self { kafka, further_brokers, postgres, redis, .. } = &mut self;
         let brokers = [kafka].into_iter().chain(further_brokers);

@@ -45,8 +45,8 @@ impl System {
         running.expect("the service was started").instance.url()
     }
 
-    /// Restarts every process that ends, as Docker restarts containers. Kill any of them and watch
-    /// the others wait and recover. Returns only when a process cannot be restarted.
+    /// Restarts every process that ends, as Docker restarts containers. So a user can kill any of
+    /// them and watch the others wait and recover. Returns only when a process cannot be restarted.
     pub async fn keep_running(&mut self, programs: &Path, logs: &Logs) -> Result<()> {
         let environment = services::environment(&self.stack);
         loop {

@@ -1,5 +1,5 @@
-//! What tests ask for: the stack that `cargo xtask test` has started for all of them, and databases
-//! and name prefixes of their own on it.
+//! What tests use: the stack that `cargo xtask test` has started for all of them, and databases and
+//! name prefixes of their own on it.
 
 use std::path::PathBuf;
 
@@ -48,7 +48,7 @@ pub async fn database(service: Service) -> String {
     url.expect("the shared Postgres runs")
 }
 
-/// The same with the service's migrations applied, and a pool of connections to it.
+/// As [`database`], with the service's migrations applied. Returns a pool of connections.
 pub async fn migrated_database(service: Service, migrations: &Migrator) -> PgPool {
     let pool = PgPool::connect(&database(service).await).await.expect("the database was created just now");
     migrations.run(&pool).await.expect("the migrations apply to an empty database");

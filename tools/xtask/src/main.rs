@@ -18,6 +18,8 @@ use nix::sys::stat::{Mode, umask};
 use testbed::process;
 use testbed::say::say;
 
+use commands::prepare;
+use commands::up::Brokers;
 use signals::termination_signal;
 
 /// Runs, tests and checks Waybill on this machine, without Docker.
@@ -42,8 +44,8 @@ enum Command {
         fresh: bool,
         /// Number of Kafka brokers. With three, the system survives the loss of any one. Each
         /// number of brokers has its own data.
-        #[arg(long, default_value = "1", value_parser = ["1", "3"])]
-        brokers: String,
+        #[arg(long, value_enum, default_value_t)]
+        brokers: Brokers,
     },
     /// Start the whole system on free ports, follow three users through it, and stop it.
     ///
@@ -108,13 +110,16 @@ async fn run(command: Command) -> Result<ExitCode> {
         say(format_args!("Ended {ended} processes that an earlier run had left running."));
     }
     match command {
-        Command::Up { fresh, brokers } => commands::up::run(fresh, brokers == "3").await,
+        Command::Up { fresh, brokers } => commands::up::run(fresh, brokers).await,
         Command::Demo => unless_terminated(commands::demo::run()).await,
         Command::Test { full: true, .. } => unless_terminated(commands::full::run()).await,
         Command::Test { arguments, .. } => unless_terminated(commands::test::run(&arguments)).await,
         Command::Soak { minutes, seed } => unless_terminated(commands::soak::run(minutes, seed)).await,
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
-        Command::Prepare { check } => unless_terminated(commands::prepare::run(check)).await,
+        Command::Prepare { check } => {
+            let mode = if check { prepare::Mode::Check } else { prepare::Mode::Update };
+            unless_terminated(prepare::run(mode)).await
+        }
         Command::Check => unless_terminated(commands::check::run()).await,
     }
 }

@@ -1,10 +1,11 @@
-//! `analytics rebuild`: folds the whole log into a new schema, while the service writes and reads the live model. When both
-//! contain the same events, one transaction compares them and swaps them.
+//! `analytics rebuild`: folds the whole log into a new schema, while the service writes and reads
+//! the live model. When both contain the same events, one transaction compares them and swaps them.
 //!
-//! Why this is correct: the swap commits only while no process can write to the live model, and only if the rebuilt model
-//! contains every event of the live one. So the offsets that the live groups have committed in Kafka are also true of the
-//! new tables, and the groups simply continue. The new tables take over the names of the old ones, so no process needs to
-//! be notified, not even a frozen one.
+//! Why this is correct: the swap commits only while no process can write to the live model, and
+//! only if the rebuilt model contains every event of the live one. So the offsets that the live
+//! groups have committed in Kafka are also correct for the new tables, and the groups simply
+//! continue. The new tables have the names of the old ones, so no process needs to be notified, not
+//! even a frozen one.
 
 mod options;
 mod replays;
@@ -27,26 +28,30 @@ use sqlx::{ConnectOptions, Connection, PgConnection};
 use options::print_line;
 use replays::Replays;
 
-/// Limits of the session that holds the lock and swaps. If the rebuild freezes during the swap, Postgres closes its session
-/// after 5 s; at any other point, after a minute.
+/// Limits of the session that holds the lock and swaps. If the rebuild freezes during the swap,
+/// Postgres closes its session after 5 s; at any other point, after a minute.
 const SESSION_LIMITS: [(&str, &str); 4] = [
     ("idle_session_timeout", "60s"),
     ("idle_in_transaction_session_timeout", "5s"),
-    // Also bounds how long readers wait behind a swap that waits for a lock.
+    // Also limits how long readers wait while the swap waits for a lock.
     ("lock_timeout", "2s"),
     // Comparing large models takes long.
     ("statement_timeout", "60s"),
 ];
-/// The session that migrates has none of the limits above, but a frozen process must not keep the migration lock.
+/// The session that migrates has none of the limits above, but a frozen process must not keep the
+/// migration lock.
 const MIGRATION_LIMITS: (&str, &str) = ("idle_session_timeout", "15s");
-/// The key of the advisory lock. Any number that is the same in every release; advisory locks are per database.
+/// The key of the advisory lock. Every release uses the same number. Advisory locks belong to one
+/// database, so other databases may use it too.
 const REBUILD_LOCK: i64 = 0x72_6562_7569_6C64; // "rebuild"
 const SWAP_ATTEMPTS: u32 = 10;
 
-/// Crash anywhere before the swap's commit: the live model is unchanged, and the next rebuild drops the unfinished schema
-/// and starts from the beginning. Crash after it: the rebuild is complete. Frozen and resumed: Postgres has closed the
-/// session that holds the lock and that alone could swap. Later writes go to a schema that no process reads, or that was
-/// dropped.
+/// Runs the subcommand.
+///
+/// Crash anywhere before the swap's commit: the live model is unchanged, and the next rebuild drops
+/// the unfinished schema and starts from the beginning. Crash after it: the rebuild is complete.
+/// Frozen and resumed: Postgres has closed the session that holds the lock, and only that session
+/// can swap. Later writes go to a schema that no process reads, or that was dropped.
 pub async fn run(
     kafka: &KafkaConfig,
     database_url: &SecretString,
@@ -78,30 +83,34 @@ pub async fn run(
     )
 }
 
-/// Opens the session for all statements on the live model. It holds the lock, and it alone can swap.
+/// Opens the session for all statements on the live model. It holds the lock, and only it can swap.
 async fn lock(server: &PgConnectOptions) -> anyhow::Result<PgConnection> {
     let mut live = server.clone().options(SESSION_LIMITS).connect().await.context("cannot connect to the database")?;
-    // Waits up to the lock time-out, because the session of a rebuild that was just killed ends a little later.
+    // Waits up to the lock time-out, because the session of a rebuild that was just killed ends a
+    // little later.
     let locked = sqlx::query("select pg_advisory_lock($1)").bind(REBUILD_LOCK).execute(&mut live).await;
-    locked.map_err(anyhow::Error::new).map_err(|error| match swap::is_busy(&error) {
-        true => error.context("another rebuild is running: wait until it ends, or stop it"),
-        false => error,
-    })?;
+    if let Err(error) = locked.map_err(anyhow::Error::new) {
+        if swap::is_busy(&error) {
+            return Err(error.context("another rebuild is running: wait until it ends, or stop it"));
+        }
+        return Err(error);
+    }
     Ok(live)
 }
 
-/// Creates a schema with the same empty tables, by the same migrations. Its name is never reused, so later writes of a
-/// frozen rebuild find no table. Drops the schemas of earlier rebuilds: this process holds the lock, so none of them runs.
+/// Creates a schema with the same tables, empty, by the same migrations. Its name is never reused,
+/// so later writes of a frozen rebuild find no table. Drops the schemas of earlier rebuilds first:
+/// this process holds the lock, so no other rebuild runs.
 async fn create_schema(
     live: &mut PgConnection,
     server: &PgConnectOptions,
     migrations: &Migrator,
 ) -> anyhow::Result<String> {
-    let left: Vec<String> =
+    let leftovers: Vec<String> =
         sqlx::query_scalar(r"select nspname::text from pg_namespace where nspname like 'rebuild\_%'")
             .fetch_all(&mut *live)
             .await?;
-    for schema in left {
+    for schema in leftovers {
         let dropped = swap::execute(live, format!("drop schema {schema} cascade")).await;
         dropped.with_context(|| format!("cannot drop the schema {schema} of an earlier rebuild"))?;
     }

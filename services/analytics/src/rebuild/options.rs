@@ -3,8 +3,8 @@
 /// The subcommand `rebuild`.
 #[derive(clap::Args, Clone)]
 pub struct Rebuild {
-    /// Swap even if the rebuilt tables differ from the live ones. After a change of a projection they differ on purpose; check
-    /// the printed differences first.
+    /// Swap even if the rebuilt tables differ from the live ones. After a change of a projection
+    /// they differ on purpose; check the printed differences first.
     #[arg(long)]
     pub accept_differences: bool,
     /// Swap even if Kafka has deleted events that the live model contains. Their effects are lost.

@@ -1,4 +1,5 @@
-//! The replays of the rebuild: both topics, from their beginning to the point where the live model can be swapped.
+//! The replays of the rebuild: both topics, from their beginning to the point where the live model
+//! can be swapped.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,8 @@ use sqlx::{PgConnection, PgPool};
 use super::options::{Rebuild, print_line};
 use crate::projections::{Mailed, Registered};
 
-/// How many offsets may remain to be read while the live model is locked. They take some tenths of a second.
+/// How many offsets may remain to be read while the live model is locked. Reading them takes a few
+/// tenths of a second.
 const REMAINDER: i64 = 5_000;
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -47,9 +49,11 @@ impl Replays {
         Ok(())
     }
 
-    /// Afterwards the rebuilt model has applied everything up to a fixed point, the live model has passed that point, and few
-    /// events came later. If the live model lacks an event before the point, it skipped the event: the event is a dead
-    /// letter, or the release did not know its type. The rebuilt model contains those that its projections accept.
+    /// Replays the topics until few events are left to apply. Then the rebuilt model has read the
+    /// topics up to a fixed point, and the live model has passed that point. If the live model
+    /// lacks an event before the point, it skipped the event: the event is a dead letter, or the
+    /// release did not know its type. The rebuilt model contains such an event if its projections
+    /// accept it.
     pub async fn catch_up(&mut self, live: &mut PgConnection, wait: Duration) -> anyhow::Result<()> {
         loop {
             self.users.advance(live).await?;
@@ -62,11 +66,12 @@ impl Replays {
                 }
                 ensure!(
                     Instant::now() < deadline,
-                    "the live model has {lag} offsets left to read to reach the rebuilt one, and did not within {wait:?}: is the \
-                     service running? Let it catch up and run this again, or allow more time with --wait-seconds"
+                    "the live model did not reach the rebuilt one within {wait:?}, {lag} offsets are left: is the service \
+                     running? Let it catch up and run this again, or allow more time with --wait-seconds"
                 );
                 tokio::time::sleep(POLL_INTERVAL).await;
-                // Keeps the session from its idle time-out, which would release the lock, and notices a lost session.
+                // Prevents the session's idle time-out, which would release the lock, and detects a
+                // lost session.
                 sqlx::query("select 1").execute(&mut *live).await.context("the live database does not answer")?;
             }
             if self.users.remaining()? + self.emails.remaining()? <= REMAINDER {

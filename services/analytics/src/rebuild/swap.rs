@@ -1,8 +1,8 @@
-//! The swap: one transaction that locks the live model, completes the rebuilt one, compares both, and replaces the live
-//! tables by the rebuilt ones. Either all of it happens or nothing.
+//! The swap: one transaction that locks the live model, completes the rebuilt one, compares both,
+//! and replaces the live tables by the rebuilt ones. Either all of it happens or nothing.
 //!
-//! Unqualified names are those of the live model. The names of the rebuilt tables are known only at run time, so their SQL
-//! cannot be checked at compile time.
+//! Unqualified names are those of the live model. The names of the rebuilt tables are known only at
+//! run time, so their SQL cannot be checked at compile time.
 
 use anyhow::{Context, bail, ensure};
 use shared::fault;
@@ -21,16 +21,20 @@ struct Surplus {
     shown: Vec<String>,
 }
 
-/// Consumers and redrives start each transaction with the inbox. So after the first statement none of them is inside a
-/// transaction, and new ones wait for the commit, or until their own time-out, after which they retry. A statement that has
-/// waited resolves its table names again. Readers wait only while the tables are replaced.
+/// Swaps the models in one transaction.
+///
+/// Consumers and redrives start each transaction with the inbox. So after the first statement here
+/// none of them is inside a transaction. New transactions wait for the commit, or until their own
+/// time-out, after which they retry. A statement that has waited resolves its table names again.
+/// Readers wait only while the tables are replaced.
 ///
 /// # Errors
-/// [`is_busy`]: another session holds a lock; nothing has changed, and the swap may be retried. Any other error: the models
-/// must not be swapped.
+/// [`is_busy`]: another session holds a lock; nothing has changed, and the swap may be retried. Any
+/// other error: the models must not be swapped.
 pub async fn swap(live: &mut PgConnection, schema: &str, replays: &Replays, options: &Rebuild) -> anyhow::Result<()> {
     let mut tx = live.begin().await?;
-    // The lock on the first table keeps the migrations of a new release out: the swap would undo them.
+    // The lock on the first table prevents that a new release migrates meanwhile: the swap would
+    // undo its migrations.
     execute(&mut tx, "lock table _sqlx_migrations, inbox in share row exclusive mode".to_owned()).await?;
     replays.complete(&mut tx).await?;
     fault::point("rebuild.locked");
@@ -67,8 +71,8 @@ async fn require_same_migrations(tx: &mut PgConnection, schema: &str) -> anyhow:
     Ok(())
 }
 
-/// An event that the live model contains and the rebuilt one lacks would be lost: its offset is committed, so no process
-/// would read it again.
+/// An event that the live model contains and the rebuilt one lacks would be lost: its offset is
+/// committed, so no process would read it again.
 async fn compare_inboxes(tx: &mut PgConnection, schema: &str, options: &Rebuild) -> anyhow::Result<()> {
     let rebuilt = format!("table {schema}.inbox");
     let lost = surplus(tx, "table inbox", &rebuilt).await?;
@@ -89,8 +93,8 @@ async fn compare_inboxes(tx: &mut PgConnection, schema: &str, options: &Rebuild)
     Ok(())
 }
 
-/// The quoted names of all tables that the migrations create, except the migrations' own. The inbox comes first, as in every
-/// transaction.
+/// The quoted names of all tables that the migrations create, except the migrations' own. The inbox
+/// comes first, as in every transaction.
 async fn tables(tx: &mut PgConnection, schema: &str) -> sqlx::Result<Vec<String>> {
     sqlx::query_scalar(
         "select quote_ident(tablename) from pg_tables where schemaname = $1 and tablename <> '_sqlx_migrations'
@@ -110,7 +114,8 @@ async fn compare_tables(
 ) -> anyhow::Result<()> {
     let mut differences = 0;
     for table in tables.iter().filter(|table| *table != "inbox") {
-        let (live, rebuilt) = (format!("table {table}"), format!("table {schema}.{table}"));
+        let live = format!("table {table}");
+        let rebuilt = format!("table {schema}.{table}");
         for (whose, one, other) in [("live", &live, &rebuilt), ("rebuilt", &rebuilt, &live)] {
             let surplus = surplus(tx, one, other).await?;
             differences += surplus.rows;
@@ -133,8 +138,8 @@ async fn compare_tables(
     Ok(())
 }
 
-/// Drops the live tables and moves the rebuilt ones in their place. Fails if another object depends on a live table, or if
-/// the migrations create anything else than tables.
+/// Drops the live tables and moves the rebuilt ones in their place. Fails if another object depends
+/// on a live table, or if the migrations create anything else than tables.
 async fn replace_tables(tx: &mut PgConnection, schema: &str, tables: &[String]) -> anyhow::Result<()> {
     let live: String = sqlx::query_scalar("select quote_ident(current_schema())").fetch_one(&mut *tx).await?;
     execute(tx, format!("drop table {}", tables.join(", "))).await?;
@@ -156,7 +161,8 @@ async fn surplus(tx: &mut PgConnection, one: &str, other: &str) -> sqlx::Result<
     })
 }
 
-/// Runs a statement with names in it, which cannot be parameters. All names are our own or quoted by Postgres.
+/// Runs a statement that contains names, for which SQL has no parameters. All names are our own or
+/// quoted by Postgres.
 pub async fn execute(db: &mut PgConnection, statement: String) -> sqlx::Result<()> {
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(db).await.map(drop)
 }

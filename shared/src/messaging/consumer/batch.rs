@@ -1,4 +1,5 @@
-//! A batch of records, and its delivery to the handler: decode, handle, dead-letter a record that can never succeed.
+//! A batch of records, and its delivery to the handler: decode, handle, dead-letter a record that
+//! can never succeed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -17,7 +18,8 @@ use crate::platform::telemetry::{self, TraceContext};
 
 /// Records per batch.
 pub(in crate::messaging) const BATCH_RECORDS: usize = 500;
-/// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at most 1 MiB more.
+/// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
+/// most 1 MiB more.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 /// Why a batch was not completed.
@@ -45,16 +47,15 @@ impl<E: Into<Failure>> From<E> for Halt {
     }
 }
 
-/// Partition and offset.
-type Place = (i32, i64);
+type PartitionOffset = (i32, i64);
 
 /// Records that were polled and are not stored as handled yet.
 pub(super) struct Batch {
     messages: Vec<OwnedMessage>,
     bytes: usize,
-    /// Records of the batch that have taken effect. Kept while the batch is retried, so that no record is handled,
-    /// dead-lettered or counted again because another one has to wait.
-    finished: BTreeSet<Place>,
+    /// Records of the batch that have taken effect. They are kept while the batch is retried, so
+    /// that no record is handled, dead-lettered or counted again because another one failed.
+    finished: BTreeSet<PartitionOffset>,
     counts: Counts,
 }
 
@@ -104,11 +105,12 @@ impl Batch {
     }
 
     /// Records that have not taken effect.
-    pub fn unfinished(&self) -> Vec<Place> {
-        self.messages.iter().map(place).filter(|place| !self.finished.contains(place)).collect()
+    pub fn unfinished(&self) -> Vec<PartitionOffset> {
+        self.messages.iter().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
     }
 
-    /// Counts the finished records and empties the batch. Each record is counted once, however often the batch was retried.
+    /// Counts the finished records and empties the batch. Each record is counted once, however
+    /// often the batch was retried.
     pub fn complete<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
         self.messages.clear();
         self.bytes = 0;
@@ -121,27 +123,29 @@ impl Batch {
         setup.count("dead_lettered", dead_lettered);
     }
 
-    /// Delivers the records that are not finished, in order. After success every record has taken effect durably; a dead
-    /// letter counts as an effect. After a failure some records may have taken effect: the finished ones are left out of
-    /// the next attempt, and effects are idempotent.
-    pub async fn deliver<H: Handler>(&mut self, parts: DeliveryParts<'_, H>) -> Result<(), Halt> {
+    /// Delivers the records that are not finished, in order. After success every record has taken
+    /// effect durably; a dead letter counts as an effect. After a failure some records may have
+    /// taken effect: the finished ones are left out of the next attempt, and effects are
+    /// idempotent.
+    pub async fn deliver<H: Handler>(&mut self, context: DeliveryContext<'_, H>) -> Result<(), Halt> {
         let Self { messages, finished, counts, .. } = self;
         let group = H::GROUP;
         let span = tracing::error_span!("consume", group, records = messages.len());
-        let split_slow = parts.split_slow;
-        let mut delivery = BatchDelivery { parts, messages, finished, counts, span, single_since: None };
+        let split_slow = context.split_slow;
+        let mut delivery = BatchDelivery { context, messages, finished, counts, span, one_by_one_since: None };
         let mut records = Vec::with_capacity(messages.len());
         for message in messages.iter() {
-            if delivery.finished.contains(&place(message)) {
+            if delivery.finished.contains(&partition_offset(message)) {
                 continue;
             }
             match Record::decode(message.key(), message, Coordinates::of(message)) {
                 Ok(Some(record)) => records.push(record),
                 Ok(None) => {
                     delivery.counts.skipped += 1;
-                    delivery.finish(place(message), false);
+                    delivery.finish_accepted(partition_offset(message));
                 }
-                // The records before it first: the breaker considers records in order.
+                // The records before this one are delivered first, because the breaker considers
+                // records in order.
                 Err(error) => {
                     delivery.deliver(&mut records, split_slow).await?;
                     records.clear();
@@ -153,57 +157,62 @@ impl Batch {
     }
 }
 
-fn place(message: &OwnedMessage) -> Place {
+fn partition_offset(message: &OwnedMessage) -> PartitionOffset {
     (message.partition(), message.offset())
 }
 
 /// What a delivery needs from the consumer.
-pub(super) struct DeliveryParts<'a, H> {
+pub(super) struct DeliveryContext<'a, H> {
     pub setup: &'a ConsumerSetup<H>,
     pub dead_letters: &'a DeadLetterWriter,
     pub breaker: &'a mut Breaker,
     /// Next offset to handle, per partition.
     pub next_offsets: &'a mut BTreeMap<i32, i64>,
-    /// Whether records are tried one by one if together they took too long.
     pub split_slow: SplitSlow,
 }
 
 /// One delivery of a batch.
 struct BatchDelivery<'a, H> {
-    parts: DeliveryParts<'a, H>,
+    context: DeliveryContext<'a, H>,
     messages: &'a [OwnedMessage],
-    finished: &'a mut BTreeSet<Place>,
+    finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
     /// The span of the batch.
     span: Span,
     /// When the delivery began to try records one by one.
-    single_since: Option<Instant>,
+    one_by_one_since: Option<Instant>,
 }
 
 impl<H: Handler> BatchDelivery<'_, H> {
     async fn deliver(&mut self, records: &mut [Record<H::Event>], split_slow: SplitSlow) -> Result<(), Halt> {
-        self.single_since = None;
+        self.one_by_one_since = None;
         handler::deliver(self, records, split_slow).await
     }
 
-    /// Writes the record's dead letter before any later record is handled. A handler that stores its own position moves it
-    /// past this record; after a crash in between no process would read the record again.
+    /// Writes the record's dead letter before any later record is handled. A later record moves the
+    /// position of a handler that stores its own position past this one. After a crash in between,
+    /// no process would read this record again.
     async fn dead_letter(&mut self, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
-        if let Some((rejected, of)) = self.parts.breaker.too_many() {
+        if let Some((rejected, of)) = self.context.breaker.too_many() {
             return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
         }
         let coordinates = Coordinates::of(message);
         let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.clone() };
-        self.parts.dead_letters.write(&letter).await.map_err(Halt::Unwritten)?;
+        self.context.dead_letters.write(&letter).await.map_err(Halt::Unwritten)?;
         tracing::error!(group = H::GROUP, coordinates = %letter.coordinates, reason = letter.reason, "record dead-lettered");
         self.counts.dead_lettered += 1;
-        self.finish(place(message), true);
+        self.finish_rejected(partition_offset(message));
         Ok(())
     }
 
-    fn finish(&mut self, place: Place, rejected: bool) {
-        self.finished.insert(place);
-        self.parts.breaker.record(rejected);
+    fn finish_accepted(&mut self, record: PartitionOffset) {
+        self.finished.insert(record);
+        self.context.breaker.record_accepted();
+    }
+
+    fn finish_rejected(&mut self, record: PartitionOffset) {
+        self.finished.insert(record);
+        self.context.breaker.record_rejected();
     }
 
     /// A span in the trace of the record's producer, linked to the span of the batch.
@@ -231,16 +240,17 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
     type Event = H::Event;
     type Error = Halt;
 
-    /// A single record is handled within its own span, so that what the handler does and publishes belongs to the record's
-    /// trace.
+    /// A single record is handled within its own span, so that what the handler does and publishes
+    /// belongs to the record's trace.
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
-        let setup = self.parts.setup;
+        let setup = self.context.setup;
         let limit = setup.kafka.handle_timeout();
-        // Slow records must not keep the consumer from polling or stopping. Finished records stay finished.
-        if self.single_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
-            return Err(anyhow!("the records are slow one by one; the rest of the batch is handled later").into());
+        // Slow records must not keep the consumer from polling or stopping. Finished records stay
+        // finished.
+        if self.one_by_one_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
+            return Err(anyhow!("handling records one by one takes too long; the rest is retried later").into());
         }
-        let mut next_offsets = self.parts.next_offsets.clone();
+        let mut next_offsets = self.context.next_offsets.clone();
         for record in &mut *records {
             let next_offset = record.coordinates.offset + 1;
             record.expected_position = next_offsets.insert(record.coordinates.partition, next_offset);
@@ -249,9 +259,9 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         let span = if let [single] = spans.as_slice() { single } else { &self.span };
         let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
         let outcome = handled.inspect_err(|_| {
-            self.single_since.get_or_insert_with(Instant::now);
+            self.one_by_one_since.get_or_insert_with(Instant::now);
         })?;
-        *self.parts.next_offsets = next_offsets;
+        *self.context.next_offsets = next_offsets;
         self.counts.outcome += outcome;
         for (record, span) in records.iter().zip(&spans) {
             let Record { event, envelope, coordinates, .. } = record;
@@ -267,14 +277,14 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
             );
             let age = (events::now() - envelope.time).as_seconds_f64();
             setup.metrics.event_age.get_or_create(&setup.labels()).observe(age.max(0.0));
-            self.finish((coordinates.partition, coordinates.offset), false);
+            self.finish_accepted((coordinates.partition, coordinates.offset));
         }
         Ok(())
     }
 
     async fn reject(&mut self, record: &Record<H::Event>, reason: String) -> Result<(), Halt> {
         let wanted = (record.coordinates.partition, record.coordinates.offset);
-        let message = self.messages.iter().find(|message| place(message) == wanted);
+        let message = self.messages.iter().find(|message| partition_offset(message) == wanted);
         self.dead_letter(message.expect("the record was decoded from one of these messages"), reason).await
     }
 }

@@ -1,23 +1,24 @@
-//! The breaker. If too many of the last records were rejected, the cause is usually a bad release and not the records. Then
-//! the consumer pauses instead of turning its topic into dead letters. Only rejections count: failures of a dependency are
-//! retried and do not count.
+//! The breaker. If too many of the last records were rejected, the cause is usually a bad release
+//! and not the records. Then the consumer pauses instead of turning its topic into dead letters.
+//! Only rejections count: failures of a dependency are retried and do not count.
 
 use std::collections::VecDeque;
 
 use anyhow::ensure;
 use clap::Args;
 
-/// When a consumer pauses because it rejects too much; see `docs/operations.md`.
+/// When a consumer pauses because it rejects too many records; see `docs/operations.md`.
 #[derive(Args, Clone, Debug)]
 pub struct BreakerConfig {
-    /// A consumer pauses when more than this share of its last records was rejected. 1 switches the breaker off.
+    /// A consumer pauses when more than this share of its last records was rejected. 1 switches the
+    /// breaker off.
     #[arg(long, env, default_value_t = 0.5, value_parser = share)]
     pub breaker_share: f64,
     /// How many of the last records are considered.
     #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
     pub breaker_window: u16,
-    /// Rejections required before it pauses, so that a few bad records on a quiet topic do not trip it. At most
-    /// BREAKER_WINDOW.
+    /// Rejections required before it pauses, so that a few bad records on a quiet topic do not trip
+    /// it. At most BREAKER_WINDOW.
     #[arg(long, env, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
     pub breaker_minimum: u16,
 }
@@ -27,8 +28,8 @@ fn share(text: &str) -> Result<f64, &'static str> {
     if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("a share is above 0 and at most 1, for example 0.5") }
 }
 
-/// Which of the last records of one consumer were rejected. It starts empty, so a process that is restarted repeatedly
-/// writes fewer dead letters than the minimum each time.
+/// Which of the last records of one consumer were rejected. It starts empty, so a process that is
+/// restarted repeatedly writes fewer dead letters than the minimum each time.
 pub(super) struct Breaker {
     rules: BreakerConfig,
     /// Whether each record was rejected, oldest first.
@@ -50,8 +51,17 @@ impl Breaker {
         Ok(Self { rules: rules.clone(), window: VecDeque::new(), rejected: 0 })
     }
 
-    /// A record was handled or dead-lettered.
-    pub fn record(&mut self, rejected: bool) {
+    /// A record was handled or skipped.
+    pub fn record_accepted(&mut self) {
+        self.record(false);
+    }
+
+    /// A record was dead-lettered.
+    pub fn record_rejected(&mut self) {
+        self.record(true);
+    }
+
+    fn record(&mut self, rejected: bool) {
         if self.window.len() == usize::from(self.rules.breaker_window) {
             self.rejected -= usize::from(self.window.pop_front() == Some(true));
         }
@@ -59,12 +69,14 @@ impl Breaker {
         self.rejected += usize::from(rejected);
     }
 
-    /// Whether one more rejection would be too many. Checked before its dead letter is written. Returns how many rejections
-    /// that would be, and of how many records.
+    /// Whether one more rejection would be too many. Checked before its dead letter is written.
+    /// Returns how many rejections that would be, and of how many records.
     pub fn too_many(&self) -> Option<(usize, usize)> {
         let full = self.window.len() == usize::from(self.rules.breaker_window);
-        let leaves = usize::from(full && self.window.front() == Some(&true));
-        let (rejected, of) = (self.rejected + 1 - leaves, self.window.len() + usize::from(!full));
+        // In a full window the new record takes the place of the oldest one.
+        let dropped = usize::from(full && self.window.front() == Some(&true));
+        let rejected = self.rejected + 1 - dropped;
+        let of = self.window.len() + usize::from(!full);
         let share = rejected as f64 / of as f64;
         let tripped = rejected >= usize::from(self.rules.breaker_minimum) && share > self.rules.breaker_share;
         tripped.then_some((rejected, of))
@@ -92,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_few_rejections_on_a_quiet_topic_do_not_open_it() {
+    fn a_few_rejections_on_a_quiet_topic_do_not_open_the_breaker() {
         let breaker = after(breaker(0.5, 200, 10), [true; 8]);
         assert_eq!(breaker.too_many(), None);
         assert_eq!(after(breaker, [true]).too_many(), Some((10, 10)));
@@ -108,16 +120,16 @@ mod tests {
     #[test]
     fn records_outside_the_window_do_not_count() {
         let good = after(breaker(0.5, 10, 3), [true, true].into_iter().chain([false; 8]));
-        assert_eq!(good.too_many(), None, "2 of 10, of which one leaves");
+        assert_eq!(good.too_many(), None, "2 of 10, because the oldest of 3 rejections is dropped");
         let bad = after(good, [true; 4]);
         assert_eq!((bad.rejected, bad.window.len()), (4, 10));
         assert_eq!(bad.too_many(), None, "5 of 10 is not more than half");
         assert_eq!(after(bad, [true]).too_many(), Some((6, 10)));
     }
 
-    /// In a full window of rejections the oldest one leaves for each new one.
+    /// In a full window of rejections each new one replaces the oldest.
     #[test]
-    fn a_share_of_one_switches_it_off() {
+    fn a_share_of_one_switches_the_breaker_off() {
         let all = after(breaker(1.0, 10, 3), [true; 25]);
         assert_eq!((all.rejected, all.too_many()), (10, None));
     }
@@ -131,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_with_which_it_could_never_open_are_an_error() {
+    fn settings_with_which_the_breaker_could_never_open_are_an_error() {
         let rules = BreakerConfig { breaker_share: 0.5, breaker_window: 5, breaker_minimum: 6 };
         let error = Breaker::new(&rules).err().unwrap().to_string();
         assert!(error.contains("BREAKER_MINIMUM") && error.contains("BREAKER_SHARE=1"), "{error}");

@@ -1,9 +1,9 @@
-//! The consumer: one OS thread that polls, handles and stores offsets in turn. Rebalance callbacks run only inside `poll`,
-//! when no batch is being processed, so there is nothing to drain and no race. Scale by more consumers, not by threads per
-//! partition.
+//! The consumer: one OS thread that polls, handles and stores offsets in turn. Rebalance callbacks
+//! run only inside `poll`, when no batch is being processed, so there is nothing to drain and no
+//! race. Scale by more consumers, not by threads per partition.
 //!
-//! It stores the offset of the next record, and only after the effects are durable. librdkafka commits stored offsets every
-//! second, on a revoke and on shutdown.
+//! It stores the offset of the next record, and only after the effects are durable. librdkafka
+//! commits stored offsets every second, on a revoke and on shutdown.
 
 mod breaker;
 mod start;
@@ -22,7 +22,7 @@ use super::dead_letters::DeadLetterWriter;
 use super::handler::{Failure, Handler, SplitSlow};
 use crate::events::Event;
 use crate::fault;
-use batch::{Batch, DeliveryParts, Halt};
+use batch::{Batch, DeliveryContext, Halt};
 use breaker::Breaker;
 use partitions::{Partitions, Polled};
 use waiting::Waiting;
@@ -31,7 +31,8 @@ pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
 pub use breaker::BreakerConfig;
 pub(crate) use start::ConsumerSetup;
 
-/// How long an empty batch waits for its first record. It is also how soon the consumer notices a stop.
+/// How long an empty batch waits for its first record. It is also how soon the consumer notices a
+/// stop.
 const IDLE_POLL: Duration = Duration::from_millis(100);
 /// How long a started batch waits for more records.
 const LINGER: Duration = Duration::from_millis(2);
@@ -50,11 +51,12 @@ pub(crate) struct Consumer<H> {
 }
 
 impl<H: Handler> Consumer<H> {
-    /// Prepares the topics, joins the group and consumes until the process stops. Blocks the calling thread.
+    /// Prepares the topics, joins the group and consumes until the process stops. Blocks the
+    /// calling thread.
     ///
     /// # Errors
-    /// The Kafka settings are invalid, Kafka does not have the offset to read from, or a topic differs from its
-    /// declaration.
+    /// The Kafka settings are invalid, Kafka does not have the offset to read from, or a topic
+    /// differs from its declaration.
     pub fn run(setup: ConsumerSetup<H>) -> anyhow::Result<()> {
         let runtime = Runtime::current();
         let breaker = Breaker::new(&setup.breaker)?;
@@ -85,8 +87,9 @@ impl<H: Handler> Consumer<H> {
         Ok(())
     }
 
-    /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group would consider it dead.
-    /// Its partitions are paused, so a poll returns only events of the group.
+    /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group
+    /// would consider it dead. Its partitions are paused, so a poll returns only events of the
+    /// group.
     fn fill(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
         let mut wait = IDLE_POLL;
         while self.waiting.is_paused() || !batch.is_full() {
@@ -115,31 +118,31 @@ impl<H: Handler> Consumer<H> {
             fault::point("consumer.after_poll");
         }
         self.partitions.drop_revoked();
-        // Records that were polled before a revoke belong to another consumer now. A partition without a start is not ours
-        // to read yet.
+        // Drops records that were polled before their partition was revoked or restarted: another
+        // consumer handles them, or this one reads them again.
         let placed = &self.partitions.next_offsets;
         batch.retain_partitions(|partition| placed.contains_key(&partition));
         Ok(())
     }
 
-    /// Delivers the batch, stores its offsets, then tells the handler which partitions are read to the end.
+    /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
     fn work(&mut self, batch: &mut Batch) -> Result<(), Halt> {
         if !batch.is_empty() {
-            // Too slow for the second time: perhaps there are too many records, and together they never finish.
+            // On a retry the records are tried one by one if together they take too long again.
             let split_slow = if self.waiting.is_paused() { SplitSlow::Yes } else { SplitSlow::No };
-            let parts = DeliveryParts {
+            let context = DeliveryContext {
                 setup: &self.setup,
                 dead_letters: &self.dead_letters,
                 breaker: &mut self.waiting.breaker,
                 next_offsets: &mut self.partitions.next_offsets,
                 split_slow,
             };
-            self.runtime.block_on(batch.deliver(parts))?;
+            self.runtime.block_on(batch.deliver(context))?;
             fault::point("consumer.after_effect");
             self.partitions.store(&batch.next_offsets())?;
             fault::point("consumer.after_store");
         }
-        // Also if the last records of a batch that was retried have been revoked.
+        // Also for an empty batch: its records may have been revoked after some had taken effect.
         batch.complete(&self.setup);
         if self.last_caught_up_call.is_none_or(|last| last.elapsed() >= CAUGHT_UP_INTERVAL) {
             self.call_caught_up()?;
@@ -149,15 +152,15 @@ impl<H: Handler> Consumer<H> {
     }
 
     fn call_caught_up(&mut self) -> Result<(), Failure> {
-        for (partition, expected_position, end) in self.partitions.ends()? {
+        for end in self.partitions.ends()? {
             let limit = self.setup.kafka.handle_timeout();
-            let call = self.setup.handler.caught_up(partition, expected_position, end);
+            let call = self.setup.handler.caught_up(end);
             match self.runtime.block_on(async { timeout(limit, call).await })? {
                 Ok(()) => {
-                    self.partitions.next_offsets.insert(partition, end);
-                    self.partitions.store(&BTreeMap::from([(partition, end)]))?;
+                    self.partitions.next_offsets.insert(end.partition, end.next_offset);
+                    self.partitions.store(&BTreeMap::from([(end.partition, end.next_offset)]))?;
                 }
-                Err(Failure::Resume) => self.partitions.restart(&[partition])?,
+                Err(Failure::Resume) => self.partitions.restart(&[end.partition])?,
                 Err(failure) => return Err(failure),
             }
         }
@@ -171,9 +174,10 @@ impl<H: Handler> Consumer<H> {
         match result {
             Ok(()) => self.waiting.end(setup, partitions),
             Err(Halt::Failure(Failure::Resume)) => {
-                // The batch is dropped and read again from the handler's position. Finished records are counted now. The
-                // others are remembered: those before the new position were already applied and will not be delivered
-                // again.
+                // The batch is dropped and read again from the handler's position. Finished records
+                // are counted now. The others are noted in `dropped`: those before the new position
+                // were applied earlier and will not be delivered again, so they count as
+                // duplicates.
                 let affected: Vec<i32> = batch.partitions().into_iter().collect();
                 tracing::info!(group = H::GROUP, partitions = ?affected, "the handler has another position; restarting there");
                 partitions.dropped.extend(batch.unfinished());
@@ -185,7 +189,7 @@ impl<H: Handler> Consumer<H> {
                 self.waiting.retry_later(setup, partitions, &error, "a dependency of its handler")
             }
             Err(Halt::Failure(Failure::Reject(reason))) => {
-                let error = anyhow::anyhow!("the handler rejected a batch without a record: {reason}");
+                let error = anyhow::anyhow!("the handler rejected the end of a partition: {reason}");
                 self.waiting.retry_later(setup, partitions, &error, "its handler")
             }
             Err(Halt::Unwritten(error)) => {

@@ -1,5 +1,5 @@
-//! The partitions of a consumer: which are assigned, which of them the client reads, and the next offset of each. Rebalance
-//! callbacks run inside `poll`, on the consumer's own thread.
+//! The partitions of a consumer: which are assigned, which of them the client reads, and the next
+//! offset of each. Rebalance callbacks run inside `poll`, on the consumer's own thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
@@ -16,18 +16,18 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use super::start::ConsumerSetup;
-use crate::messaging::handler::Handler;
+use crate::messaging::handler::{EndOfPartition, Handler};
 use crate::platform::health::Health;
 use crate::platform::metrics::{Metrics, PartitionLabels};
 
 /// Time for one request to Kafka.
 pub(super) const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
-/// A partition that the client was given and does not read for this long counts as idle. Starting to read takes
-/// milliseconds.
+/// A partition counts as idle if the client was given it and has not read it for this long.
+/// Starting to read takes milliseconds.
 const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
-/// The partitions that the group assigned to this consumer, and how far each is handled. Used by the consumer's thread
-/// only.
+/// The partitions that the group assigned to this consumer, and how far each is handled. Used by
+/// the consumer's thread only.
 pub(super) struct Partitions {
     pub(super) client: BaseConsumer<Assignment>,
     pub(super) group: &'static str,
@@ -36,10 +36,10 @@ pub(super) struct Partitions {
     pub(super) next_offsets: BTreeMap<i32, i64>,
     /// Partitions that have been read to the end.
     pub(super) at_end: BTreeSet<i32>,
-    /// Partition and offset of records dropped because the handler's position did not match. Those before the new position
-    /// count as duplicates.
+    /// Partition and offset of the records that were dropped because the handler's position did not
+    /// match. Those before the new position will count as duplicates.
     pub(super) dropped: BTreeSet<(i32, i64)>,
-    /// When the starts of partitions are looked up again after a failure.
+    /// When a failed placement is tried again.
     pub(super) retry_placement_at: Instant,
 }
 
@@ -88,8 +88,8 @@ impl Partitions {
         }
     }
 
-    /// Handles an error of the client. Most errors disappear by themselves while the consumer polls; `/readyz` reports
-    /// them by the client's statistics.
+    /// Handles an error of the client. The client recovers from most errors while the consumer
+    /// polls. `/readyz` reports them, because the client's statistics show them.
     ///
     /// # Errors
     /// The client cannot recover, or Kafka does not have the offset to read from.
@@ -133,8 +133,8 @@ impl Partitions {
         Ok(self.client.resume(&self.list(self.next_offsets.keys()))?)
     }
 
-    /// Stores the next offset per partition. librdkafka commits stored offsets every second. Its other functions of this
-    /// kind add one to the offset.
+    /// Stores the next offset per partition. librdkafka commits stored offsets every second. Do not
+    /// use its other functions that store offsets: they add one.
     pub fn store(&self, next_offsets: &BTreeMap<i32, i64>) -> anyhow::Result<()> {
         let mut offsets = TopicPartitionList::new();
         for (partition, offset) in next_offsets {
@@ -149,23 +149,24 @@ impl Partitions {
         let _ = self.client.commit_consumer_state(CommitMode::Sync);
     }
 
-    /// Per partition that has been read to the end: the next offset so far, and the client's position. That is after the
-    /// marker of the last transaction, so storing it makes the lag 0.
-    pub fn ends(&self) -> Result<Vec<(i32, i64, i64)>, KafkaError> {
+    /// The partitions that have been read to the end. The next offset after the end is the client's
+    /// position, which is after the marker of the last transaction. Storing it makes the lag 0.
+    pub fn ends(&self) -> Result<Vec<EndOfPartition>, KafkaError> {
         let positions = self.client.position()?;
         let ends = self.at_end.iter().filter_map(|partition| {
-            let next_offset = *self.next_offsets.get(partition)?;
+            let expected_position = *self.next_offsets.get(partition)?;
             let position = positions.find_partition(&self.topic, *partition).map(|element| element.offset());
-            let end = match position {
-                Some(Offset::Offset(position)) => position.max(next_offset),
-                _ => next_offset,
+            let next_offset = match position {
+                Some(Offset::Offset(position)) => position.max(expected_position),
+                _ => expected_position,
             };
-            Some((*partition, next_offset, end))
+            Some(EndOfPartition { partition: *partition, expected_position, next_offset })
         });
         Ok(ends.collect())
     }
 
-    /// Measures the lag of paused partitions, so that metrics show it grow. The lag is unknown while Kafka does not answer.
+    /// Measures the lag of paused partitions, so that the metric shows how it grows. If Kafka does
+    /// not answer, the metric keeps its value.
     pub fn measure_lag(&self) {
         for (partition, next_offset) in &self.next_offsets {
             let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, *partition, KAFKA_TIMEOUT) else {
@@ -192,23 +193,24 @@ pub(super) struct Assignment {
     component: String,
     health: Health,
     metrics: Metrics,
-    /// The consumer has paused its partitions. Then it measures the lag itself, because the client's statistics do not
-    /// change for paused partitions.
+    /// Whether the consumer has paused its partitions. If so, it measures the lag itself, because
+    /// the client's statistics do not change for paused partitions.
     pub(super) paused: AtomicBool,
     changes: Mutex<Changes>,
 }
 
 #[derive(Default)]
 struct Changes {
-    /// Assigned, and waiting for their start. The client does not have them.
+    /// Assigned, but their start is not known yet. The client does not have them.
     unplaced: BTreeSet<i32>,
     /// Assigned, and given to the client with their start.
     reading: BTreeSet<i32>,
-    /// Revoked since the consumer last asked.
+    /// Revoked since the last call of [`Assignment::take_revoked`].
     revoked: BTreeSet<i32>,
-    /// Partitions of `reading` that the client does not fetch, by its statistics.
+    /// Partitions of `reading` that the client does not fetch according to its statistics, each
+    /// with the time when this was first seen.
     idle_since: BTreeMap<i32, Instant>,
-    /// The client was given partitions since the consumer last asked for revoked ones.
+    /// Whether the client was given partitions since the last call of [`Assignment::take_revoked`].
     just_started: bool,
 }
 
@@ -231,10 +233,11 @@ impl Assignment {
         self.changes().unplaced.iter().copied().collect()
     }
 
-    /// The client starts reading these partitions, each at its offset in the list.
+    /// Makes the client read these partitions, each from its offset in the list.
     pub fn start_reading(&self, client: &BaseConsumer<Self>, starts: &TopicPartitionList) -> Result<(), KafkaError> {
         client.incremental_assign(starts)?;
-        client.resume(starts)?; // a partition that was paused when the client lost it is still paused
+        // A partition that was paused when the client lost it is still paused.
+        client.resume(starts)?;
         let mut changes = self.changes();
         for partition in numbers(starts) {
             changes.unplaced.remove(&partition);
@@ -244,15 +247,16 @@ impl Assignment {
         Ok(())
     }
 
-    /// The client stops reading these partitions, and they wait for a start again.
+    /// Makes the client stop reading these partitions. They are placed again later.
     pub fn stop_reading(&self, client: &BaseConsumer<Self>, partitions: &[i32]) -> Result<(), KafkaError> {
         client.incremental_unassign(&self.take_reading(partitions))?;
         self.changes().unplaced.extend(partitions);
         Ok(())
     }
 
-    /// Partitions that the client silently stopped fetching. It stops if it finds no record at the wanted offset while the
-    /// partition is paused: it discards the error together with the fetched records.
+    /// Partitions that the client silently stopped fetching. It does so if Kafka does not have the
+    /// requested offset while the partition is paused: the client then discards the error together
+    /// with the fetched records.
     fn idle(&self) -> Vec<i32> {
         let changes = self.changes();
         let idle = changes.idle_since.iter().filter(|(_, since)| since.elapsed() > IDLE_LIMIT);
@@ -285,15 +289,18 @@ impl Assignment {
         taken
     }
 
-    /// Accepts the assignment, but gives the client no partition before [`Partitions::place`] knows its start. So a first
-    /// start, a rebalance, a start during an outage, and a handler whose position changed all take the same path.
+    /// Accepts the assignment, but gives the client no partition before [`Partitions::place`] knows
+    /// its start. So a first start, a rebalance, a start during an outage, and a handler whose
+    /// position changed all take the same path.
     ///
-    /// The alternative, a placeholder offset and a later seek, fails: the client looks the placeholder up in the
-    /// background, and an answer that arrives after the seek moves the partition back (librdkafka 2.12 repeats the lookup
-    /// and does not check whether it is still wanted).
+    /// The alternative, a placeholder offset and a later seek, fails. The client looks up the
+    /// placeholder in the background. If the answer arrives after the seek, it moves the partition
+    /// back (librdkafka 2.12 repeats the lookup and does not check whether it is still needed).
     ///
-    /// A partition that was given to the client just before may have answered the group in place of this call. Then the
-    /// client leaves partitions paused that it paused for this call (also librdkafka 2.12). So all of them are restarted.
+    /// For a rebalance the client pauses its partitions until the consumer has accepted the
+    /// assignment. If [`Assignment::start_reading`] gave it a partition during that time, the
+    /// client may take that call for the acceptance and leave partitions paused (also librdkafka
+    /// 2.12). So if partitions were started just before, all of them are restarted.
     fn assign(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         client.incremental_assign(&TopicPartitionList::new())?;
         let mut changes = self.changes();
@@ -307,11 +314,12 @@ impl Assignment {
         Ok(())
     }
 
-    /// Commits what was handled before the partitions go to another consumer. If they are lost already, another consumer
-    /// has them, and its commits must stay.
+    /// Commits the handled records before the partitions go to another consumer. If the partitions
+    /// are already lost, another consumer may have them, and its commits must not be overwritten.
     fn revoke(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         if !client.assignment_lost() {
-            // Fails with "no offset" if the automatic commit was faster. After any other failure records come again.
+            // Fails with "no offset" if the automatic commit was faster. After any other failure
+            // the records come again.
             let _ = client.commit_consumer_state(CommitMode::Sync);
         }
         let partitions = numbers(partitions);
@@ -325,7 +333,7 @@ impl Assignment {
         client.incremental_unassign(&self.take_reading(&partitions))
     }
 
-    /// Notes which partitions the client does not fetch; see [`Assignment::idle`].
+    /// Records which partitions the client does not fetch; see [`Assignment::idle`].
     fn note_idle(&self, topic: &Topic) {
         let mut changes = self.changes();
         for partition in topic.partitions.values() {
@@ -364,7 +372,8 @@ impl ConsumerContext for Assignment {
 }
 
 impl ClientContext for Assignment {
-    /// Twice a second: reports the lag of the assigned partitions, and whether the consumer is in its group.
+    /// Twice a second: reports the lag of the assigned partitions, and whether the consumer is in
+    /// its group.
     fn stats(&self, statistics: Statistics) {
         let connected = statistics.brokers.values().any(|broker| broker.state == "UP");
         let joined = statistics.cgrp.is_some_and(|group| group.state == "up" && group.join_state == "steady");

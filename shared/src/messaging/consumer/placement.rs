@@ -1,5 +1,6 @@
-//! Placement: finding out where to start reading each partition. It happens here and nowhere else: at the first start, after
-//! a rebalance, after an outage, and when a handler reports another position.
+//! Placement: finding out where to start reading each partition. It happens here and nowhere else:
+//! at the first start, after a rebalance, after an outage, and when a handler reports another
+//! position.
 
 use std::time::{Duration, Instant};
 
@@ -17,13 +18,14 @@ use crate::messaging::handler::Handler;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Partitions {
-    /// Looks up the start of each partition that waits for one, and lets the client read it from there. A failed lookup is
-    /// repeated on a later turn, and the partition is not read until then: a start is never guessed.
+    /// Looks up the start of each unplaced partition, and lets the client read it from there. A
+    /// failed lookup is repeated on a later turn, and the partition is not read until then: a start
+    /// is never guessed.
     pub fn place<H: Handler>(&mut self, setup: &ConsumerSetup<H>, runtime: &Runtime) {
         let unplaced = self.client.context().unplaced();
         let component = setup.component("position");
         if unplaced.is_empty() {
-            // Partitions that could not be placed may have been revoked.
+            // The partitions whose placement failed may have been revoked since.
             setup.health.ready(&component);
             return;
         }
@@ -59,16 +61,17 @@ impl Partitions {
         for element in committed.elements() {
             element.error()?;
             let partition = element.partition();
-            let asked = setup.handler.resume_at(partition);
+            let lookup = setup.handler.resume_at(partition);
             let limit = setup.kafka.handle_timeout();
-            let stored = runtime.block_on(async { timeout(limit, asked).await })?;
+            let stored = runtime.block_on(async { timeout(limit, lookup).await })?;
             let stored = stored.context("cannot get the position that the handler has stored")?;
             let (next_offset, start) = match (stored, element.offset()) {
                 (Some(stored), _) if stored > 0 => (stored, stored),
-                // Including offset 0 of a partition that was empty: if its first records have been deleted since, Kafka
-                // must report it.
+                // Including offset 0 of a partition that was empty: if its first records have been
+                // deleted since, Kafka must report it.
                 (None, Offset::Offset(committed)) => (committed, committed),
-                // This group has never read the partition. It starts with the first record that Kafka still has.
+                // This group has never read the partition. It starts with the first record that
+                // Kafka still has.
                 _ => (0, self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT)?.0),
             };
             starts.add_partition_offset(&self.topic, partition, Offset::Offset(start))?;
@@ -83,8 +86,8 @@ impl Partitions {
         Ok(())
     }
 
-    /// Forgets the dropped records of a partition, and returns how many of them will not be read again: those before
-    /// `next_offset`, which took effect before.
+    /// Forgets the dropped records of a partition. Returns how many of them are before
+    /// `next_offset`: these will not be read again, because they took effect earlier.
     fn forget_dropped(&mut self, partition: i32, next_offset: i64) -> u64 {
         let before = self.dropped.range((partition, i64::MIN)..(partition, next_offset)).count();
         self.dropped.retain(|(dropped, _)| *dropped != partition);

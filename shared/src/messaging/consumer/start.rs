@@ -1,4 +1,4 @@
-//! What a consumer is made of before its thread starts.
+//! What a consumer needs before its thread starts.
 
 use rdkafka::ClientConfig;
 use tokio::sync::watch;
@@ -13,7 +13,8 @@ use crate::messaging::topics;
 use crate::platform::health::Health;
 use crate::platform::metrics::{ConsumedLabels, GroupLabels, Metrics};
 
-/// A consumer before its thread starts: its handler, its settings, and what connects it to the process.
+/// A consumer before its thread starts: its handler, its settings, and what connects it to the
+/// process.
 pub(crate) struct ConsumerSetup<H> {
     /// Distinguishes the consumers of one group in this process.
     pub number: u16,
@@ -52,7 +53,7 @@ impl<H: Handler> ConsumerSetup<H> {
     pub async fn prepare_topics(&self, dead_letters: &DeadLetterWriter) -> anyhow::Result<()> {
         self.health.waiting(&self.component("group"), format!("the topic {}", self.topic()));
         topics::ensure_one(&self.kafka, dead_letters.topic(), 1, dead_letters::SETTINGS).await?;
-        topics::exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
+        topics::wait_until_exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
     }
 
     pub fn client_config(&self) -> ClientConfig {
@@ -63,17 +64,19 @@ impl<H: Handler> ConsumerSetup<H> {
             .set("isolation.level", "read_committed")
             .set("enable.auto.offset.store", "false")
             .set("auto.commit.interval.ms", "1000")
-            // We choose the start of every partition. An offset that Kafka does not have is an error and skips nothing.
+            // We choose the start of every partition. An offset that Kafka does not have is an
+            // error and skips nothing.
             .set("auto.offset.reset", "error")
             .set("enable.partition.eof", "true")
             .set("session.timeout.ms", "10000")
             .set("max.poll.interval.ms", self.kafka.max_poll_interval().as_millis().to_string())
             .set("statistics.interval.ms", "500")
-            // A group that forms before a broker knows the new topic gets no partitions. It looks again after this time
-            // (ms); librdkafka's default is five minutes.
+            // A group that forms before a broker knows the new topic gets no partitions. It looks
+            // again after this time (ms); librdkafka's default is five minutes.
             .set("topic.metadata.refresh.interval.ms", "5000")
-            // Two bounds on memory: bytes of the whole queue, and records per partition, because the bytes do not count
-            // the overhead of a record. The default of 100,000 small records exceeded the memory of a container.
+            // Two bounds on memory: bytes of the whole queue, and records per partition, because
+            // the bytes do not count the overhead of a record. The default of 100,000 small records
+            // exceeded the memory of a container.
             .set("queued.max.messages.kbytes", "16384")
             .set("queued.min.messages", "1000")
             .set("fetch.wait.max.ms", "100");

@@ -1,5 +1,5 @@
-//! Why a consumer waits, and when it resumes. While it waits all partitions are paused, including those assigned in the
-//! meantime, and it polls, so the group keeps it. It stores no offsets.
+//! Why a consumer waits, and when it resumes. While it waits all partitions are paused, including
+//! those assigned in the meantime, and it polls, so the group keeps it. It stores no offsets.
 
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,7 @@ impl Waiting {
         match self.pause {
             None => true,
             Some(Pause::Retry { due, .. }) => due <= Instant::now(),
-            // `has_changed` fails only when the sender is gone, that is, during shutdown.
+            // `has_changed` fails only after the sender is dropped, that is, during shutdown.
             Some(Pause::Breaker { .. }) if self.resumed.has_changed().unwrap_or(false) => {
                 self.close_breaker(setup);
                 true
@@ -61,7 +61,8 @@ impl Waiting {
         }
     }
 
-    /// Pauses all partitions until the batch is due again. `what` is what the consumer waits for, as `/readyz` shows it.
+    /// Pauses all partitions until the batch is due again. `what` is what the consumer waits for,
+    /// as `/readyz` shows it.
     pub fn retry_later<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,
@@ -77,16 +78,17 @@ impl Waiting {
         setup.health.waiting(&setup.component("dependency"), what);
         tracing::warn!(group = H::GROUP, error = %format!("{error:#}"), "batch failed; consumer paused, will retry");
         setup.metrics.consumer_retries.get_or_create(&setup.labels()).inc();
-        // Half of the wait is random, so that consumers of one dependency do not all return at the same time.
+        // Half of the wait is random, so that consumers of one dependency do not all retry at the
+        // same time.
         let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
         self.pause = Some(Pause::Retry { due, backoff });
         partitions.measure_lag();
         Ok(())
     }
 
-    /// Pauses all partitions until an operator resumes the consumer. The batch is kept, and the record that would be one too
-    /// many gets no dead letter: it is tried again. Crash or restart: the batch comes again from Kafka, and its dead
-    /// letters are written again with the same keys.
+    /// Pauses all partitions until an operator resumes the consumer. The batch is kept, and the
+    /// record that would be one too many gets no dead letter: it is tried again. Crash or restart:
+    /// the batch comes again from Kafka, and its dead letters are written again with the same keys.
     pub fn open_breaker<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,

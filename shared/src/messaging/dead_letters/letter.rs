@@ -11,7 +11,8 @@ use crate::fault;
 use crate::messaging::kafka::{KafkaConfig, create};
 use crate::messaging::record::{self, Coordinates};
 
-/// Bytes. The largest record that a topic accepts by default has 1 MiB; its letter has some headers more.
+/// Bytes. The largest record that a topic accepts by default has 1 MiB. Its letter has a few more
+/// headers.
 const MAX_BYTES: &str = "2097152";
 /// The settings of the topic that holds the letters.
 pub const SETTINGS: &[(&str, &str)] = &[
@@ -20,12 +21,13 @@ pub const SETTINGS: &[(&str, &str)] = &[
     // As for every other topic: the broker would reject letters of a consumer whose clock is ahead.
     ("message.timestamp.type", "LogAppendTime"),
 ];
-/// After this many attempts a letter is parked: it is kept and counted, and tried only when it is named.
+/// After this many attempts a letter is parked: it is kept and counted, and tried only when it is
+/// named.
 const MAX_ATTEMPTS: u32 = 5;
 /// How long a letter may take to be acknowledged (ms).
 const ACK_TIMEOUT_MS: &str = "10000";
-/// How long to wait for an unknown topic before failing (ms). The client's default of 30 s allows for a topic that was just
-/// created.
+/// How long to wait for an unknown topic before failing (ms). The client's default of 30 s allows
+/// for a topic that was just created.
 const MISSING_TOPIC_MS: &str = "2000";
 /// How long to wait for room in the producer's queue.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,10 +39,11 @@ pub struct DeadLetter {
     pub reason: String,
     /// How often the record was tried.
     pub attempts: u32,
-    /// When it was first dead-lettered, by the broker's clock, in milliseconds since 1970. `None`: now.
+    /// When it was first dead-lettered, by the broker's clock, in milliseconds since 1970. `None`:
+    /// now.
     pub since: Option<i64>,
-    /// The record, or the letter that holds it. Of a record of a compacted topic only the key is written: a copy would
-    /// remain after the original is erased.
+    /// The record, or the letter that contains it. For a record of a compacted topic only the key
+    /// is written to the letter: a copy would remain after the original is erased.
     pub message: OwnedMessage,
 }
 
@@ -90,7 +93,8 @@ impl DeadLetter {
     }
 }
 
-/// The value of a header of a letter. The last header of a name counts: the writer appends its own.
+/// The value of a header of a letter. If several headers have the name, it is the last one, which
+/// the writer of the letter appended.
 fn header<'a>(letter: &'a OwnedMessage, name: &str) -> Option<&'a [u8]> {
     record::headers(letter).flatten().filter(|header| header.key == name).last()?.value
 }
@@ -100,8 +104,8 @@ pub fn topic(kafka: &KafkaConfig, group: &str) -> String {
     kafka.prefixed(&format!("{group}.dlq"))
 }
 
-/// Writes the dead letters of one group. The producer is idempotent and not transactional: a letter that is written twice
-/// is one letter.
+/// Writes the dead letters of one group. The producer is idempotent and not transactional: a letter
+/// that is written twice is one letter.
 pub struct DeadLetterWriter {
     topic: String,
     /// What the records' topic holds.
@@ -125,25 +129,29 @@ impl DeadLetterWriter {
         &self.topic
     }
 
-    /// Returns when Kafka has acknowledged the letter. Only then may the record's offset be stored. Crash in between: the
-    /// record comes again and its letter is written again, with the same key.
+    /// Writes the letter, and returns when Kafka has acknowledged it. Only then may the record's
+    /// offset be stored. Crash in between: the record comes again and its letter is written again,
+    /// with the same key.
     ///
     /// # Errors
-    /// Kafka did not accept the letter, or not in time: the topic is missing, denied, or does not accept a record of this
-    /// size. The batch is retried, so nothing is lost and no offset is stored.
+    /// Kafka did not accept the letter, or not in time: the topic is missing, this service may not
+    /// write to it, or it does not accept a record of this size. The batch is retried, so nothing
+    /// is lost and no offset is stored.
     pub async fn write(&self, letter: &DeadLetter) -> anyhow::Result<()> {
         let message = &letter.message;
-        // A letter that is written again already has `dlq-` headers. They are replaced; all other headers are kept.
+        // A letter that is written again already has `dlq-` headers. They are replaced; all other
+        // headers are kept.
         let mut headers = OwnedHeaders::new();
         if self.kind == Kind::Facts {
             for kept in record::headers(message).flatten().filter(|header| !header.key.starts_with("dlq-")) {
                 headers = headers.insert(kept);
             }
         }
-        // Recognised by the topic, because another client's record may have any headers.
+        // The topic decides, because another client's record may have any headers.
         let is_letter = message.topic() == self.topic;
         let key = if is_letter { letter.record_key() } else { message.key() };
-        // A malformed key may contain anything, so of a compacted topic's record only a UUID is kept.
+        // A malformed key may contain personal data. So for a compacted topic the key is kept only
+        // if it is a UUID.
         let key = key.filter(|key| self.kind == Kind::Facts || uuid::Uuid::try_parse_ascii(key).is_ok());
         if key.is_some() {
             headers = headers.insert(Header { key: "dlq-key", value: key });

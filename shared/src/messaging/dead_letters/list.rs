@@ -1,4 +1,5 @@
-//! The list of dead letters, for operators. It shows no personal data: keys only if they are ids, and no values.
+//! The list of dead letters, for operators. It shows no personal data: keys only if they are ids,
+//! and no values.
 
 use std::io::Write;
 
@@ -82,7 +83,8 @@ fn print_json<'a>(out: &mut impl Write, lines: impl Iterator<Item = Line<'a>>) -
     Ok(())
 }
 
-/// Prints aligned columns, then a summary line per group. The reason is last, because it may be long.
+/// Prints aligned columns, then a summary line per group. The reason is last, because it may be
+/// long.
 fn print_table(out: &mut impl Write, lines: Vec<Line<'_>>, groups: &[&str]) -> anyhow::Result<()> {
     if !lines.is_empty() {
         let mut rows = vec![["GROUP", "COORDINATES", "KEY", "AGE", "ATTEMPTS", "REASON"].map(str::to_owned)];
@@ -114,7 +116,7 @@ fn print_table(out: &mut impl Write, lines: Vec<Line<'_>>, groups: &[&str]) -> a
     Ok(())
 }
 
-/// An age in the largest unit of which it has at least one.
+/// An age in whole units of the largest unit that fits into it.
 fn age(seconds: i64) -> String {
     let units = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
     let (length, unit) = units.into_iter().find(|(length, _)| seconds >= *length).unwrap_or((1, "s"));

@@ -1,5 +1,5 @@
-//! Redrive: hands the open dead letters to the same handler again, outside the topic's order. It publishes nothing to the
-//! topic of the records, because every other group would read it again.
+//! Redrive: hands the open dead letters to the same handler again, outside the topic's order. It
+//! does not write the records to their topic again, because all other groups would read them too.
 
 use std::time::Duration;
 
@@ -30,7 +30,8 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// The subcommand `redrive`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Redrive {
-    /// Redrive only these letters, also if they are parked. As topic-partition-offset, which `dead-letters` prints.
+    /// Redrive only these letters, even if they are parked. Name each as topic-partition-offset, as
+    /// `dead-letters` prints it.
     #[arg(long, value_name = "COORDINATES", num_args = 1..)]
     pub only: Vec<Coordinates>,
     /// Print what would be tried and change nothing.
@@ -38,12 +39,13 @@ pub struct Redrive {
     pub dry_run: bool,
 }
 
-/// Tries the group's open letters again and prints the result. Crash after the handler's effect and before the tombstone:
-/// the letter is still open, and the next redrive repeats the effect, which handlers are idempotent for. The group may
-/// consume at the same time.
+/// Tries the group's open letters again and prints the result. The group may consume at the same
+/// time. Crash after the handler's effect and before the tombstone: the letter is still open, and
+/// the next redrive handles its record again. Handlers are idempotent, so this changes nothing.
 ///
 /// # Errors
-/// Kafka does not answer, or a dependency of the handler is down. Letters that are not settled stay open.
+/// Kafka does not answer, or a dependency of the handler is down. Letters that are not settled stay
+/// open.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn redrive<H: Handler>(kafka: &KafkaConfig, handler: &H, options: &Redrive) -> anyhow::Result<()> {
     telemetry::hide_panic_messages();
@@ -86,7 +88,7 @@ fn choose(open: Vec<DeadLetter>, only: &[Coordinates]) -> (Vec<DeadLetter>, usiz
 struct Run<'a, H> {
     handler: &'a H,
     letters: DeadLetterWriter,
-    /// Reads the records that pointers point to. A letter about a fact holds its record.
+    /// Reads the records of pointers. `None` for facts, whose letters contain the record.
     records: Option<BaseConsumer>,
     /// The time limit for one call of the handler.
     limit: Duration,
@@ -94,7 +96,7 @@ struct Run<'a, H> {
     progress_printed_at: Instant,
     /// Letters that the handler accepted, now or before.
     settled: usize,
-    /// Pointers whose record was compacted away because its key has a newer record.
+    /// Pointers to records that were compacted away, because their key has a newer record.
     superseded: usize,
     /// Letters that failed again and stay open.
     failed: usize,
@@ -106,7 +108,7 @@ enum Content<E> {
     /// This release does not know the type of the event.
     Skipped,
     /// The record was compacted away because its key has a newer record.
-    Gone,
+    Superseded,
     /// The record cannot be decoded, for this reason.
     Undecodable(String),
 }
@@ -141,7 +143,7 @@ impl<'a, H: Handler> Run<'a, H> {
                     records.push(record);
                 }
                 Content::Skipped => self.settle(&[letter.coordinates]).await?,
-                Content::Gone => {
+                Content::Superseded => {
                     self.letters.tombstone(&[letter.coordinates]).await?;
                     self.superseded += 1;
                 }
@@ -154,7 +156,7 @@ impl<'a, H: Handler> Run<'a, H> {
         handler::deliver(&mut chunk, &mut records, split_slow).await.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("the redrive stopped: a dependency is down"),
             Failure::Reject(reason) => {
-                anyhow!("the redrive stopped: the handler rejected a batch without a record: {reason}")
+                anyhow!("the redrive stopped: the handler rejected a call without a record: {reason}")
             }
             Failure::Resume => anyhow!("the redrive stopped: the handler asks for another position"),
         })
@@ -165,7 +167,7 @@ impl<'a, H: Handler> Run<'a, H> {
         let decoded = match &self.records {
             None => Record::decode(letter.record_key(), &letter.message, coordinates),
             Some(reader) => match tokio::task::block_in_place(|| read_record(reader, &coordinates))? {
-                None => return Ok(Content::Gone),
+                None => return Ok(Content::Superseded),
                 Some(message) => Record::decode(message.key(), &message, coordinates),
             },
         };
@@ -225,7 +227,8 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
 
 fn record_reader(kafka: &KafkaConfig) -> anyhow::Result<BaseConsumer> {
     let mut config = kafka.reader("redrive");
-    // If the record was compacted away, the reader gets the next one, and sees that its offset is higher.
+    // If the record was compacted away, the reader gets a later record, and recognises it by its
+    // offset.
     config.set("auto.offset.reset", "earliest");
     create(&config)
 }

@@ -35,7 +35,7 @@ pub fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>>
             Change::Settled(key) => {
                 table.remove(&key);
             }
-            Change::TopicGone => {
+            Change::TopicMissing => {
                 table.clear();
                 cause = "the topic does not exist: the service has never run here, or the topic was deleted";
                 return Follow::unless(last_change.elapsed() >= SILENCE_LIMIT);
@@ -54,8 +54,8 @@ pub fn open(kafka: &KafkaConfig, group: &str) -> anyhow::Result<Vec<DeadLetter>>
     Ok(letters)
 }
 
-/// Keeps the metric of open letters up to date by following the table. So the metric also changes when another process
-/// redrives. Holds only the keys in memory.
+/// Keeps the metric of open letters up to date by reading the table's changes. So the metric also
+/// changes when another process redrives. Holds only the keys in memory.
 pub fn count_open_dead_letters(
     kafka: &KafkaConfig,
     group: &str,
@@ -72,7 +72,7 @@ pub fn count_open_dead_letters(
             Change::Settled(key) => {
                 open.remove(&key);
             }
-            Change::TopicGone => open.clear(),
+            Change::TopicMissing => open.clear(),
             Change::None if at_end => {
                 gauge.set(open.len() as i64);
             }
@@ -86,9 +86,9 @@ pub fn count_open_dead_letters(
 enum Change {
     Letter(Vec<u8>, OwnedMessage),
     Settled(Vec<u8>),
-    /// The topic was deleted. Reading starts from the beginning of a new topic of that name.
-    TopicGone,
-    /// No change for now.
+    /// The topic does not exist or was created again. Reading starts from its beginning.
+    TopicMissing,
+    /// There is no change at the moment.
     None,
 }
 
@@ -105,9 +105,11 @@ impl Follow {
     }
 }
 
-/// Reads the table from its beginning and calls `on_change` with each change, and with whether the end has been reached.
+/// Reads the table from its beginning and calls `on_change` with each change, and with whether the
+/// end has been reached.
 fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bool) -> Follow) -> anyhow::Result<()> {
-    // The reader starts at the beginning, so an offset that Kafka does not have means that the topic was created again.
+    // The reader starts at the beginning, so an offset that Kafka does not have means that the
+    // topic was created again.
     let consumer: BaseConsumer = create(&kafka.reader(&format!("{group}.dlq")))?;
     let mut start = TopicPartitionList::new();
     start.add_partition_offset(&topic(kafka, group), 0, Offset::Beginning)?;
@@ -126,11 +128,12 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
             }
             Some(Err(error)) => {
                 tracing::debug!(group, %error, "cannot read the dead letters; will retry");
-                if is_topic_gone(&error) {
-                    std::thread::sleep(POLL_INTERVAL); // the client may report this without asking Kafka
+                if is_topic_missing(&error) {
+                    // The client may report this at once, without a request to Kafka.
+                    std::thread::sleep(POLL_INTERVAL);
                     consumer.assign(&start)?;
                     at_end = false;
-                    Change::TopicGone
+                    Change::TopicMissing
                 } else {
                     Change::None
                 }
@@ -143,8 +146,8 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
     }
 }
 
-/// Whether the topic does not exist, or another topic has its name.
-fn is_topic_gone(error: &KafkaError) -> bool {
+/// Whether the topic does not exist, or was deleted and created again.
+fn is_topic_missing(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::{AutoOffsetReset, UnknownPartition, UnknownTopic, UnknownTopicOrPartition};
     let code = error.rdkafka_error_code();
     matches!(code, Some(AutoOffsetReset | UnknownPartition | UnknownTopic | UnknownTopicOrPartition))

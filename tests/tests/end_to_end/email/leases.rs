@@ -64,7 +64,7 @@ async fn a_sender_frozen_past_its_lease_does_not_send_a_mail_that_another_has_cl
     assert_eq!(system.mail.to(&email).len(), 1, "mails");
 }
 
-/// T24, I6: a sender whose lease has ended may not send, also if no other sender has claimed the
+/// T24, I6: a sender whose lease has ended may not send, even if no other sender has claimed the
 /// delivery. It claims it again first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sender_whose_lease_has_ended_claims_again_before_it_sends() {

@@ -1,5 +1,5 @@
-//! Mails are sent through a mail server that fails in every way SMTP knows, by senders that are
-//! killed or frozen.
+//! Mails are sent through a mail server that fails in every way that SMTP allows, by senders that
+//! are killed or frozen.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -32,7 +32,7 @@ async fn until_deferred(system: &System, user: Uuid) {
 }
 
 /// T20, I6: a mail is retried if the server refuses it temporarily, at any step, and if the refusal
-/// is about the sender (greeting and MAIL, also with 5xx). The server accepts it once. A sender
+/// is about the sender (greeting and MAIL, even with 5xx). The server accepts it once. A sender
 /// that treats every refusal as final would lose the mail.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_temporarily_refused_mail_is_sent_later_and_once() {
@@ -80,7 +80,8 @@ async fn a_permanently_refused_mail_fails_and_its_event_carries_only_the_code() 
     eventually_eq("deliveries counted as failed", Some(2.0), async || ended(&system, "failed").await).await;
 }
 
-/// The sender itself refuses an invalid address. It does not ask the server again and again.
+/// The sender itself refuses an invalid address. It does not send the mail to the server, and does
+/// not retry.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mail_to_an_invalid_address_fails() {
     let system = System::start_mailing(&[]).await;

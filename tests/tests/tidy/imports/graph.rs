@@ -50,8 +50,8 @@ fn shortest_cycle<'a>(edges: &BTreeMap<&'a str, BTreeMap<&'a str, &'a str>>, sta
     None
 }
 
-/// The imports from a layer of a later one. The layers are the files and folders at the top of the
-/// crate, in their order. The root of the crate declares them and is in none.
+/// The imports by which a file uses a later layer. The layers are the files and folders at the top
+/// of the crate, in their order. The root of the crate declares them and is in none.
 pub fn upward(imports: &[Import], layers: &[&str]) -> Vec<String> {
     let position = |file: &str| layers.iter().position(|layer| *layer == layer_of(file));
     let mut found = vec![];

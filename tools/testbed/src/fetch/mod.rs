@@ -35,7 +35,8 @@ pub struct Fetched {
     pub redis_server: PathBuf,
 }
 
-/// Everything that the local stack runs. Downloads and unpacks only what is missing.
+/// Returns the paths of everything that the local stack runs. Downloads and unpacks only what is
+/// missing.
 pub async fn fetch() -> Result<Fetched> {
     let platform = Platform::this()?;
     let java = java()?;
@@ -60,7 +61,8 @@ pub async fn fetch() -> Result<Fetched> {
     let native = native_folder()?;
     if !is_made_from(&native, &stamp) {
         let _progress = Progress::start("Unpacking Postgres and Redis (about 10 s, once)");
-        let (jars, native) = (jars.clone(), native.clone());
+        let jars = jars.clone();
+        let native = native.clone();
         tokio::task::spawn_blocking(move || {
             fill(&native, &stamp, |folder| {
                 unpack::postgres(&jars, &folder.join("postgres"))?;
@@ -200,7 +202,7 @@ fn fill(folder: &Path, stamp: &str, make: impl FnOnce(&Path) -> Result<()>) -> R
     finish(&partial, folder, stamp)
 }
 
-/// An empty folder next to the one to be made.
+/// Creates an empty folder next to the one that is to be made.
 fn partial(folder: &Path) -> Result<PathBuf> {
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
@@ -208,6 +210,7 @@ fn partial(folder: &Path) -> Result<PathBuf> {
     Ok(partial)
 }
 
+/// Renames the complete folder to its final name.
 fn finish(partial: &Path, folder: &Path, stamp: &str) -> Result<()> {
     fs::write(partial.join(STAMP), stamp)?;
     let _ = fs::remove_dir_all(folder);

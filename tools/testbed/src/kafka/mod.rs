@@ -58,8 +58,8 @@ impl Kafka {
         self.until_ready().await
     }
 
-    /// The same without waiting until it is ready. In a cluster of three, one broker may need
-    /// another to become ready.
+    /// As [`Kafka::restart`], without waiting until the broker is ready. In a cluster of three, a
+    /// broker may become ready only after another one runs.
     pub fn spawn_again(&mut self) -> Result<()> {
         self.process.kill();
         self.process = spawn(&self.fetched, &self.folder, &self.name, self.heap, &self.logs)?;
@@ -67,7 +67,8 @@ impl Kafka {
     }
 
     async fn until_ready(&mut self) -> Result<()> {
-        let (port, id) = (self.port, self.id);
+        let port = self.port;
+        let id = self.id;
         self.process.until_ready(START_LIMIT, async || is_registered(port, id).await.unwrap_or(false)).await
     }
 }
@@ -156,7 +157,7 @@ async fn start_node(
 
 fn java(fetched: &Fetched, heap: &str, main_class: &str) -> Command {
     let mut command = process::command(&fetched.java);
-    // Only the fast compiler: a broker that runs for minutes starts and warms up faster with it.
+    // Only the JVM's first compiler (C1): a broker that runs for minutes starts faster with it.
     command.args([heap, "-XX:TieredStopAtLevel=1", "-cp", &fetched.jars]);
     command
         .arg(format!("-Dlog4j2.configurationFile={}", paths::root().join("deploy/local/log4j2.properties").display()));

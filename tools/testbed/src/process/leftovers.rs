@@ -245,15 +245,15 @@ mod tests {
     #[test]
     fn a_process_that_reuses_a_recorded_pid_is_not_ended() {
         let folders = Folders::create();
-        let mut stranger = sleeper();
-        let identity = identity(stranger.id()).unwrap();
+        let mut unrelated = sleeper();
+        let identity = identity(unrelated.id()).unwrap();
         let (pid, start) = identity.split_once('-').unwrap();
         let earlier_process = format!("{pid}-1{start}");
         fs::write(folders.runs().join(ended()), format!("{earlier_process}\n")).unwrap();
         assert_eq!(folders.clean(), 0);
-        assert!(stranger.try_wait().unwrap().is_none());
-        stranger.kill().unwrap();
-        stranger.wait().unwrap();
+        assert!(unrelated.try_wait().unwrap().is_none());
+        unrelated.kill().unwrap();
+        unrelated.wait().unwrap();
     }
 
     #[test]

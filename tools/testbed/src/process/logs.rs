@@ -24,12 +24,13 @@ impl Logs {
         Ok(Self { folder, on_terminal: false })
     }
 
-    /// The same, and the lines are printed on the terminal too.
+    /// As [`Logs::to_files`], and prints the lines on the terminal too.
     pub fn to_files_and_terminal(run: &str) -> Result<Self> {
         Ok(Self { on_terminal: true, ..Self::to_files(run)? })
     }
 
-    /// The same files without the terminal, for a tool whose output matters only when it fails.
+    /// Logs to the same files and not on the terminal, for a tool whose output matters only when it
+    /// fails.
     pub fn off_terminal(&self) -> Self {
         Self { on_terminal: false, ..self.clone() }
     }
@@ -65,8 +66,8 @@ pub(super) struct Log {
 }
 
 impl Log {
-    /// Copies lines until every writer of the pipe has closed it. An error of writing is ignored,
-    /// because a pipe that is not read would block the process that writes to it.
+    /// Copies lines until every writer of the pipe has closed it. Write errors are ignored: if this
+    /// stopped reading the pipe, the process that writes to it would block.
     pub(super) fn copy(&mut self, from: impl Read) {
         let mut from = BufReader::new(from);
         let mut line = Vec::new();

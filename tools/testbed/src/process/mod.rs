@@ -1,7 +1,7 @@
 //! Child processes that do not outlive us.
 //!
 //! Each child leads a process group of its own. A Ctrl-C on the terminal therefore reaches only us,
-//! and we end the children in the right order. Dropping a `Process` kills its group, also when a
+//! and we end the children in the right order. Dropping a `Process` kills its group, even when a
 //! panic unwinds. If we are killed with `kill -9`, the next run ends our children, see `leftovers`.
 
 mod leftovers;
@@ -59,7 +59,7 @@ impl Process {
         Ok(process)
     }
 
-    /// The same for a program that writes to the terminal itself, such as cargo.
+    /// As [`Process::spawn`], for a program that writes to the terminal itself, such as cargo.
     pub fn spawn_on_terminal(name: &str, mut command: Command, logs: &Logs) -> Result<Self> {
         let mut child =
             command.stdin(Stdio::piped()).process_group(0).spawn().with_context(|| format!("cannot start {name}"))?;

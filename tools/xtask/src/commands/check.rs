@@ -8,19 +8,20 @@ use testbed::process::{Logs, Process};
 use testbed::say::say;
 use testbed::services::{self, cargo};
 
-use super::prepare;
+use super::prepare::{self, Mode};
 
 pub async fn run() -> Result<ExitCode> {
     let logs = Logs::to_files("check")?;
     let features = services::fault_points();
     run_cargo(&["fmt", "--all", "--check"], "run `cargo fmt`", &logs).await?;
-    // With fault points clippy sees more code, and no less.
+    // With the feature fault-points clippy sees all code that it sees without the feature, and
+    // more.
     let clippy = ["clippy", "--workspace", "--all-targets", "--features", &features, "--", "-D", "warnings"];
     run_cargo(&clippy, "fix what clippy reports above", &logs).await?;
     let tidy = ["test", "-p", "tests", "--test", "tidy"];
     run_cargo(&tidy, "the failed test above names the rule of the source tree that is violated", &logs).await?;
     check_dependencies(&logs).await?;
-    prepare::run(true).await
+    prepare::run(Mode::Check).await
 }
 
 /// Licences, duplicate versions and known vulnerabilities of dependencies, as deny.toml allows

@@ -59,7 +59,7 @@ impl Demo {
         self.erasure(ids[1]).await
     }
 
-    /// `registered` is the number of users registered so far, with this one.
+    /// `registered` is the number of users registered so far, including this one.
     async fn registration(&self, name: &str, address: &str, registered: usize) -> Result<Uuid> {
         let journey = Journey::start(&format!("{name} registers"));
         let users = format!("{}/users", self.system.url(USER));

@@ -18,8 +18,15 @@ use testbed::say::{say, timed};
 use testbed::services::{Service, cargo};
 use testbed::{paths, ports};
 
-/// With `check`, changes nothing and fails if a description is out of date.
-pub async fn run(check: bool) -> Result<ExitCode> {
+/// What happens to the descriptions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Update,
+    /// Nothing is changed. The command fails if a description is out of date.
+    Check,
+}
+
+pub async fn run(mode: Mode) -> Result<ExitCode> {
     let logs = Logs::to_files("prepare")?;
     let fetched = fetch().await?;
     let scratch = Scratch::create("prepare")?;
@@ -38,7 +45,7 @@ pub async fn run(check: bool) -> Result<ExitCode> {
         let old = read_files(&committed)?;
         let new = read_files(&output)?;
         ensure!(
-            !check || new == old,
+            mode == Mode::Update || new == old,
             "services/{name}/.sqlx is out of date: run `cargo xtask prepare` and commit the changes"
         );
         if new != old {

@@ -52,7 +52,8 @@ pub async fn run(names: &[String]) -> Result<ExitCode> {
         };
         say(format_args!("  {result} ({} s)", start.elapsed().as_secs()));
     }
-    let (bugs, caught) = (patches.len(), patches.len() - missed);
+    let bugs = patches.len();
+    let caught = bugs - missed;
     say(format_args!("{bugs} bugs, {caught} caught. The tests' output is in {}", logs.folder().display()));
     Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use testbed::fetch::fetch;
 use testbed::paths;
 use testbed::postgres::Durability;
@@ -16,10 +17,20 @@ use testbed::system::{System, start_stack};
 
 use crate::signals::termination_signal;
 
-pub async fn run(fresh: bool, three_brokers: bool) -> Result<ExitCode> {
+/// How many Kafka brokers run.
+#[derive(ValueEnum, Clone, Copy, Default)]
+pub enum Brokers {
+    #[default]
+    #[value(name = "1")]
+    One,
+    #[value(name = "3")]
+    Three,
+}
+
+pub async fn run(fresh: bool, brokers: Brokers) -> Result<ExitCode> {
     let logs = Logs::to_files_and_terminal("up")?;
     let (mut system, programs) = tokio::select! {
-        started = start(fresh, three_brokers, &logs) => started?,
+        started = start(fresh, brokers, &logs) => started?,
         () = termination_signal() => return Ok(ExitCode::SUCCESS),
     };
     announce(&system, &logs);
@@ -32,10 +43,13 @@ pub async fn run(fresh: bool, three_brokers: bool) -> Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-async fn start(fresh: bool, three_brokers: bool, logs: &Logs) -> Result<(System, PathBuf)> {
+async fn start(fresh: bool, brokers: Brokers, logs: &Logs) -> Result<(System, PathBuf)> {
     // The databases record what has been published to Kafka, so each number of brokers has its own
     // data.
-    let (ports, name) = if three_brokers { (Ports::PUBLISHED_THREE, "up-3-brokers") } else { (Ports::PUBLISHED, "up") };
+    let (ports, name) = match brokers {
+        Brokers::One => (Ports::PUBLISHED, "up"),
+        Brokers::Three => (Ports::PUBLISHED_THREE_BROKERS, "up-3-brokers"),
+    };
     let instances = SERVICES.map(Instance::on_published_ports);
     // A port that is in use is reported before anything that takes long.
     ports.require_free()?;
