@@ -11,7 +11,7 @@ use tests::proxy::Proxy;
 use tests::services::{ANALYTICS_USERS, groups};
 use tests::users::address;
 use tests::{System, eventually, eventually_eq};
-use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, USER};
+use topology::{ANALYTICS, CACHE, EMAIL, USER};
 use uuid::Uuid;
 
 /// The time limit of a handler; the default is 60 s. In a rebalance a client waits up to five times
@@ -95,6 +95,7 @@ async fn a_slow_network_that_resets_connections_only_delays_effects() {
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_report_a_silent_store_and_resume() {
     let mut system = System::empty().await;
+    let services = [USER, EMAIL, ANALYTICS, CACHE];
     let (email, (email_name, email_url)) = system.proxied_database(EMAIL).await;
     let (analytics, (analytics_name, analytics_url)) = system.proxied_database(ANALYTICS).await;
     let (valkey, valkey_url) = Proxy::before_url(system.processes.setting("VALKEY_URL")).await;
@@ -102,7 +103,7 @@ async fn consumers_report_a_silent_store_and_resume() {
     system.processes.spawn_with(EMAIL, &[HANDLE_TIMEOUT, (&email_name, &email_url)]);
     system.processes.spawn_with(ANALYTICS, &[HANDLE_TIMEOUT, (&analytics_name, &analytics_url)]);
     system.processes.spawn_with(CACHE, &[HANDLE_TIMEOUT, ("VALKEY_URL", &valkey_url)]);
-    system.processes.until_ready(&SERVICES).await;
+    system.processes.until_ready(&services).await;
     let judge = system.judge().await;
     let mut users = vec![system.users.register().await, system.users.register().await];
     until_applied_once(&system, &users).await;
@@ -118,7 +119,7 @@ async fn consumers_report_a_silent_store_and_resume() {
     proxies.iter().for_each(Proxy::heal);
     users.push(system.users.register().await);
     until_applied_once(&system, &users).await;
-    system.processes.until_ready(&SERVICES).await;
+    system.processes.until_ready(&services).await;
     for group in groups() {
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
     }

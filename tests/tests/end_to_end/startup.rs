@@ -2,7 +2,7 @@
 
 use tests::services::{CONSUMERS, USER_EVENTS};
 use tests::{System, eventually, eventually_eq};
-use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
+use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 
 use crate::effects::assert_effects_once;
 
@@ -33,7 +33,7 @@ async fn start_in_rotated_orders(mut order: [Service; 4]) {
             let readiness = async || system.processes.readiness(service).await;
             eventually(&format!("{} answers /readyz", service.name), readiness).await;
         }
-        system.processes.until_ready(&SERVICES).await;
+        system.processes.until_ready(&order).await;
         let users = system.users.register_many(1).await;
         assert_effects_once(&system, &users).await;
         order.rotate_left(1);
