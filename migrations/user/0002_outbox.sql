@@ -10,8 +10,8 @@ create table outbox (
     aggregatetype text not null,
     -- The record's key.
     aggregateid uuid not null,
-    -- Kafka's hash of the key, from which the partition follows. The relay leaves out the rows of an unavailable partition by
-    -- it.
+    -- Kafka's hash of the key, from which the partition follows. The relay leaves out the rows of
+    -- an unavailable partition by it.
     key_hash int not null check (key_hash >= 0),
     -- The aggregate's version after the event.
     version bigint not null,

@@ -1,5 +1,5 @@
-//! The outbox: a state change and its events are one transaction, so neither exists without the other. The
-//! [relay](super::relay) publishes the rows to Kafka and deletes them.
+//! The outbox: a state change and its events are one transaction, so neither exists without the
+//! other. The [relay](super::relay) publishes the rows to Kafka and deletes them.
 
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
@@ -8,15 +8,17 @@ use crate::events::{self, Event};
 use crate::platform::database::bounded;
 use crate::platform::telemetry;
 
-/// Writes `event` about the aggregate `key` to the outbox, within the caller's transaction, and returns the event's id.
-/// `version` is the aggregate's version after this command; it comes from the row that the same transaction changed.
-/// Call [`Wake::notify`](super::Wake::notify) after the commit, not before it: the relay could not see the row yet.
+/// Writes `event` about the aggregate `key` to the outbox, within the caller's transaction, and
+/// returns the event's id. `version` is the aggregate's version after this command; it comes from
+/// the row that the same transaction changed. Call [`Wake::notify`](super::Wake::notify) after the
+/// commit, not before it: the relay could not see the row yet.
 ///
-/// Crash before the commit: neither the change nor the event exists. Crash after it: the relay of any replica publishes
-/// the row.
+/// Crash before the commit: neither the change nor the event exists. Crash after it: the relay of
+/// any replica publishes the row.
 ///
 /// # Errors
-/// The insert failed, and with it the caller's transaction. SQLSTATE 23514: the event is larger than Kafka accepts.
+/// The insert failed, and with it the caller's transaction. SQLSTATE 23514: the event is larger
+/// than Kafka accepts.
 pub async fn publish<E: Event>(tx: &mut PgConnection, key: Uuid, version: i64, event: &E) -> sqlx::Result<Uuid> {
     let event_id = events::mint_id();
     let (kind, payload) = event.encode();
@@ -43,7 +45,8 @@ pub async fn publish<E: Event>(tx: &mut PgConnection, key: Uuid, version: i64, e
     Ok(event_id)
 }
 
-/// How many rows wait to be published, counted up to `limit`. Bulk writers use this to throttle themselves.
+/// How many rows wait to be published, counted up to `limit`. Bulk writers use this to throttle
+/// themselves.
 ///
 /// # Errors
 /// The database does not answer.

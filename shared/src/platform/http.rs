@@ -103,8 +103,8 @@ impl IntoProblem for QueryRejection {
     }
 }
 
-/// The span, the metric and the time limit of a request. A request that exceeds the limit may have taken effect, as after
-/// any lost answer. With an `Idempotency-Key` it is safe to retry.
+/// The span, the metric and the time limit of a request. A request that exceeds the limit may have
+/// taken effect, as after any lost answer. With an `Idempotency-Key` it is safe to retry.
 async fn observed(State(observer): State<Observer>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
@@ -125,7 +125,8 @@ async fn observed(State(observer): State<Observer>, request: Request, next: Next
     if observer.trust_trace_context {
         telemetry::continue_from(&span, &caller);
     } else {
-        // Text that a stranger chose must not reach the outbox, where it would be kept with the event.
+        // Text that a stranger chose must not reach the outbox, where it would be kept with the
+        // event.
         telemetry::continue_from(&span, &TraceContext::default());
         telemetry::link(&span, &TraceContext { tracestate: None, ..caller });
     }

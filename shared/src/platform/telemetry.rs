@@ -33,9 +33,9 @@ pub struct TelemetryConfig {
     /// Write a log line for every handled event, with its event id, type, user id and trace id.
     #[arg(long, env, default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub log_events: bool,
-    /// Continue the trace of a caller, including its `tracestate`, which is then stored with the event. Only for callers
-    /// that you trust: `tracestate` may contain any text. By default a request starts a new trace that links to the
-    /// caller's.
+    /// Continue the trace of a caller, including its `tracestate`, which is then stored with the
+    /// event. Only for callers that you trust: `tracestate` may contain any text. By default a
+    /// request starts a new trace that links to the caller's.
     #[arg(long, env, default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub trust_trace_context: bool,
     /// The format of log lines.

@@ -104,7 +104,8 @@ impl Service {
         });
     }
 
-    /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to the outbox.
+    /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to
+    /// the outbox.
     pub fn relay(&mut self, db: &PgPool, config: &RelayConfig) -> Wake {
         let wake = Wake::default();
         let database: PgConnectOptions = (*db.connect_options()).clone();

@@ -76,8 +76,8 @@ async fn a_row_with_an_invalid_topic_blocks_no_other_topic() {
     assert_eq!(count(&db, "select count(*) from outbox").await, 1);
 }
 
-/// T10, I4: Kafka rejects one record of a topic. It and the later records of its key wait. All other
-/// keys of the topic are published. When the cause is fixed, the key continues in order.
+/// T10, I4: Kafka rejects one record of a topic. It and the later records of its key wait. All
+/// other keys of the topic are published. When the cause is fixed, the key continues in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rejected_record_blocks_only_its_key() {
     const TOPIC: &str = "small.records";
@@ -180,8 +180,8 @@ async fn records_of_a_state_topic_that_has_grown_stay_in_their_partitions() {
     }
 }
 
-/// I3: a session of the relay becomes read-only, as in a failover. The relay closes it and continues
-/// with a session that can write. At most one round is published twice.
+/// I3: a session of the relay becomes read-only, as in a failover. The relay closes it and
+/// continues with a session that can write. At most one round is published twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_whose_session_became_read_only_starts_a_new_term() {
     let mut system = System::start_only(&[USER]).await;

@@ -1,5 +1,6 @@
-//! What the relay leaves out for now, because Kafka rejects it or cannot take it: topics, partitions, and keys. Each block has
-//! its own time for the next probe, so none of them is forgotten together with the others.
+//! What the relay leaves out for now, because Kafka rejects it or cannot take it: topics,
+//! partitions, and keys. Each block has its own time for the next probe, so none of them is
+//! forgotten together with the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -7,12 +8,15 @@ use std::time::{Duration, Instant};
 use rdkafka::error::RDKafkaErrorCode;
 use uuid::Uuid;
 
-/// The time until a topic or partition that metadata shows as unavailable is looked up again. A lookup costs little.
+/// The time until a topic or partition that metadata shows as unavailable is looked up again. A
+/// lookup costs little.
 const METADATA_PROBE_INTERVAL: Duration = Duration::from_secs(2);
-/// The time until a rejected record is tried again. It doubles with each rejection, up to the maximum.
+/// The time until a rejected record is tried again. It doubles with each rejection, up to the
+/// maximum.
 const REJECTION_PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const MAX_PROBE_INTERVAL: Duration = Duration::from_secs(60);
-/// A topic of which more keys are blocked is blocked as a whole: the cause is the topic and not the records.
+/// A topic of which more keys are blocked is blocked as a whole: the cause is the topic and not the
+/// records.
 const MAX_KEYS_PER_TOPIC: usize = 1_000;
 
 /// What an error of Kafka is about.
@@ -45,7 +49,8 @@ pub fn scope(code: RDKafkaErrorCode) -> Scope {
         | Code::UnknownPartition
         | Code::ReplicaNotAvailable
         | Code::KafkaStorageError
-        // The leader did not acknowledge the record in time. Metadata decides whether that is the partition or the cluster.
+        // The leader did not acknowledge the record in time. Metadata decides whether that is the
+        // partition or the cluster.
         | Code::MessageTimedOut => Scope::Partition,
         Code::BrokerTransportFailure
         | Code::AllBrokersDown
@@ -178,8 +183,8 @@ impl Blocks {
         self.partitions.insert((topic.to_owned(), partition), PartitionBlock { count, block });
     }
 
-    /// Blocks the key of a rejected row, or renews its block. The oldest rejected row of a key is the one to probe: a later one
-    /// would overtake it.
+    /// Blocks the key of a rejected row, or renews its block. The oldest rejected row of a key is
+    /// the one to probe: a later one would overtake it.
     pub fn block_key(&mut self, key: Uuid, topic: &str, row: i64, reason: String) {
         let previous = self.keys.get(&key);
         let row = previous.map_or(row, |previous| previous.row.min(row));
@@ -229,7 +234,8 @@ impl Blocks {
         }
     }
 
-    /// Whether metadata shows that a record of this topic with this hash of its key cannot be written.
+    /// Whether metadata shows that a record of this topic with this hash of its key cannot be
+    /// written.
     pub fn is_unavailable(&self, topic: &str, key_hash: i32) -> bool {
         let by_topic = self.topics.get(topic).is_some_and(|block| block.evidence == Evidence::Metadata);
         let mut partitions = self.partitions.iter();

@@ -1,5 +1,6 @@
-//! What Kafka's metadata says about topics and partitions. The relay asks before it enqueues a record: a transaction that has
-//! touched a partition cannot end, not even by abort, while that partition has no leader or too few in-sync replicas.
+//! What Kafka's metadata says about topics and partitions. The relay asks before it enqueues a
+//! record: a transaction that has touched a partition cannot end, not even by abort, while that
+//! partition has no leader or too few in-sync replicas.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

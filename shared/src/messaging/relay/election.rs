@@ -16,8 +16,8 @@ use crate::platform::metrics::Metrics;
 const ELECTION_INTERVAL: Duration = Duration::from_millis(500);
 /// How soon a lost connection for notifications is replaced.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
-/// The leader polls continuously, so a session that is idle for this long belongs to a frozen process. Postgres closes it,
-/// which releases the lock.
+/// The leader polls continuously, so a session that is idle for this long belongs to a frozen
+/// process. Postgres closes it, which releases the lock.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("idle_session_timeout", "15s"), ("statement_timeout", "5s"), ("idle_in_transaction_session_timeout", "10s")];
 
@@ -31,8 +31,9 @@ pub struct Wake {
 }
 
 impl Wake {
-    /// Call it after the commit. If this process leads, its relay publishes at once; otherwise it notifies the leader. If
-    /// the notification is lost (a crash), publishing is delayed by one poll interval.
+    /// Call it after the commit. If this process leads, its relay publishes at once; otherwise it
+    /// notifies the leader. If the notification is lost (a crash), publishing is delayed by one
+    /// poll interval.
     pub fn notify(&self) {
         self.local.notify_one();
     }
@@ -49,8 +50,9 @@ impl Wake {
     }
 }
 
-/// The names of an outbox on shared servers. They follow from the database, the schema and a setting. All replicas of all
-/// releases must agree on them: two leaders with different names would not exclude each other.
+/// The names of an outbox on shared servers. They follow from the database, the schema and a
+/// setting. All replicas of all releases must agree on them: two leaders with different names would
+/// not exclude each other.
 pub(super) struct Names {
     /// The key of the advisory lock. Locks are per database.
     lock: i64,
@@ -90,8 +92,9 @@ pub(super) struct Election<'a> {
 }
 
 impl Election<'_> {
-    /// Waits for the lock. While it waits, it passes notifications of this process to the leader, on this connection and
-    /// never within a request's transaction: `NOTIFY` there would serialise all commits. `None`: the process stops.
+    /// Waits for the lock. While it waits, it passes notifications of this process to the leader,
+    /// on this connection and never within a request's transaction: `NOTIFY` there would serialise
+    /// all commits. `None`: the process stops.
     pub async fn win(&self) -> anyhow::Result<Option<(PgConnection, Names)>> {
         let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
         let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
@@ -120,8 +123,8 @@ impl Election<'_> {
     }
 }
 
-/// Listens for notifications of other replicas, on a connection of its own. A follower listens too, so that nothing has to
-/// be set up when it becomes leader.
+/// Listens for notifications of other replicas, on a connection of its own. A follower listens too,
+/// so that nothing has to be set up when it becomes leader.
 pub(crate) async fn listen(database: PgConnectOptions, outbox: String, wake: Wake) -> anyhow::Result<()> {
     let options = database.application_name("relay listener");
     let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(options);

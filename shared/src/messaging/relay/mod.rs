@@ -1,13 +1,14 @@
-//! The relay publishes the rows of the outbox to Kafka, in order, each at least once. All copies of a row have the same
-//! event id.
+//! The relay publishes the rows of the outbox to Kafka, in order, each at least once. All copies of
+//! a row have the same event id.
 //!
-//! Each outbox has one leader, chosen by a session advisory lock. The leader reads and deletes rows on the connection that
-//! holds the lock, so losing the lock stops both. The lock cannot stop records that a frozen leader sends late. Kafka
-//! fences those: each round is a transaction of one `transactional.id`, and the `init_transactions` of a new leader ends
-//! the transactions of its predecessor.
+//! Each outbox has one leader, chosen by a session advisory lock. The leader reads and deletes rows
+//! on the connection that holds the lock, so losing the lock stops both. The lock cannot stop
+//! records that a frozen leader sends late. Kafka fences those: each round is a transaction of one
+//! `transactional.id`, and the `init_transactions` of a new leader ends the transactions of its
+//! predecessor.
 //!
-//! A fault of a topic blocks that topic, a fault of a partition the keys of that partition, and a fault of a row that row and
-//! the later rows of its key. Everything else is published.
+//! A fault of a topic blocks that topic, a fault of a partition the keys of that partition, and a
+//! fault of a row that row and the later rows of its key. Everything else is published.
 //!
 //! The relay has its own thread, because librdkafka's transaction calls block.
 
@@ -45,8 +46,8 @@ use transaction::{Outgoing, Rejection, RoundError, Transactions};
 pub use election::Wake;
 pub(crate) use election::listen;
 
-/// Rows per round, at most. With a large backlog the cost of a transaction is negligible; a small backlog makes small
-/// rounds.
+/// Rows per round, at most. With a large backlog the cost of a transaction is negligible; a small
+/// backlog makes small rounds.
 const ROUND_ROWS: usize = 5_000;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// How often the leader measures the outbox.
@@ -55,12 +56,12 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 /// Settings of a service that has an outbox.
 #[derive(Args, Clone, Debug)]
 pub struct RelayConfig {
-    /// How often the relay looks for rows without being notified, in milliseconds. It is notified of all rows unless a
-    /// notification is lost.
+    /// How often the relay looks for rows without being notified, in milliseconds. It is notified
+    /// of all rows unless a notification is lost.
     #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u64).range(10..=600_000))]
     pub outbox_poll_ms: u64,
-    /// Distinguishes systems whose databases have the same name and that share a Kafka cluster and TOPIC_PREFIX. All replicas
-    /// of a service must have the same value.
+    /// Distinguishes systems whose databases have the same name and that share a Kafka cluster and
+    /// TOPIC_PREFIX. All replicas of a service must have the same value.
     #[arg(long, env, default_value = "", value_parser = outbox_name)]
     pub outbox_name: String,
 }
@@ -99,13 +100,14 @@ struct Term<'a> {
     /// Rows per round. Halved while an unexplained rejection is narrowed down.
     round_rows: usize,
     measured_at: Instant,
-    /// State topics whose number of partitions differs from their declaration. Each is reported once.
+    /// State topics whose number of partitions differs from their declaration. Each is reported
+    /// once.
     grown: BTreeSet<&'static str>,
 }
 
 impl Relay {
-    /// Leads whenever it can, until the process stops. Any error ends the term: the producer and the connection are dropped
-    /// and a new term begins. This is safe at every line.
+    /// Leads whenever it can, until the process stops. Any error ends the term: the producer and
+    /// the connection are dropped and a new term begins. This is safe at every line.
     pub fn run(self) -> anyhow::Result<()> {
         while !self.stop.is_cancelled() {
             if let Err(error) = self.lead() {
@@ -120,9 +122,10 @@ impl Relay {
         Ok(())
     }
 
-    /// One term as leader. It takes the lock, proves that it can write, fences the predecessor by `init_transactions`, and
-    /// only then reads the first row. So it never reads a row that a predecessor could still publish later, and a read-only
-    /// database (after a failover) is noticed before anything is published.
+    /// One term as leader. It takes the lock, proves that it can write, fences the predecessor by
+    /// `init_transactions`, and only then reads the first row. So it never reads a row that a
+    /// predecessor could still publish later, and a read-only database (after a failover) is
+    /// noticed before anything is published.
     fn lead(&self) -> anyhow::Result<()> {
         let runtime = Runtime::current();
         let outbox = &self.config.outbox_name;
@@ -239,7 +242,8 @@ impl Term<'_> {
         Ok(Round::Rejected)
     }
 
-    /// Blocks the topics and partitions of these rows that metadata shows as unavailable, and leaves out their rows.
+    /// Blocks the topics and partitions of these rows that metadata shows as unavailable, and
+    /// leaves out their rows.
     fn leave_out_unavailable(&mut self, rows: Vec<Row>) -> anyhow::Result<Vec<Row>> {
         let topics: BTreeSet<String> = rows.iter().map(|row| row.topic.clone()).collect();
         for topic in topics {
@@ -262,8 +266,9 @@ impl Term<'_> {
         Ok(())
     }
 
-    /// A state topic never changes its number of partitions. If it was changed all the same, records are written to the
-    /// partitions of the declaration, where the older records of their keys are, and the change is reported.
+    /// A state topic never changes its number of partitions. If it was changed all the same,
+    /// records are written to the partitions of the declaration, where the older records of their
+    /// keys are, and the change is reported.
     fn notice_growth(&mut self, topic: &str, partitions: i32) {
         let Some(declared) = Topic::named(topic).filter(|topic| topic.kind == Kind::State) else { return };
         if partitions != declared.partitions && self.grown.insert(declared.name) {
@@ -278,9 +283,10 @@ impl Term<'_> {
         }
     }
 
-    /// Publish → delete. Crash before the Kafka commit: the transaction is aborted, readers see none of its records, and the
-    /// rows are still in the outbox. Crash between commit and delete: the rows are published again, at new offsets, with the
-    /// same event ids, and consumers recognise them as duplicates. No database transaction is open while the relay waits for
+    /// Publish → delete. Crash before the Kafka commit: the transaction is aborted, readers see
+    /// none of its records, and the rows are still in the outbox. Crash between commit and delete:
+    /// the rows are published again, at new offsets, with the same event ids, and consumers
+    /// recognise them as duplicates. No database transaction is open while the relay waits for
     /// Kafka.
     fn round(&mut self, rows: Vec<Row>) -> anyhow::Result<Round> {
         if rows.is_empty() {
@@ -323,15 +329,16 @@ impl Term<'_> {
         Ok(Round::Published)
     }
 
-    /// Begins with a new producer: the failed one is dropped, never aborted and reused. No record of its round becomes visible.
+    /// Begins with a new producer: the failed one is dropped, never aborted and reused. No record
+    /// of its round becomes visible.
     fn give_up_round(&mut self) -> anyhow::Result<Round> {
         self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
         self.transactions = Transactions::begin_term(&self.relay.kafka, &self.names.transactional_id)?;
         Ok(Round::Rejected)
     }
 
-    /// The round was rejected, and the record that caused it is not known: Kafka rejects a whole batch for one record of it.
-    /// Tries half as many rows, until the record is found.
+    /// The round was rejected, and the record that caused it is not known: Kafka rejects a whole
+    /// batch for one record of it. Tries half as many rows, until the record is found.
     fn split(&mut self, ids: &[i64], topics: &[String], records: &[Outgoing], reason: &str) -> anyhow::Result<Round> {
         if let [record] = records {
             self.blocks.block_key(record.envelope.key, &topics[0], ids[0], reason.to_owned());
@@ -376,7 +383,8 @@ impl Term<'_> {
         Ok(found)
     }
 
-    /// A record was not accepted by its partition. If metadata does not show why, the term ends, and the next one tries again.
+    /// A record was not accepted by its partition. If metadata does not show why, the term ends,
+    /// and the next one tries again.
     fn block_unavailable(&mut self, topic: &str, code: RDKafkaErrorCode) -> anyhow::Result<()> {
         self.cluster.forget(&self.relay.kafka.prefixed(topic));
         let blocked = self.blocks.count();
@@ -385,10 +393,10 @@ impl Term<'_> {
         Ok(())
     }
 
-    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is retried on the session that
-    /// holds the lock: a new term would publish the same rows again each time. A session that became read-only ends the
-    /// term: the next one begins with a session that can write. Crash before the delete succeeds: the next leader publishes
-    /// the rows again.
+    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is
+    /// retried on the session that holds the lock: a new term would publish the same rows again
+    /// each time. A session that became read-only ends the term: the next one begins with a session
+    /// that can write. Crash before the delete succeeds: the next leader publishes the rows again.
     fn delete_published(&mut self, ids: &[i64]) -> anyhow::Result<()> {
         while let Err(error) = self.runtime.block_on(bounded(rows::delete(&mut self.db, ids))) {
             if !may_succeed_later(&error) || self.relay.stop.is_cancelled() {
@@ -421,8 +429,8 @@ impl Term<'_> {
     }
 }
 
-/// Whether the same statement may succeed on the same session. Not if the connection broke, the server shuts down, or the
-/// session is read-only (SQLSTATE 25006).
+/// Whether the same statement may succeed on the same session. Not if the connection broke, the
+/// server shuts down, or the session is read-only (SQLSTATE 25006).
 fn may_succeed_later(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|error| error.code());
     code.is_some_and(|code| code != "25006" && !code.starts_with("57P") && !code.starts_with("08"))

@@ -6,9 +6,11 @@ use uuid::Uuid;
 use super::blocks::{Excluded, Probe};
 use crate::events::Envelope;
 
-/// Bytes per round, so that rows of the largest allowed size are read, sent and acknowledged within a round's time-outs.
+/// Bytes per round, so that rows of the largest allowed size are read, sent and acknowledged within
+/// a round's time-outs.
 const ROUND_BYTES: i64 = 4 << 20;
-/// The number of waiting rows is counted up to this limit: counting a million rows takes as long as publishing them.
+/// The number of waiting rows is counted up to this limit: counting a million rows takes as long as
+/// publishing them.
 const COUNT_LIMIT: i64 = 10_000;
 
 #[derive(sqlx::FromRow)]
@@ -48,13 +50,16 @@ impl EnvelopeRow {
     }
 }
 
-/// The oldest rows that are not excluded, at most `limit` and within [`ROUND_BYTES`], but at least one.
+/// The oldest rows that are not excluded, at most `limit` and within [`ROUND_BYTES`], but at least
+/// one.
 ///
-/// Ordered by id and without a cursor: a row whose transaction commits late has a low id and is read in the next round.
-/// Versions of one key are always in order, because the row lock on the aggregate orders their transactions.
+/// Ordered by id and without a cursor: a row whose transaction commits late has a low id and is
+/// read in the next round. Versions of one key are always in order, because the row lock on the
+/// aggregate orders their transactions.
 ///
-/// Each topic is read by its own index range: the recursive part lists the topics with one index lookup each. So a million
-/// rows of an excluded topic cost one lookup. Rows of excluded keys and partitions are passed over.
+/// Each topic is read by its own index range: the recursive part lists the topics with one index
+/// lookup each. So a million rows of an excluded topic cost one lookup. Rows of excluded keys and
+/// partitions are passed over.
 pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sqlx::Result<Vec<Row>> {
     let mut topics = vec![];
     let mut counts = vec![];
@@ -123,8 +128,8 @@ pub struct Size {
     pub rows: i64,
     /// Seconds.
     pub oldest_age: i64,
-    /// Deleted rows that are not vacuumed yet. The relay scans over them, so it slows down while an open snapshot (an idle
-    /// transaction, a dump) keeps them alive.
+    /// Deleted rows that are not vacuumed yet. The relay scans over them, so it slows down while an
+    /// open snapshot (an idle transaction, a dump) keeps them alive.
     pub dead_rows: i64,
 }
 

@@ -17,16 +17,19 @@ use crate::messaging::kafka::KafkaConfig;
 
 /// Readers of committed records wait at most this long (ms) for a transaction whose leader died.
 const TRANSACTION_TIMEOUT_MS: &str = "10000";
-/// A round fails if a record is not acknowledged within this time (ms). Below the transaction's time-out.
+/// A round fails if a record is not acknowledged within this time (ms). Below the transaction's
+/// time-out.
 const DELIVERY_TIMEOUT_MS: &str = "8000";
 /// A topic that is unknown for this long (ms) does not exist. Below the delivery time-out.
 const TOPIC_UNKNOWN_MS: &str = "4000";
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// All delivery reports arrive within the delivery time-out. This limit guards against a client that sends none.
+/// All delivery reports arrive within the delivery time-out. This limit guards against a client
+/// that sends none.
 const REPORTS_TIMEOUT: Duration = Duration::from_secs(12);
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
-/// How often the number of records in flight is checked before a commit. It drops to 0 within microseconds.
+/// How often the number of records in flight is checked before a commit. It drops to 0 within
+/// microseconds.
 const ACCOUNT_INTERVAL: Duration = Duration::from_micros(100);
 
 /// Why a round was not committed.
@@ -54,8 +57,8 @@ impl<E: Into<anyhow::Error>> From<E> for RoundError {
     }
 }
 
-/// The producer of one term as leader. After an error it is dropped. The `init_transactions` of its successor aborts the
-/// transaction that it left open.
+/// The producer of one term as leader. After an error it is dropped. The `init_transactions` of its
+/// successor aborts the transaction that it left open.
 pub(super) struct Transactions {
     producer: ThreadedProducer<Reports>,
     reports: Arc<DeliveryReports>,
@@ -73,7 +76,8 @@ pub(super) struct Outgoing {
 }
 
 impl Transactions {
-    /// Fences every earlier producer of this outbox's relay. Takes up to two seconds on a new cluster.
+    /// Fences every earlier producer of this outbox's relay. Takes up to two seconds on a new
+    /// cluster.
     pub fn begin_term(kafka: &KafkaConfig, transactional_id: &str) -> anyhow::Result<Self> {
         let reports = Arc::new(DeliveryReports::default());
         let producer: ThreadedProducer<Reports> = kafka
@@ -89,9 +93,9 @@ impl Transactions {
         Ok(Self { producer, reports })
     }
 
-    /// Publishes the records in order and commits. Before the commit it waits until librdkafka has accounted for every
-    /// record: its own flush within `commit_transaction` sleeps in steps of 100 ms (measured: 5,600 rows/s with that sleep,
-    /// 38,000 rows/s without it).
+    /// Publishes the records in order and commits. Before the commit it waits until librdkafka has
+    /// accounted for every record: its own flush within `commit_transaction` sleeps in steps of 100
+    /// ms (measured: 5,600 rows/s with that sleep, 38,000 rows/s without it).
     pub fn publish(&mut self, records: &[Outgoing]) -> Result<(), RoundError> {
         let total = records.len();
         self.producer.begin_transaction().context("cannot begin a Kafka transaction")?;
@@ -160,7 +164,8 @@ impl Transactions {
     }
 }
 
-/// The failures by record. Records that librdkafka discarded because another one failed are left out.
+/// The failures by record. Records that librdkafka discarded because another one failed are left
+/// out.
 fn rejections(failures: &Failures) -> Vec<Rejection> {
     use RDKafkaErrorCode::{PurgeInflight, PurgeQueue};
     let coded = failures.0.iter().filter_map(|(index, cause)| Some((*index, cause.rdkafka_error_code()?)));
