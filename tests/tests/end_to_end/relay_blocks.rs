@@ -8,7 +8,7 @@ use shared::events::key_hash;
 use sqlx::PgPool;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::stores::count;
-use tests::{System, eventually, eventually_eq, within};
+use tests::{System, eventually, eventually_eq, throughout, within};
 use topology::USER;
 use uuid::Uuid;
 
@@ -17,6 +17,9 @@ use crate::outbox::insert_event;
 /// The time until a new event is published although others wait. Far below the time that one
 /// attempt per blocked key would take.
 const SOON: Duration = Duration::from_secs(15);
+
+/// A little longer than the `idle_session_timeout` of a relay's session.
+const IDLE_LIMIT: Duration = Duration::from_secs(20);
 
 /// Registers a user and waits until its fact is published.
 async fn assert_new_events_are_published(system: &System) {
@@ -220,6 +223,9 @@ async fn a_registration_at_a_follower_is_published_without_waiting_for_the_poll(
     let mut follower = system.processes.spawn_another(USER);
     follower.until_ready().await;
     let users = system.users.at(&follower);
+    // Longer than Postgres keeps an idle session of a relay: the leader must not look idle.
+    let lost = async || system.processes.log(USER).contains("relay lost its term");
+    throughout(IDLE_LIMIT, "the leader keeps its term while it waits", async || !lost().await).await;
     for _ in 0..5 {
         let user = users.register().await;
         within(SOON, "the fact of a user", async || {

@@ -223,6 +223,11 @@ impl Blocks {
         self.partitions.retain(|(of, _), _| of != topic);
     }
 
+    /// Whether any block is due.
+    pub fn is_due(&self) -> bool {
+        !self.due_by_metadata().is_empty() || self.due_by_rejection().is_some()
+    }
+
     /// Postpones the next probe by the block's interval.
     pub fn postpone(&mut self, probe: &Probe) {
         let block = match probe {

@@ -38,15 +38,15 @@ impl Wake {
         self.local.notify_one();
     }
 
-    /// Waits for new rows, for at most `limit`.
-    pub(super) async fn wait(&self, limit: Duration) {
+    /// Waits for new rows, for at most `limit`. Returns whether it was notified.
+    pub(super) async fn wait(&self, limit: Duration) -> bool {
         let notified = async {
             tokio::select! {
                 () = self.local.notified() => {}
                 () = self.remote.notified() => {}
             }
         };
-        let _ = timeout(limit, notified).await; // rows are looked for in either case
+        timeout(limit, notified).await.is_ok()
     }
 }
 

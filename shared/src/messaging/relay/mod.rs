@@ -187,10 +187,7 @@ impl Term<'_> {
                 None => self.publish_next()?,
             };
             self.report_blocks();
-            if self.measured_at.elapsed() >= MEASURE_INTERVAL {
-                self.measured_at = Instant::now();
-                self.relay.measure(&self.runtime, &mut self.db);
-            }
+            self.measure_if_due();
             if round == Round::Empty {
                 self.wait();
             }
@@ -198,9 +195,26 @@ impl Term<'_> {
         self.runtime.block_on(self.db.close()).context("cannot close the relay's database connection")
     }
 
-    fn wait(&self) {
-        let limit = Duration::from_millis(self.relay.config.outbox_poll_ms);
-        self.runtime.block_on(self.relay.stop.run_until_cancelled(self.relay.wake.wait(limit)));
+    /// Waits for a notification, for the poll interval, or until a block is due. It measures the
+    /// outbox in the meantime, which also keeps Postgres from closing the session as idle.
+    fn wait(&mut self) {
+        let poll_at = Instant::now() + Duration::from_millis(self.relay.config.outbox_poll_ms);
+        loop {
+            let limit = poll_at.saturating_duration_since(Instant::now()).min(MEASURE_INTERVAL);
+            let notified = self.relay.stop.run_until_cancelled(self.relay.wake.wait(limit));
+            let interrupted = self.runtime.block_on(notified) != Some(false); // notified, or stopped
+            if interrupted || Instant::now() >= poll_at || self.blocks.is_due() {
+                return;
+            }
+            self.measure_if_due();
+        }
+    }
+
+    fn measure_if_due(&mut self) {
+        if self.measured_at.elapsed() >= MEASURE_INTERVAL {
+            self.measured_at = Instant::now();
+            self.relay.measure(&self.runtime, &mut self.db);
+        }
     }
 
     /// Looks up the topics again whose blocks by metadata are due.
@@ -257,8 +271,10 @@ impl Term<'_> {
         match self.cluster.topic(&self.relay.kafka.prefixed(topic), &self.runtime)? {
             TopicState::Unavailable(reason) => self.blocks.block_topic(topic, reason, Evidence::Metadata),
             TopicState::Available { partitions, unavailable } => {
-                for (partition, reason) in unavailable {
-                    self.blocks.block_partition(topic, partitions, partition, reason);
+                // Records of a state topic go to the declared partitions, also if there are more.
+                let count = state_topic(topic).map_or(partitions, |declared| declared.partitions);
+                for (partition, reason) in unavailable.into_iter().filter(|(partition, _)| *partition < count) {
+                    self.blocks.block_partition(topic, count, partition, reason);
                 }
                 self.notice_growth(topic, partitions);
             }
@@ -270,7 +286,7 @@ impl Term<'_> {
     /// records are written to the partitions of the declaration, where the older records of their
     /// keys are, and the change is reported.
     fn notice_growth(&mut self, topic: &str, partitions: i32) {
-        let Some(declared) = Topic::named(topic).filter(|topic| topic.kind == Kind::State) else { return };
+        let Some(declared) = state_topic(topic) else { return };
         if partitions != declared.partitions && self.grown.insert(declared.name) {
             tracing::error!(
                 topic,
@@ -298,8 +314,7 @@ impl Term<'_> {
         let topics: Vec<String> = rows.iter().map(|row| row.topic.clone()).collect();
         let records = rows.into_iter().map(|row| {
             let topic = self.relay.kafka.prefixed(&row.topic);
-            let state = Topic::named(&row.topic).filter(|topic| topic.kind == Kind::State);
-            let partition = state.map(|topic| topic.partition_of(row.envelope.aggregateid));
+            let partition = state_topic(&row.topic).map(|topic| topic.partition_of(row.envelope.aggregateid));
             let envelope = row.envelope.into_envelope(&self.relay.source);
             telemetry::link(&span, &TraceContext::of(&envelope));
             Outgoing { topic, partition, envelope, payload: row.payload }
@@ -427,6 +442,11 @@ impl Term<'_> {
             tracing::error!(topics, partitions, keys, ?examples, "outbox rows wait because Kafka does not accept them");
         }
     }
+}
+
+/// The declaration of a state topic, by its logical name.
+fn state_topic(name: &str) -> Option<Topic> {
+    Topic::named(name).filter(|topic| topic.kind == Kind::State)
 }
 
 /// Whether the same statement may succeed on the same session. Not if the connection broke, the
