@@ -100,6 +100,7 @@ impl Service {
         let kafka = self.config.kafka.clone();
         self.spawn("topics", async move {
             messaging::ensure_topics(&kafka, topics).await?;
+            tracing::info!("the topics of this service exist as declared");
             std::future::pending().await
         });
     }

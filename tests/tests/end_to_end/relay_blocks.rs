@@ -160,6 +160,8 @@ async fn records_of_a_state_topic_that_has_grown_stay_in_their_partitions() {
         users.push(system.users.register().await);
     }
     system.stores.until_outbox_empty(USER).await;
+    // A service that has not checked its topics yet would exit.
+    system.processes.until_logged(USER, "the topics of this service exist as declared").await;
     system.kafka.set_partitions(USER_STATE, 12).await;
     // The next term has a new producer, which knows all twelve partitions.
     let db = system.stores.database(USER).await;
