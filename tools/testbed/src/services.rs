@@ -13,7 +13,8 @@ use crate::say::say;
 use crate::stack::Stack;
 use crate::{paths, ports};
 
-pub use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
+// All of it, so that a new service is declared in `topology` only.
+pub use topology::*;
 
 /// How long a service may take to become ready. Several start at once on a small machine, and each
 /// waits for its topics, its migrations and the first assignment of partitions.
