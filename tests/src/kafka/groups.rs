@@ -21,8 +21,8 @@ impl Kafka {
         ids
     }
 
-    /// A line for each partition with offsets that the group has not committed. Transaction markers
-    /// have offsets too.
+    /// A line for each partition whose committed offset is not its end. An offset after the end would
+    /// skip records that are yet to be written. Transaction markers have offsets too.
     pub fn lag(&self, group: &str) -> Vec<String> {
         let name = self.prefixed(topic_of(group));
         let consumer = self.member(group);
@@ -30,7 +30,7 @@ impl Kafka {
         let lags = committed.into_iter().filter_map(|(partition, committed)| {
             let (_, end) = consumer.fetch_watermarks(&name, partition, TIMEOUT).unwrap();
             let committed = committed.unwrap_or(0);
-            (committed < end).then(|| format!("{group} {partition}: {committed} of {end}"))
+            (committed != end).then(|| format!("{group} {partition}: {committed} of {end}"))
         });
         lags.collect()
     }

@@ -97,6 +97,43 @@ async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() 
     assert!(!system.processes.has_ended(ANALYTICS), "analytics must keep running");
 }
 
+/// I9: a batch holds records of several partitions, and the partitions are of different length. Each
+/// partition gets its own next offset. The consumer stalls after it stored the offsets, and the
+/// Kafka client commits them. If it continued, it would soon store the end of each partition.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_partition_of_a_batch_gets_its_own_next_offset() {
+    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let mut registered = register_on_each_partition(&system).await;
+    until_registered(&system, registered).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+    system.processes.stop(ANALYTICS).await;
+    let before = system.kafka.committed(ANALYTICS_USERS);
+    registered += register_on_each_partition(&system).await;
+    for _ in 0..3 {
+        let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1).on(0);
+        system.kafka.write(USER_EVENTS, &fact).await;
+        registered += 1;
+    }
+
+    let end_of_stall = system.processes.file("end-of-stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    system.processes.spawn_with(ANALYTICS, &[("FAULT_AT", "consumer.after_store:1:stall"), until]);
+    let committed = eventually("the offsets of the batch are committed", async || {
+        let committed = system.kafka.committed(ANALYTICS_USERS);
+        (committed != before).then_some(committed)
+    })
+    .await;
+    for (partition, offset) in committed {
+        let written = if partition == 0 { 4 } else { 1 };
+        let end = before[&partition] + written;
+        assert!(offset <= end, "partition {partition}: offset {offset} is committed, and the end is {end}");
+    }
+
+    std::fs::write(end_of_stall, "").unwrap();
+    until_registered(&system, registered).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+}
+
 /// A client may request the first and last offsets of a partition while it looks for its start, and
 /// Kafka answers late. The late answer does not change the start: no handled record is read again.
 #[tokio::test(flavor = "multi_thread")]
