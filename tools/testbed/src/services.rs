@@ -152,7 +152,7 @@ async fn cargo_build(arguments: &[&str], logs: &Logs) -> Result<()> {
         paths::on_path(&[tool])
             .with_context(|| format!("no `{tool}` on the PATH, and the Kafka client is compiled from C: {advice}"))?;
     }
-    say("Building the services (about 4 minutes the first time, seconds afterwards) …");
+    say("Building the services (about 2 minutes the first time, seconds afterwards) …");
     let mut command = cargo();
     // Given explicitly, because the programs are read from there. The user's configuration may
     // differ.
