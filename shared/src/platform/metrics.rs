@@ -165,16 +165,9 @@ impl Metrics {
         self.register("relay_rounds", "Rounds of the outbox relay, by outcome", &self.relay_rounds);
     }
 
-    /// Sets the metrics of the outbox to 0, because another process reports them.
-    pub(crate) fn reset_outbox(&self) {
-        let gauges = [
-            &self.outbox_rows,
-            &self.outbox_oldest_age,
-            &self.outbox_dead_rows,
-            &self.outbox_blocked_topics,
-            &self.outbox_blocked_partitions,
-            &self.outbox_blocked_keys,
-        ];
+    /// Sets the metrics of what is blocked to 0, because another process reports them.
+    pub(crate) fn reset_blocked(&self) {
+        let gauges = [&self.outbox_blocked_topics, &self.outbox_blocked_partitions, &self.outbox_blocked_keys];
         for gauge in gauges {
             gauge.set(0);
         }

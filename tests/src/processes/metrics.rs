@@ -23,7 +23,7 @@ impl Processes {
     }
 
     /// Waits until `/readyz` answers that the service is not ready. Panics if `/livez` fails
-    /// meanwhile.
+    /// before that.
     pub async fn until_not_ready(&self, service: Service) {
         let admin = self.admin(service);
         eventually(&format!("{} is not ready", service.name), async || {

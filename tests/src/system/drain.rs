@@ -1,9 +1,10 @@
-//! Waiting until the system is idle.
+//! Waiting until the system is idle, or until it has handled certain users.
 
 use std::time::{Duration, Instant};
 
 use sqlx::PgPool;
 use topology::{EMAIL, Service, USER};
+use uuid::Uuid;
 
 use super::System;
 use crate::services::{groups, service_of};
@@ -28,6 +29,17 @@ impl System {
     pub async fn until_drained(&self) {
         let left = self.drain(DEADLINE).await;
         assert!(left.is_empty(), "not drained within {DEADLINE:?}: {left:?}");
+    }
+
+    /// Waits until all of these users, and no others, are mailed, cached and counted.
+    pub async fn until_applied(&self, users: &[Uuid]) {
+        for id in users {
+            self.users.until_mailed(*id).await;
+            self.users.until_cached(*id, 1).await;
+        }
+        let count = users.len() as i64;
+        self.users.until_counted(count, count).await;
+        self.until_drained().await;
     }
 
     /// Waits at most `limit` until the system is idle, and returns the work that is left.

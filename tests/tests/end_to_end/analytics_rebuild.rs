@@ -1,5 +1,5 @@
 //! `analytics rebuild` folds the log into new tables and swaps them with the live ones, while the
-//! service keeps running. Here the rebuild or the service is killed or frozen meanwhile.
+//! service keeps running. Here the rebuild or the service is killed or frozen at each step.
 
 use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ const STEPS: [&str; 6] = [
 
 /// T35, I7: Rebuilds run under load. One is killed at each step, and the last one runs to its end.
 /// Before the commit the live tables stay; after it the rebuilt tables have replaced them.
-/// Meanwhile every query is answered, and no count decreases. In the end the tables equal the fold
-/// of the log.
+/// During all of this every query is answered, and no count decreases. In the end the tables equal
+/// the fold of the log.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rebuild_killed_at_any_step_leaves_a_complete_model() {
     let mut system = System::start().await;

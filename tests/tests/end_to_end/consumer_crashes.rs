@@ -48,8 +48,8 @@ async fn consumers_killed_before_the_offset_is_committed_do_nothing_twice() {
 }
 
 /// Kills all three consumers at their points, at the first records that they get. Users register
-/// and change meanwhile. Then the consumers are started again, and the run is judged. The three are
-/// killed together, because Kafka removes a killed member only after ten seconds.
+/// and change while no consumer runs. Then the consumers are started again, and the run is judged.
+/// The three are killed together, because Kafka removes a killed member only after ten seconds.
 async fn kill_consumers_and_judge(points: [(Service, &str); 3]) {
     let mut system = System::empty().await;
     // A sender may be killed in the middle of a mail. Its lease must end within this test.
@@ -74,7 +74,7 @@ async fn kill_consumers_and_judge(points: [(Service, &str); 3]) {
 }
 
 /// I1 I5 I7 I8: Each service is killed in turn. The others keep working. After its restart it
-/// handles what happened meanwhile.
+/// handles what happened while it was down.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_service_stops_no_other_and_catches_up() {
     let mut system = System::start().await;

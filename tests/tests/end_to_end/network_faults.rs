@@ -128,13 +128,7 @@ async fn consumers_report_a_silent_store_and_resume() {
 
 /// Waits until every user is mailed, cached and counted, and checks that there is one mail each.
 async fn until_applied_once(system: &System, users: &[Uuid]) {
-    for id in users {
-        system.users.until_mailed(*id).await;
-        system.users.until_cached(*id, 1).await;
-    }
-    let count = users.len() as i64;
-    system.users.until_counted(count, count).await;
-    system.until_drained().await;
+    system.until_applied(users).await;
     assert_eq!(system.mail.all().len(), users.len(), "mails");
 }
 

@@ -29,7 +29,7 @@ async fn consumers_wait_for_their_dependencies_and_resume() {
     system.processes.start_all().await;
     let judge = system.judge().await;
     let before = vec![system.users.register().await, system.users.register().await];
-    until_applied(&system, &before).await;
+    system.until_applied(&before).await;
     let groups = members_and_rebalances(&system);
 
     postgres.component.process.kill();
@@ -49,7 +49,7 @@ async fn consumers_wait_for_their_dependencies_and_resume() {
     valkey.component.restart().await.unwrap();
     system.processes.until_ready(&SERVICES).await;
     let after = vec![system.users.register().await];
-    until_applied(&system, &[before, during, after].concat()).await;
+    system.until_applied(&[before, during, after].concat()).await;
     assert_no_rebalance_and_no_dead_letter(&system, &groups).await;
     judge.check(&mut system).await;
 }
@@ -215,15 +215,4 @@ async fn assert_no_rebalance_and_no_dead_letter(
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
         assert_eq!(system.processes.counted(group, "dead_lettered").await, 0.0, "dead letters counted by {group}");
     }
-}
-
-/// Waits until every user is mailed, cached and counted.
-async fn until_applied(system: &System, users: &[Uuid]) {
-    for id in users {
-        system.users.until_mailed(*id).await;
-        system.users.until_cached(*id, 1).await;
-    }
-    let count = users.len() as i64;
-    system.users.until_counted(count, count).await;
-    system.until_drained().await;
 }

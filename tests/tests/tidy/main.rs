@@ -11,7 +11,7 @@ mod tree;
 use std::path::PathBuf;
 
 use imports::{Files, cycles, imports, upward};
-use shared::events::{Event, UserEvent, UserRef, mint_id};
+use shared::events::{Event, UserEvent, mint_id};
 use topology::SERVICES;
 use tree::{code, files, mentioning, read, root};
 
@@ -52,14 +52,7 @@ fn only_the_files_that_change_state_publish() {
 /// else.
 #[test]
 fn facts_about_users_carry_only_the_id() {
-    let user = UserRef { user_id: mint_id() };
-    let facts = [
-        UserEvent::Registered(user),
-        UserEvent::ProfileChanged(user),
-        UserEvent::EmailChanged(user),
-        UserEvent::Deleted(user),
-    ];
-    for fact in facts {
+    for fact in UserEvent::samples(mint_id()) {
         let (kind, data) = fact.encode();
         let data: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&data.unwrap()).unwrap();
         assert_eq!(data.keys().collect::<Vec<_>>(), ["user_id"], "{kind}");

@@ -33,8 +33,8 @@ struct Surplus {
 /// other error: the models must not be swapped.
 pub async fn swap(live: &mut PgConnection, schema: &str, replays: &Replays, options: &Rebuild) -> anyhow::Result<()> {
     let mut tx = live.begin().await?;
-    // The lock on the first table prevents that a new release migrates meanwhile: the swap would
-    // undo its migrations.
+    // The lock on the first table keeps a new release from migrating until the swap is committed.
+    // Otherwise the swap would undo its migrations.
     execute(&mut tx, "lock table _sqlx_migrations, inbox in share row exclusive mode".to_owned()).await?;
     replays.complete(&mut tx).await?;
     fault::point("rebuild.locked");

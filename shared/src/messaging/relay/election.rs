@@ -6,9 +6,10 @@ use anyhow::Context;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use sqlx::{ConnectOptions, PgConnection};
 use tokio::sync::Notify;
-use tokio::time::{Duration, sleep, timeout};
+use tokio::time::{Duration, Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::rows;
 use crate::platform::database::bounded;
 use crate::platform::metrics::Metrics;
 
@@ -99,16 +100,19 @@ impl Election<'_> {
         let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
         let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
         let names = Names::of(&mut db, self.outbox).await.context("cannot read the name of the database")?;
-        let mut waits = false;
+        let mut measured_at: Option<Instant> = None;
         while !self.stop.is_cancelled() {
             let query = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(names.lock);
             if bounded(query.fetch_one(&mut db)).await.context("cannot take the advisory lock of the relay")? {
                 return Ok(Some((db, names)));
             }
-            if !waits {
-                waits = true;
-                self.metrics.reset_outbox(); // only the leader reports them
+            if measured_at.is_none() {
+                self.metrics.reset_blocked(); // only the leader knows them
                 tracing::info!(transactional_id = names.transactional_id, "another relay leads this outbox; waiting");
+            }
+            if measured_at.is_none_or(|at| at.elapsed() >= rows::MEASURE_INTERVAL) {
+                rows::report_size(&mut db, self.metrics).await;
+                measured_at = Some(Instant::now());
             }
             tokio::select! {
                 () = self.wake.local.notified() => {

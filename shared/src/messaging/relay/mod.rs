@@ -50,8 +50,6 @@ pub(crate) use election::listen;
 /// backlog makes small rounds.
 const ROUND_ROWS: usize = 5_000;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// How often the leader measures the outbox.
-const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Settings of a service that has an outbox.
 #[derive(Args, Clone, Debug)]
@@ -133,7 +131,7 @@ impl Relay {
             Election { database: &self.database, outbox, wake: &self.wake, stop: &self.stop, metrics: &self.metrics };
         let Some((mut db, names)) = runtime.block_on(election.win())? else { return Ok(()) };
         // Before Kafka is asked, because it may not answer for a long time.
-        self.measure(&runtime, &mut db);
+        runtime.block_on(rows::report_size(&mut db, &self.metrics));
         // Deletes nothing. Postgres refuses the statement on a session that is read-only.
         runtime.block_on(bounded(rows::delete(&mut db, &[]))).context("the database of the outbox is not writable")?;
         let transactions = Transactions::begin_term(&self.kafka, &names.transactional_id)?;
@@ -153,18 +151,6 @@ impl Relay {
             grown: BTreeSet::new(),
         };
         term.run()
-    }
-
-    /// Keeps the outbox metrics up to date. Alert on the oldest age: it grows while Kafka is down.
-    fn measure(&self, runtime: &Runtime, db: &mut PgConnection) {
-        match runtime.block_on(bounded(rows::measure(db))) {
-            Ok(size) => {
-                self.metrics.outbox_rows.set(size.rows);
-                self.metrics.outbox_oldest_age.set(size.oldest_age);
-                self.metrics.outbox_dead_rows.set(size.dead_rows);
-            }
-            Err(error) => tracing::debug!(%error, "cannot measure the outbox; will retry"),
-        }
     }
 }
 
@@ -200,7 +186,7 @@ impl Term<'_> {
     fn wait(&mut self) {
         let poll_at = Instant::now() + Duration::from_millis(self.relay.config.outbox_poll_ms);
         loop {
-            let limit = poll_at.saturating_duration_since(Instant::now()).min(MEASURE_INTERVAL);
+            let limit = poll_at.saturating_duration_since(Instant::now()).min(rows::MEASURE_INTERVAL);
             let notified = self.relay.stop.run_until_cancelled(self.relay.wake.wait(limit));
             let interrupted = self.runtime.block_on(notified) != Some(false); // notified, or stopped
             if interrupted || Instant::now() >= poll_at || self.blocks.is_due() {
@@ -211,9 +197,9 @@ impl Term<'_> {
     }
 
     fn measure_if_due(&mut self) {
-        if self.measured_at.elapsed() >= MEASURE_INTERVAL {
+        if self.measured_at.elapsed() >= rows::MEASURE_INTERVAL {
             self.measured_at = Instant::now();
-            self.relay.measure(&self.runtime, &mut self.db);
+            self.runtime.block_on(rows::report_size(&mut self.db, &self.relay.metrics));
         }
     }
 

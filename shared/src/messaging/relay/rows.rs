@@ -1,10 +1,14 @@
-//! The rows of the outbox, as the leader reads and deletes them.
+//! The rows of the outbox, as the leader reads and deletes them, and their metrics.
+
+use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
 use super::blocks::{Excluded, Probe};
 use crate::events::Envelope;
+use crate::platform::database::bounded;
+use crate::platform::metrics::Metrics;
 
 /// Bytes per round, so that rows of the largest allowed size are read, sent and acknowledged within
 /// a round's time-outs.
@@ -12,6 +16,8 @@ const ROUND_BYTES: i64 = 4 << 20;
 /// The number of waiting rows is counted up to this limit: counting a million rows takes as long as
 /// publishing them.
 const COUNT_LIMIT: i64 = 10_000;
+/// How often a relay measures the outbox.
+pub const MEASURE_INTERVAL: Duration = Duration::from_secs(2);
 
 #[derive(sqlx::FromRow)]
 pub struct Row {
@@ -123,18 +129,31 @@ pub async fn delete(db: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
 
 /// The state of the outbox, for its metrics.
 #[derive(sqlx::FromRow)]
-pub struct Size {
+struct Size {
     /// Rows that wait, counted up to a limit.
-    pub rows: i64,
+    rows: i64,
     /// Seconds.
-    pub oldest_age: i64,
+    oldest_age: i64,
     /// Deleted rows that are not vacuumed yet. The relay scans over them, so it slows down while an
     /// open snapshot (an idle transaction, a dump) keeps them alive.
-    pub dead_rows: i64,
+    dead_rows: i64,
+}
+
+/// Measures the outbox for its metrics. Every replica does, so that the age grows also if the leader
+/// hangs. Alert on the oldest age: it grows while Kafka is down.
+pub async fn report_size(db: &mut PgConnection, metrics: &Metrics) {
+    match bounded(measure(db)).await {
+        Ok(size) => {
+            metrics.outbox_rows.set(size.rows);
+            metrics.outbox_oldest_age.set(size.oldest_age);
+            metrics.outbox_dead_rows.set(size.dead_rows);
+        }
+        Err(error) => tracing::debug!(%error, "cannot measure the outbox; will retry"),
+    }
 }
 
 /// Three index lookups and a bounded count.
-pub async fn measure(db: &mut PgConnection) -> sqlx::Result<Size> {
+async fn measure(db: &mut PgConnection) -> sqlx::Result<Size> {
     sqlx::query_as(
         "select (select count(*) from (select from outbox limit $1) waiting) as rows,
                 coalesce((select extract(epoch from now() - occurred_at)::bigint from outbox order by id limit 1), 0)

@@ -168,7 +168,7 @@ async fn letters_that_are_too_slow_together_are_redriven_one_by_one() {
 }
 
 /// T34, I5 I6: The facts of two registrations were rejected and are redriven. The user who exists
-/// gets one mail, however often the fact comes. The user who was erased meanwhile gets none.
+/// gets one mail, however often the fact comes. The user who was erased gets none.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redriven_registration_is_mailed_once_and_not_after_an_erasure() {
     let system = System::start_only(&[USER, EMAIL]).await;
