@@ -3,6 +3,7 @@
 //! an emptied Valkey and fills it again from the topic.
 
 mod http;
+mod readiness;
 mod valkey;
 mod view;
 
@@ -64,6 +65,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let view = View::new(&config.valkey_url, &config.service.kafka.topic_prefix)?;
     let mut service = Service::start("cache", &config.service).await?;
     service.consume(view.clone());
+    service.spawn("readiness", readiness::watch(view.clone(), service.health()));
     service.http(config.http_addr, http::routes(view)).await?;
     service.run().await
 }

@@ -1,16 +1,20 @@
-//! The admin port: `/livez`, `/readyz`, `/metrics`.
+//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`.
 //!
 //! `/livez` does not check any dependency, because a restart would not repair the database.
-//! `/readyz` lists the components of the process that wait, and what each waits for.
+//! `/readyz` is for load balancers: whether this process can answer its own public requests.
+//! `/status` is for people and tools: everything that the process waits for. A consumer that waits
+//! for Kafka is in `/status` only: if it were in `/readyz`, an outage of Kafka would take every
+//! replica out of the load balancer although all of them can answer.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, bail};
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,47 +26,114 @@ use super::metrics::Metrics;
 /// Longer than a healthy process needs to answer, and shorter than the health-check time-out of
 /// container platforms.
 const HEALTHCHECK_TIMEOUT: Duration = Duration::from_secs(3);
-const LOCK: &str = "no thread panics while it holds the lock";
 
-/// The components of this process that wait, each with what it waits for. The process is ready when
-/// there are none.
+/// What the process waits for, by component.
 #[derive(Clone, Default)]
-pub struct Health(Arc<Mutex<BTreeMap<String, String>>>);
+pub struct Health(Arc<Mutex<Reasons>>);
+
+#[derive(Clone, Default)]
+struct Reasons {
+    /// Why the process cannot answer its own requests.
+    waiting: BTreeMap<String, String>,
+    /// What else the process waits for.
+    reported: BTreeMap<String, String>,
+}
 
 impl Health {
-    /// Reports that `component` waits for `what`.
+    /// Reports that `component` waits for `what`, and that the process cannot answer its own
+    /// requests until then. Shown in `/readyz` and `/status`.
     pub fn waiting(&self, component: &str, what: impl Into<String>) {
-        self.0.lock().expect(LOCK).insert(component.to_owned(), what.into());
+        self.lock().waiting.insert(component.to_owned(), what.into());
     }
 
-    /// Reports that `component` waits for nothing.
+    /// Ends what [`Health::waiting`] has reported about `component`.
     pub fn ready(&self, component: &str) {
-        self.0.lock().expect(LOCK).remove(component);
+        self.lock().waiting.remove(component);
+    }
+
+    /// Reports that `component` waits for something that the answers to requests do not need.
+    /// Shown in `/status` only.
+    pub fn report(&self, component: &str, reason: impl Into<String>) {
+        self.lock().reported.insert(component.to_owned(), reason.into());
+    }
+
+    /// Ends what [`Health::report`] has reported about `component`.
+    pub fn resolved(&self, component: &str) {
+        self.lock().reported.remove(component);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Reasons> {
+        self.0.lock().expect("no thread panics while it holds the lock")
     }
 }
 
 pub(crate) fn router(health: Health, metrics: Metrics) -> Router {
     Router::new()
         .route("/livez", routing::get(async || "alive\n"))
-        .route("/readyz", routing::get(readyz).with_state(health))
+        .route("/readyz", routing::get(readyz).with_state(health.clone()))
+        .route("/status", routing::get(status).with_state(health))
         .route("/metrics", routing::get(page).with_state(metrics))
 }
 
 async fn readyz(State(health): State<Health>) -> impl IntoResponse {
-    let waiting_for = health.0.lock().expect(LOCK).clone();
-    let status = if waiting_for.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "ready": waiting_for.is_empty(), "waiting_for": waiting_for })))
+    let waiting_for = health.lock().waiting.clone();
+    let ready = waiting_for.is_empty();
+    (status_code(ready), Json(json!({ "ready": ready, "waiting_for": waiting_for })))
+}
+
+/// Text, with one line per component, or JSON for callers that prefer it.
+async fn status(State(health): State<Health>, headers: HeaderMap) -> Response {
+    let Reasons { waiting, reported } = health.lock().clone();
+    let mut waiting_for = reported;
+    waiting_for.extend(waiting);
+    let ok = waiting_for.is_empty();
+    let mut response = if prefers_json(&headers) {
+        Json(json!({ "ok": ok, "waiting_for": waiting_for })).into_response()
+    } else if ok {
+        "ok\n".into_response()
+    } else {
+        let mut text = "waiting for\n".to_owned();
+        for (component, reason) in waiting_for {
+            writeln!(text, "  {component}: {reason}").expect("writing to a string does not fail");
+        }
+        text.into_response()
+    };
+    *response.status_mut() = status_code(ok);
+    response
+}
+
+fn status_code(ok: bool) -> StatusCode {
+    if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+/// Whether `Accept` gives JSON a higher quality than text. A caller without a preference gets text.
+fn prefers_json(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(header::ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
+    let ranges: Vec<(String, f32)> = lines.flat_map(|line| line.split(',')).map(media_range).collect();
+    let quality = |names: [&str; 3]| {
+        let named = |name: &str| ranges.iter().find(|(range, _)| range == name).map(|(_, quality)| *quality);
+        names.into_iter().find_map(named).unwrap_or(0.0)
+    };
+    quality(["application/json", "application/*", "*/*"]) > quality(["text/plain", "text/*", "*/*"])
+}
+
+/// The lower-case media range, and its quality (RFC 9110 §12.4.2).
+fn media_range(text: &str) -> (String, f32) {
+    let mut parts = text.split(';').map(|part| part.trim().to_ascii_lowercase());
+    let range = parts.next().unwrap_or_default();
+    let quality = parts.find_map(|part| part.strip_prefix("q=").map(|quality| quality.parse().unwrap_or(0.0)));
+    (range, quality.unwrap_or(1.0))
 }
 
 async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.page())
 }
 
-/// The subcommand `healthcheck`: requests `/readyz` at `admin_addr`. It serves as the health check
+/// The subcommand `healthcheck`: requests `/status` at `admin_addr`. It serves as the health check
 /// of images that have neither a shell nor curl.
 ///
 /// # Errors
-/// The service does not answer, or it is not ready; then the message says what it waits for.
+/// The service does not answer, or it waits for something; then the message says for what.
 pub async fn healthcheck(admin_addr: SocketAddr) -> anyhow::Result<()> {
     let mut addr = admin_addr;
     if addr.ip().is_unspecified() {
@@ -70,7 +141,7 @@ pub async fn healthcheck(admin_addr: SocketAddr) -> anyhow::Result<()> {
     }
     let answer = timeout(HEALTHCHECK_TIMEOUT, async {
         let mut stream = TcpStream::connect(addr).await?;
-        stream.write_all(b"GET /readyz HTTP/1.0\r\n\r\n").await?;
+        stream.write_all(b"GET /status HTTP/1.0\r\n\r\n").await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.map(|_| answer)
     });
@@ -80,7 +151,32 @@ pub async fn healthcheck(admin_addr: SocketAddr) -> anyhow::Result<()> {
         .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))?;
     match answer.split_once("\r\n\r\n") {
         Some((head, _)) if head.contains(" 200 ") => Ok(()),
-        Some((_, body)) => bail!("the service is not ready: {body}"),
+        Some((_, body)) => bail!("the service runs, and waits: {body}"),
         None => bail!("{addr} did not answer with HTTP: check ADMIN_ADDR"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_caller_gets_json_only_if_it_prefers_json() {
+        let prefers = |accept: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for line in accept {
+                headers.append(header::ACCEPT, line.parse().unwrap());
+            }
+            prefers_json(&headers)
+        };
+        for json in ["application/json", "Application/JSON; q=0.5", "text/plain;q=0.1, application/*", "text/*;q=0,*/*"]
+        {
+            assert!(prefers(&[json]), "{json}");
+        }
+        assert!(prefers(&["text/html", "application/json"]));
+        for text in ["*/*", "text/html,*/*;q=0.8", "text/plain, application/json", "application/json;q=0", "json", ""] {
+            assert!(!prefers(&[text]), "{text}");
+        }
+        assert!(!prefers(&[]));
     }
 }

@@ -9,7 +9,8 @@ use crate::messaging::{ListDeadLetters, Redrive};
 pub enum Command {
     /// Run the service (the default).
     Serve,
-    /// Ask the running service whether it is ready. Exits with status 0 if it is.
+    /// Ask the running service at /status whether it waits for anything. Exits with status 0 if it
+    /// does not.
     Healthcheck,
 }
 

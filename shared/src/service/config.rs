@@ -10,7 +10,7 @@ use crate::platform::telemetry::TelemetryConfig;
 /// Settings that every service has. Each can be given as a flag or as an environment variable.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
-    /// Address of /livez, /readyz and /metrics. Keep it off the public network.
+    /// Address of /livez, /readyz, /status and /metrics. Keep it off the public network.
     #[arg(long, env, default_value = "127.0.0.1:9080")]
     pub admin_addr: SocketAddr,
     #[command(flatten)]

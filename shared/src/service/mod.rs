@@ -1,5 +1,5 @@
 //! The process: what every `main.rs` calls. A [`Service`] opens the admin port first, so that
-//! `/readyz` can report what the process waits for. Every long-running task is a visible call in
+//! `/status` can report what the process waits for. Every long-running task is a visible call in
 //! `main`. A task that ends early ends the process.
 
 mod command;
@@ -141,7 +141,7 @@ impl Service {
             };
             // Reported here, because the thread may start after `run` has reported that all tasks
             // have started.
-            self.health.waiting(&setup.component("group"), "its thread to start");
+            self.health.report(&setup.component("group"), "its thread to start");
             self.thread(format!("{group} consumer {number}"), move || Consumer::run(setup));
         }
         let kafka = self.config.kafka.clone();
@@ -188,6 +188,10 @@ impl Service {
 
     pub fn metrics(&self) -> Metrics {
         self.metrics.clone()
+    }
+
+    pub fn health(&self) -> Health {
+        self.health.clone()
     }
 
     /// Runs until SIGTERM, SIGINT or the end of a task. Then waits until every task has finished

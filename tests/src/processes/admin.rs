@@ -1,4 +1,4 @@
-//! The admin port of a service: readiness, liveness and metrics.
+//! The admin port of a service: status, readiness, liveness and metrics.
 
 use std::time::Duration;
 
@@ -24,11 +24,18 @@ impl Admin {
         format!("{}{path}", self.url)
     }
 
-    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no
-    /// answer.
-    pub async fn readiness(&self) -> Option<(bool, Value)> {
-        let answer = send(Client::new().get(self.url("/readyz"))).await.ok()?;
+    /// The answer of `/status` as JSON: whether the service waits for nothing, and the body. `None`
+    /// if there is no answer.
+    pub async fn status(&self) -> Option<(bool, Value)> {
+        let answer = send(Client::new().get(self.url("/status")).header("accept", "application/json")).await.ok()?;
         Some((answer.status.is_success(), answer.body))
+    }
+
+    /// Whether `/readyz` answers that the service can answer its own requests. `None` if there is no
+    /// answer.
+    pub async fn is_ready(&self) -> Option<bool> {
+        let answer = send(Client::new().get(self.url("/readyz"))).await.ok()?;
+        Some(answer.status.is_success())
     }
 
     /// Whether `/livez` succeeds. A supervisor restarts a process for which it does not.

@@ -1,4 +1,4 @@
-//! Readiness and metrics of the services' first processes.
+//! Status and metrics of the services' first processes.
 
 use serde_json::Value;
 use topology::Service;
@@ -16,20 +16,20 @@ impl Processes {
         self.addresses.admin(service)
     }
 
-    /// The answer of `/readyz`: whether the service is ready, and the body. `None` if there is no
-    /// answer.
-    pub async fn readiness(&self, service: Service) -> Option<(bool, Value)> {
-        self.admin(service).readiness().await
+    /// The answer of `/status` as JSON: whether the service waits for nothing, and the body. `None`
+    /// if there is no answer.
+    pub async fn status(&self, service: Service) -> Option<(bool, Value)> {
+        self.admin(service).status().await
     }
 
-    /// Waits until `/readyz` answers that the service is not ready. Panics if `/livez` fails
+    /// Waits until `/status` answers that the service waits for something. Panics if `/livez` fails
     /// before that.
-    pub async fn until_not_ready(&self, service: Service) {
+    pub async fn until_waiting(&self, service: Service) {
         let admin = self.admin(service);
-        eventually(&format!("{} is not ready", service.name), async || {
+        eventually(&format!("{} waits for something", service.name), async || {
             assert!(admin.is_alive().await, "/livez of {} fails: a supervisor would restart it", service.name);
-            let (ready, _) = admin.readiness().await?;
-            (!ready).then_some(())
+            let (ok, _) = admin.status().await?;
+            (!ok).then_some(())
         })
         .await;
     }

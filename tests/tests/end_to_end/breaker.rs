@@ -103,7 +103,7 @@ async fn partitions_assigned_while_the_breaker_is_open_stay_paused() {
     let mut copy = system.processes.spawn_another(ANALYTICS);
     let admin = copy.admin();
     eventually("the breaker of the second copy is open", async || {
-        let (_, body) = admin.readiness().await?;
+        let (_, body) = admin.status().await?;
         body.to_string().contains(&format!("{ANALYTICS_USERS} 0 breaker")).then_some(())
     })
     .await;
@@ -148,7 +148,7 @@ async fn write_sent_mail(system: &System) {
     system.kafka.write(EMAIL_EVENTS, &event).await;
 }
 
-/// Checks that the log and `/readyz` report the pause and its reason.
+/// Checks that the log and `/status` report the pause and its reason.
 async fn assert_pause_is_reported(system: &System) {
     eventually("the log says that the breaker opened, and why", async || {
         let log = system.processes.log(ANALYTICS);
@@ -156,7 +156,7 @@ async fn assert_pause_is_reported(system: &System) {
         opened.any(|line| line.contains(r#""rejected":5,"of":5"#)).then_some(())
     })
     .await;
-    let (ready, body) = system.processes.readiness(ANALYTICS).await.unwrap();
+    let (ready, body) = system.processes.status(ANALYTICS).await.unwrap();
     let reason = body["waiting_for"][format!("{ANALYTICS_USERS} 0 breaker")].as_str().unwrap_or_default();
     assert!(!ready, "{body}");
     assert!(reason.contains("5 of the last 5"), "{body}");

@@ -36,7 +36,7 @@ async fn a_consumer_cut_off_from_kafka_is_replaced_and_resumes() {
     load.until_accepted(5).await;
 
     proxy.silence();
-    system.processes.until_not_ready(ANALYTICS).await;
+    system.processes.until_waiting(ANALYTICS).await;
     let answered = load.end().await;
     let users = answered.accepted().len() as i64;
     eventually_eq("users that the other copy has counted", users, async || system.users.funnel().await.0).await;
@@ -114,7 +114,7 @@ async fn consumers_report_a_silent_store_and_resume() {
         users.push(system.users.register().await);
     }
     for service in [EMAIL, ANALYTICS, CACHE] {
-        system.processes.until_not_ready(service).await;
+        system.processes.until_waiting(service).await;
     }
     proxies.iter().for_each(Proxy::heal);
     users.push(system.users.register().await);
@@ -159,7 +159,7 @@ async fn requests_get_503_while_the_database_is_silent_and_a_retry_registers_onc
         assert_eq!(answer.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
     }
     assert!(sent_at.elapsed() < ANSWER_LIMIT, "the answers took {:?}", sent_at.elapsed());
-    system.processes.until_not_ready(USER).await;
+    system.processes.until_waiting(USER).await;
 
     database.heal();
     let answer = eventually("the retry gets another answer than 503", async || {

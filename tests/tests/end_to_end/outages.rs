@@ -10,8 +10,8 @@ use tests::record::Draft;
 use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE, groups, service_of};
 use tests::stores::count;
 use tests::users::address;
-use tests::{System, eventually, throughout};
-use topology::{SERVICES, Service, USER};
+use tests::{System, eventually, eventually_eq, throughout};
+use topology::{CACHE, SERVICES, Service, USER};
 use uuid::Uuid;
 
 /// Longer than the two time-outs that an outage could exceed: the session time-out of a consumer
@@ -19,7 +19,7 @@ use uuid::Uuid;
 const OUTAGE: Duration = Duration::from_secs(15);
 
 /// T32, I1, I11, I12: Postgres and Valkey are down. Consumers pause and stay in their groups,
-/// `/readyz` names the reason, registrations are answered with a problem document, and no record is
+/// `/status` names the reason, registrations are answered with a problem document, and no record is
 /// dead-lettered. After the outage every record that arrived during it has been applied once.
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_wait_for_their_dependencies_and_resume() {
@@ -103,7 +103,7 @@ async fn the_system_recovers_when_all_processes_die_at_once() {
         system.processes.spawn(service);
     }
     for service in SERVICES {
-        let not_ready = async || system.processes.readiness(service).await.filter(|(ready, _)| !ready);
+        let not_ready = async || system.processes.status(service).await.filter(|(ready, _)| !ready);
         eventually(&format!("{} runs and is not ready", service.name), not_ready).await;
     }
     let stack = system.components();
@@ -137,7 +137,7 @@ async fn registrations_succeed_while_kafka_is_down_and_are_published_in_order_la
     let idle_transactions = "select count(*) from pg_stat_activity where datname = current_database()
                              and state like 'idle in transaction%' and now() - state_change > interval '1 second'";
     throughout(KAFKA_OUTAGE, "the user service is ready and holds no transaction open", async || {
-        let ready = system.processes.readiness(USER).await.is_some_and(|(ready, _)| ready);
+        let ready = system.processes.admin(USER).is_ready().await == Some(true);
         ready && count(&db, idle_transactions).await == 0
     })
     .await;
@@ -156,6 +156,35 @@ async fn registrations_succeed_while_kafka_is_down_and_are_published_in_order_la
     let failed: Vec<_> = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_))).collect();
     assert!(failed.is_empty(), "writes without success: {failed:?}");
     judge.check_with(&mut system, &answered).await;
+}
+
+/// T12: while Kafka is down, a load balancer must keep every replica that can answer. `/status`
+/// names Kafka, `/readyz` answers 200. A service without its own store is not ready.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_service_stays_ready_for_its_own_requests_while_kafka_is_down() {
+    let mut system = System::empty_on_own_components().await;
+    system.processes.start_all().await;
+    let user = system.users.register().await;
+    system.users.until_cached(user, 1).await;
+
+    system.components().kafka.process.kill();
+    for service in CONSUMERS {
+        let waits_for_kafka = async || {
+            let (ok, body) = system.processes.status(service).await?;
+            (!ok && body.to_string().contains("Kafka to answer")).then_some(())
+        };
+        eventually(&format!("/status of {} names Kafka", service.name), waits_for_kafka).await;
+    }
+    for service in SERVICES {
+        assert_eq!(system.processes.admin(service).is_ready().await, Some(true), "{}", service.name);
+    }
+    assert_eq!(system.users.cached_version(user).await, Ok(1), "the profile that the cache has");
+
+    system.components().redis.process.kill();
+    for (service, ready) in [(CACHE, false), (USER, true)] {
+        let what = format!("whether {} is ready without Redis", service.name);
+        eventually_eq(&what, Some(ready), async || system.processes.admin(service).is_ready().await).await;
+    }
 }
 
 /// Writes all records of three new users, and returns the users. The user service cannot do it,
@@ -178,10 +207,10 @@ fn members_and_rebalances(system: &System) -> BTreeMap<&'static str, (Vec<String
     groups().map(|group| (group, of(group))).collect()
 }
 
-/// Waits until `/readyz` lists the dependency of every group of a service.
+/// Waits until `/status` lists the dependency of every group of a service.
 async fn until_waiting_for_dependency(system: &System, service: Service) {
     let waiting = async || {
-        let (ready, body) = system.processes.readiness(service).await?;
+        let (ready, body) = system.processes.status(service).await?;
         let waiting_for = body["waiting_for"].as_object()?;
         let mut components = service.groups.iter().map(|group| format!("{} 0 dependency", group.name));
         let all_wait = components.all(|component| waiting_for.contains_key(&component));

@@ -82,7 +82,7 @@ async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() 
     other.stop().await;
     eventually_eq("members after the other copy has left", 1, members).await;
     registered += register(&system, 4).await;
-    let (ready, _) = system.processes.readiness(ANALYTICS).await.unwrap();
+    let (ready, _) = system.processes.status(ANALYTICS).await.unwrap();
     assert!(!ready, "analytics must not be ready without its database");
 
     database.heal();

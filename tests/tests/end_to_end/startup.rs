@@ -30,8 +30,8 @@ async fn start_in_rotated_orders(mut order: [Service; 4]) {
         for service in order {
             system.processes.spawn(service);
             // It answers, but it need not be ready: a service that it needs may start later.
-            let readiness = async || system.processes.readiness(service).await;
-            eventually(&format!("{} answers /readyz", service.name), readiness).await;
+            let readiness = async || system.processes.status(service).await;
+            eventually(&format!("{} answers /status", service.name), readiness).await;
         }
         system.processes.until_ready(&order).await;
         let users = system.users.register_many(1).await;

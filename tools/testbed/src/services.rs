@@ -21,7 +21,7 @@ pub use topology::*;
 const READY_LIMIT: Duration = Duration::from_secs(120);
 /// A service exits within 10 s of SIGTERM. The rest is for a slow machine.
 const STOP_LIMIT: Duration = Duration::from_secs(12);
-/// How long one request to `/readyz` may take.
+/// How long one request to `/status` may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(2);
 
 /// One instance of a service: the service and the ports that this instance listens on.
@@ -79,18 +79,18 @@ pub struct RunningService {
 }
 
 impl RunningService {
-    /// Waits until `/readyz` answers with success. On failure the error quotes the last answer,
+    /// Waits until `/status` answers with success. On failure the error quotes the last answer,
     /// which names the component that the service waits for.
     pub async fn until_ready(&mut self) -> Result<()> {
         let client = Client::builder().timeout(REQUEST_LIMIT).build()?;
-        let url = format!("{}/readyz", self.instance.admin_url());
+        let url = format!("{}/status", self.instance.admin_url());
         let is_ready = async || client.get(&url).send().await.is_ok_and(|answer| answer.status().is_success());
         let waited = self.process.until_ready(READY_LIMIT, is_ready).await;
         if waited.is_ok() || self.process.ended().is_some() {
             return waited;
         }
         let reason = async { client.get(&url).send().await?.text().await }.await.unwrap_or_default();
-        waited.with_context(|| format!("{} is not ready; /readyz answers: {reason}", self.instance.service.name))
+        waited.with_context(|| format!("{} is not ready; /status answers: {reason}", self.instance.service.name))
     }
 
     /// Sends SIGTERM and waits for the exit.

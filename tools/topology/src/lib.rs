@@ -9,7 +9,7 @@ pub struct Service {
     pub name: &'static str,
     /// The port of its public API.
     pub http: u16,
-    /// The port of `/livez`, `/readyz` and `/metrics`.
+    /// The port of `/livez`, `/readyz`, `/status` and `/metrics`.
     pub admin: u16,
     /// Whether it owns a Postgres database and a folder below `migrations/`.
     pub has_database: bool,

@@ -89,7 +89,7 @@ impl Partitions {
     }
 
     /// Handles an error of the client. The client recovers from most errors while the consumer
-    /// polls. `/readyz` reports them, because the client's statistics show them.
+    /// polls. `/status` reports them, because the client's statistics show them.
     ///
     /// # Errors
     /// The client cannot recover, or Kafka does not have the offset to read from.
@@ -189,7 +189,7 @@ impl Partitions {
 pub(super) struct Assignment {
     topic: String,
     group: &'static str,
-    /// The component's name in `/readyz`.
+    /// The component's name in `/status`.
     component: String,
     health: Health,
     metrics: Metrics,
@@ -217,7 +217,7 @@ struct Changes {
 impl Assignment {
     fn new<H: Handler>(setup: &ConsumerSetup<H>) -> Self {
         let component = setup.component("group");
-        setup.health.waiting(&component, "Kafka to assign partitions");
+        setup.health.report(&component, "Kafka to assign partitions");
         Self {
             topic: setup.topic(),
             group: H::GROUP,
@@ -378,9 +378,9 @@ impl ClientContext for Assignment {
         let connected = statistics.brokers.values().any(|broker| broker.state == "UP");
         let joined = statistics.cgrp.is_some_and(|group| group.state == "up" && group.join_state == "steady");
         match (connected, joined) {
-            (true, true) => self.health.ready(&self.component),
-            (true, false) => self.health.waiting(&self.component, "Kafka to assign partitions"),
-            (false, _) => self.health.waiting(&self.component, "Kafka to answer"),
+            (true, true) => self.health.resolved(&self.component),
+            (true, false) => self.health.report(&self.component, "Kafka to assign partitions"),
+            (false, _) => self.health.report(&self.component, "Kafka to answer"),
         }
         let Some(topic) = statistics.topics.get(&self.topic) else { return };
         self.note_idle(topic);

@@ -26,17 +26,17 @@ impl Partitions {
         let component = setup.component("position");
         if unplaced.is_empty() {
             // The partitions whose placement failed may have been revoked since.
-            setup.health.ready(&component);
+            setup.health.resolved(&component);
             return;
         }
         if Instant::now() < self.retry_placement_at {
             return;
         }
         match self.try_place(setup, runtime, &unplaced) {
-            Ok(()) => setup.health.ready(&component),
+            Ok(()) => setup.health.resolved(&component),
             Err(error) => {
                 self.retry_placement_at = Instant::now() + RETRY_INTERVAL;
-                setup.health.waiting(&component, "the offsets at which to start reading");
+                setup.health.report(&component, "the offsets at which to start reading");
                 tracing::warn!(
                     group = self.group,
                     error = %format!("{error:#}"),

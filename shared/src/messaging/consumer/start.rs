@@ -29,7 +29,7 @@ pub(crate) struct ConsumerSetup<H> {
 }
 
 impl<H: Handler> ConsumerSetup<H> {
-    /// The component's name in `/readyz`. `aspect` is what the consumer waits for.
+    /// The component's name in `/status`. `aspect` is what the consumer waits for.
     pub fn component(&self, aspect: &str) -> String {
         format!("{} {} {aspect}", H::GROUP, self.number)
     }
@@ -51,7 +51,7 @@ impl<H: Handler> ConsumerSetup<H> {
 
     /// Waits until the handler's topic exists, and creates the topic of the dead letters.
     pub async fn prepare_topics(&self, dead_letters: &DeadLetterWriter) -> anyhow::Result<()> {
-        self.health.waiting(&self.component("group"), format!("the topic {}", self.topic()));
+        self.health.report(&self.component("group"), format!("the topic {}", self.topic()));
         topics::ensure_one(&self.kafka, dead_letters.topic(), 1, dead_letters::SETTINGS).await?;
         topics::wait_until_exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
     }

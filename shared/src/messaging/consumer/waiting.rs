@@ -62,7 +62,7 @@ impl Waiting {
     }
 
     /// Pauses all partitions until the batch is due again. `what` is what the consumer waits for,
-    /// as `/readyz` shows it.
+    /// as `/status` shows it.
     pub fn retry_later<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,
@@ -75,7 +75,7 @@ impl Waiting {
             Some(Pause::Breaker { .. }) | None => None,
         });
         partitions.pause()?;
-        setup.health.waiting(&setup.component("dependency"), what);
+        setup.health.report(&setup.component("dependency"), what);
         tracing::warn!(group = H::GROUP, error = %format!("{error:#}"), "batch failed; consumer paused, will retry");
         setup.metrics.consumer_retries.get_or_create(&setup.labels()).inc();
         // Half of the wait is random, so that consumers of one dependency do not all retry at the
@@ -108,8 +108,8 @@ impl Waiting {
         );
         let what =
             format!("an operator: {rejected} of the last {of} records were rejected; fix the cause, then send SIGUSR1");
-        setup.health.waiting(&setup.component("breaker"), what);
-        setup.health.ready(&setup.component("dependency"));
+        setup.health.report(&setup.component("breaker"), what);
+        setup.health.resolved(&setup.component("dependency"));
         setup.metrics.consumer_breaker_open.get_or_create(&setup.labels()).inc();
         self.pause = Some(Pause::Breaker { measure_at: Instant::now() });
         Ok(())
@@ -119,14 +119,14 @@ impl Waiting {
     fn close_breaker<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
         tracing::info!(group = H::GROUP, "breaker closed by an operator: retrying the batch");
         self.breaker.close();
-        setup.health.ready(&setup.component("breaker"));
+        setup.health.resolved(&setup.component("breaker"));
         setup.metrics.consumer_breaker_open.get_or_create(&setup.labels()).dec();
     }
 
     /// Resumes the partitions if they are paused.
     pub fn end<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions) -> anyhow::Result<()> {
         if self.pause.take().is_some() {
-            setup.health.ready(&setup.component("dependency"));
+            setup.health.resolved(&setup.component("dependency"));
             tracing::info!(group = H::GROUP, "dependency is back: consumer resumed");
             partitions.resume()?;
         }

@@ -67,13 +67,13 @@ async fn until_open_letters(system: &System, count: f64) {
     eventually_eq("open dead letters", Some(count), open).await;
 }
 
-/// Checks that the consumer waits at the bad record: `/readyz` names the topic, the metric of
+/// Checks that the consumer waits at the bad record: `/status` names the topic, the metric of
 /// retries moves, no offset after the record is committed, and the health check fails.
 async fn assert_waits_at(system: &System, (_, offset): (i32, i64)) {
     let topic = system.kafka.prefixed(&dead_letters_of(ANALYTICS_USERS));
     let retries = system.processes.retries(ANALYTICS_USERS).await;
-    eventually("/readyz names the topic that the consumer waits for", async || {
-        let (ready, body) = system.processes.readiness(ANALYTICS).await?;
+    eventually("/status names the topic that the consumer waits for", async || {
+        let (ready, body) = system.processes.status(ANALYTICS).await?;
         let reason = body["waiting_for"][format!("{ANALYTICS_USERS} 0 dependency")].as_str()?.to_owned();
         (!ready && reason.contains(&topic)).then_some(())
     })

@@ -69,7 +69,7 @@ fn announce(system: &System, logs: &Logs) {
     say("\nWaybill is ready. Ctrl-C stops it.\n");
     for instance in SERVICES.map(Instance::on_published_ports) {
         let name = instance.service.name;
-        say(format_args!("  {name:<10} {}   /readyz and /metrics: {}", instance.url(), instance.admin_url()));
+        say(format_args!("  {name:<10} {}   /status and /metrics: {}", instance.url(), instance.admin_url()));
     }
     say(format_args!("  {:<10} http://127.0.0.1:{}/api/messages", "mails", stack.ports.mails));
     say(format_args!("  {:<10} {}", "kafka", stack.kafka_addresses()));

@@ -1,0 +1,28 @@
+//! Whether this process can answer queries: Valkey answers, and the view is complete. Whether the
+//! view is up to date is another question, which `/status` and the lag answer. While Kafka is down,
+//! every replica still answers with the profiles that it has.
+
+use std::time::Duration;
+
+use shared::platform::health::Health;
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use crate::view::View;
+
+const INTERVAL: Duration = Duration::from_secs(1);
+/// The component's name in `/readyz`.
+const COMPONENT: &str = "view";
+
+/// Asks what a query asks, once a second.
+pub async fn watch(view: View, health: Health) -> anyhow::Result<()> {
+    health.waiting(COMPONENT, "Valkey to answer");
+    loop {
+        match view.find(Uuid::nil()).await {
+            Ok(found) if found.complete => health.ready(COMPONENT),
+            Ok(_) => health.waiting(COMPONENT, "the view to be filled from the topic"),
+            Err(_) => health.waiting(COMPONENT, "Valkey to answer"),
+        }
+        sleep(INTERVAL).await;
+    }
+}
