@@ -20,6 +20,7 @@ pub mod judge;
 pub mod kafka;
 pub mod load;
 pub mod mail;
+pub mod mail_front;
 pub mod otlp;
 pub mod processes;
 pub mod proxy;

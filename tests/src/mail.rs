@@ -28,6 +28,11 @@ impl Mail {
         self.sink.set(Fault::None);
     }
 
+    /// How the server behaves now.
+    pub fn behaviour(&self) -> Behaviour {
+        self.sink.behaviour()
+    }
+
     /// Every mail that the server accepted, each copy.
     pub fn all(&self) -> Vec<Accepted> {
         self.sink.mails()

@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use topology::{ANALYTICS, EMAIL, Service, USER};
 use uuid::Uuid;
 
-use crate::checker::{Analytics, Delivery, Inserted, Person, Steps, StoredUser};
+use crate::checker::{Analytics, Delivery, Inserted, Person, Recipient, Steps, StoredUser};
 use crate::services::{TOPICS, topic_of};
 use crate::waiting::eventually_eq;
 
@@ -112,7 +112,8 @@ impl Stores {
     }
 
     /// The states of a user's deliveries since [`Stores::record_deliveries`], in order and
-    /// separated by blanks.
+    /// separated by blanks. Without `unaddressed`: whether a delivery had this state depends on
+    /// which of two topics was read first.
     pub async fn delivery_states(&self, user: Uuid) -> String {
         delivery_states(&self.database(EMAIL).await, user).await
     }
@@ -143,11 +144,11 @@ impl Stores {
             .unwrap()
     }
 
-    /// Every user that the email service knows.
-    pub async fn recipients(&self) -> BTreeMap<Uuid, StoredUser> {
-        let recipients = "select user_id, version, email, display_name from recipients";
-        let recipients: Vec<Row> = query(&self.database(EMAIL).await, recipients).await;
-        recipients.into_iter().map(stored_user).collect()
+    /// Every user whose state the email service knows.
+    pub async fn recipients(&self) -> BTreeMap<Uuid, Recipient> {
+        let recipients = "select user_id, version, email from recipients where version > 0";
+        let recipients: Vec<(Uuid, i64, Option<String>)> = query(&self.database(EMAIL).await, recipients).await;
+        recipients.into_iter().map(|(user, version, email)| (user, Recipient { version, email })).collect()
     }
 
     /// The user service's table `users`.
@@ -223,8 +224,10 @@ fn stored_user((user, version, email, display_name): Row) -> (Uuid, StoredUser) 
 }
 
 async fn delivery_states(db: &PgPool, user: Uuid) -> String {
-    let states =
-        sqlx::query_scalar("select string_agg(status, ' ' order by number) from delivery_diary where user_id = $1");
+    let states = sqlx::query_scalar(
+        "select string_agg(status, ' ' order by number) from delivery_diary
+                            where user_id = $1 and status <> 'unaddressed'",
+    );
     let states: Option<String> = states.bind(user).fetch_one(db).await.unwrap();
     states.unwrap_or_default()
 }

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use testbed::smtp_sink::{Mail, Outcome as Answer};
 use tests::checker::{
-    Analytics, Delivery, Email, History, Inserted, Operation, Outcome, Person, Request, Steps, StoredUser, violations,
+    Analytics, Delivery, Email, History, Inserted, Operation, Outcome, Person, Recipient, Request, Steps, StoredUser,
+    violations,
 };
 use tests::record::{Draft, Record};
 use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_EVENTS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
@@ -64,9 +65,13 @@ fn correct_history() -> History {
     ]);
     history.users = stored.clone();
     history.cache = Some(stored.clone());
-    history.email.as_mut().unwrap().recipients = stored;
+    history.email.as_mut().unwrap().recipients =
+        stored.iter().map(|(user, state)| (*user, Recipient::from(state))).collect();
     deliver(&mut history, ADA, &["pending", "sending", "sent"], 1, &mut inbox);
-    deliver(&mut history, BOB, &["pending", "sending", "unknown", "sending", "sent"], 2, &mut inbox);
+    // The answer to Bob's first mail was lost, the second one was refused, and an operator released
+    // it.
+    let states = ["pending", "sending", "unknown", "sending", "failed", "pending", "sending", "sent"];
+    deliver(&mut history, BOB, &states, 2, &mut inbox);
     let noon = Some(NOON * 1_000_000);
     let steps = Steps { registered: noon, mailed: noon };
     history.analytics = Some(Analytics {
@@ -78,7 +83,7 @@ fn correct_history() -> History {
     history
 }
 
-/// Adds a user's delivery with these states, its event, and this many copies of its mail.
+/// Adds a user's delivery with these states, its events, and this many copies of its mail.
 fn deliver(
     history: &mut History,
     user: Uuid,
@@ -88,10 +93,13 @@ fn deliver(
 ) {
     let id = Uuid::from_u128(user.as_u128() + 16);
     let email = history.email.as_mut().unwrap();
-    let fact = Draft::user_event("email.sent", user, 1);
-    let fact = append(&mut email.facts, Draft { key: Some(id.to_string().into_bytes()), ..fact });
-    email.inserted.push(Inserted { event_id: fact, topic: EMAIL_EVENTS });
-    inbox.get_mut(EMAIL_EVENTS).unwrap().push(fact);
+    let endings = states.iter().filter(|status| ["sent", "failed"].contains(*status));
+    for (ending, version) in endings.zip(1..) {
+        let fact = Draft::user_event(&format!("email.{ending}"), user, version);
+        let fact = append(&mut email.facts, Draft { key: Some(id.to_string().into_bytes()), ..fact });
+        email.inserted.push(Inserted { event_id: fact, topic: EMAIL_EVENTS });
+        inbox.get_mut(EMAIL_EVENTS).unwrap().push(fact);
+    }
     email.deliveries.push(Delivery { id, user, states: states.iter().map(|state| (*state).to_owned()).collect() });
     email.mails.extend((0..copies).map(|_| accepted_mail(id)));
 }
@@ -259,6 +267,17 @@ fn a_missing_mail_or_a_copy_without_a_reason_is_reported() {
     assert_reported("I6", |history| email(history).mails[0].to = vec!["bob@example.com".to_owned()]);
     assert_reported("I6", |history| email(history).mails.push(accepted_mail(Uuid::from_u128(3))));
     assert_reported("I6", |history| email(history).deliveries[0].states = vec!["failed".to_owned()]);
+    // A second ending with the version of the first.
+    assert_reported("I6", |history| {
+        let Record { partition, offset, .. } = email(history).facts[2];
+        let draft = email(history).facts[2].to_draft().replace_header("ce_sequence", b"1");
+        email(history).facts[2] =
+            Record { partition, offset, key: draft.key, value: draft.value, headers: draft.headers };
+    });
+    assert_reported("I6", |history| {
+        let states = &mut email(history).deliveries[1].states;
+        states.retain(|status| status != "failed");
+    });
 }
 
 #[test]
@@ -303,7 +322,7 @@ fn an_offset_past_a_missing_effect_is_reported() {
 #[test]
 fn a_recipient_that_is_not_the_newest_state_is_reported() {
     assert_reported("I10", |history| {
-        email(history).recipients.insert(BOB, StoredUser { version: 1, person: Some(person(1)) });
+        email(history).recipients.insert(BOB, Recipient { version: 1, email: Some(person(1).email) });
     });
 }
 

@@ -2,28 +2,38 @@
 //! state it comes from, so two senders cannot both make it.
 //!
 //! ```text
-//! pending ──claim──► sending ──250──► sent
-//!    ▲                  ├── 5xx ────► failed
-//!    ├── 4xx, no answer ┤
-//!    └ unknown ◄────────┘ no answer after the mail was sent
+//! unaddressed ──address──► pending ──claim──► sending ──250──► sent
+//!                             ▲                  ├── refused ──► failed
+//!                             ├── later ─────────┤
+//!                             └───────claim── unknown ◄── no answer after the mail was sent
 //! ```
-//! A sender that dies leaves the state `sending` with a lease. When the lease ends, by the
-//! database's clock, another sender claims the delivery. If the recipient is erased, a delivery
-//! that is not being sent becomes `cancelled`. A delivery that is too old is [`held`](crate::held).
+//! [`handlers`](crate::handlers) makes the first state: `pending` if the address is known, and
+//! `unaddressed` otherwise. A sender that dies leaves the state `sending` with a lease. When the
+//! lease ends, by the database's clock, another sender claims the delivery. If the recipient is
+//! erased, a delivery that has not ended becomes `cancelled`: the handlers cancel those that no
+//! sender has, a claim cancels the others. A delivery that is too old is `held`, and a delivery
+//! whose answer was lost too often stays `unknown`: both wait for an
+//! [operator](crate::operator).
 
 use std::time::Duration;
 
 use shared::events::{Delivery, EmailEvent, Undelivered, mint_id};
 use shared::messaging::outbox;
-use sqlx::PgPool;
 use sqlx::postgres::types::PgInterval;
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 const MAX_BACKOFF: Duration = Duration::from_secs(600);
+/// Attempts whose answer was lost. The server may have delivered a copy after each.
+pub const MAX_UNKNOWNS: i32 = 3;
+/// Permanent refusals that are not about the recipient, while other mails are accepted. With the
+/// default back-off the last one comes half a minute after the first.
+pub const MAX_REFUSALS: i32 = 6;
 
 /// Limits of a delivery.
 #[derive(Clone, Copy)]
 pub struct Rules {
+    /// How long a sender has a delivery without renewing its lease.
     pub lease: Duration,
     pub backoff: Duration,
     pub max_age: Duration,
@@ -35,146 +45,206 @@ pub struct Claim {
     pub user_id: Uuid,
     pub template: String,
     pub attempt: i32,
+    refusals: i32,
+    unknowns: i32,
     pub traceparent: Option<String>,
     pub tracestate: Option<String>,
     pub email: String,
-    pub display_name: String,
     /// Proves that no other sender has claimed the delivery since.
     pub token: Uuid,
 }
 
-/// Claims the delivery that has waited longest, among those that may be sent:
-///
-/// - It is due.
-/// - Its recipient is known and not erased.
-/// - Its cause is not too old, or an operator released it.
-/// - No other sender has it, or the lease of that sender has ended.
-pub async fn claim(db: &PgPool, rules: &Rules) -> sqlx::Result<Option<Claim>> {
+/// What became of the delivery that was due.
+pub enum Due {
+    Claimed(Claim),
+    /// Its cause is too old, and no operator has released it.
+    Held(Uuid),
+    /// Its recipient was erased.
+    Cancelled,
+}
+
+/// Claims the delivery that has been due for longest, among those with one of these templates. The
+/// index contains only deliveries that can be claimed, so the cost does not depend on how many
+/// others wait. If it must not be sent, this statement ends it or holds it instead: a condition in
+/// the search would pass over it again in each claim.
+pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Result<Option<Due>> {
     let token = mint_id();
-    let claimed = sqlx::query_as!(
-        Claim,
+    let due = sqlx::query!(
         r#"update deliveries d
-           set status = 'sending', attempt = attempt + 1, token = $1, lease_until = now() + $2, updated_at = now()
-           from (select d.id, r.email, r.display_name
-                 from deliveries d join recipients r using (user_id)
-                 where d.status in ('pending', 'unknown', 'sending') and d.next_attempt_at <= now()
-                     and (d.status <> 'sending' or d.lease_until < now())
-                     and r.email is not null and (d.released_at is not null or d.requested_at > now() - $3::interval)
-                 order by d.next_attempt_at limit 1 for update of d skip locked) due
-           where d.id = due.id
-           returning d.id, d.user_id, d.template, d.attempt, d.traceparent, d.tracestate,
-               due.email as "email!", due.display_name as "display_name!", d.token as "token!""#,
+           set status = next.status, updated_at = now(),
+               attempt = attempt + (next.status = 'sending')::int,
+               token = case next.status when 'sending' then $1::uuid end,
+               due_at = case next.status when 'sending' then now() + $2::interval end
+           from (select due.id, r.email,
+                     case when r.email is null and r.version > 0 then 'cancelled'
+                          when r.email is null then 'unaddressed'
+                          when due.released_at is null and due.requested_at <= now() - $3::interval then 'held'
+                          else 'sending' end as status
+                 from (select first.*
+                       from unnest($4::text[]) wanted (template)
+                       cross join lateral (
+                           select id, user_id, requested_at, released_at, due_at from deliveries
+                           where template = wanted.template and due_at <= now()
+                           order by due_at limit 1 for update skip locked) first
+                       order by first.due_at limit 1) due
+                 left join recipients r using (user_id)) next
+           where d.id = next.id
+           returning d.id, d.user_id, d.template, d.status, d.attempt, d.refusals, d.unknowns, d.traceparent,
+               d.tracestate, next.email as "email?""#,
         token,
         interval(rules.lease),
         interval(rules.max_age),
+        templates,
     );
-    claimed.fetch_optional(db).await
+    let Some(row) = due.fetch_optional(db).await? else { return Ok(None) };
+    Ok(Some(match (row.status.as_str(), row.email) {
+        ("sending", Some(email)) => Due::Claimed(Claim {
+            id: row.id,
+            user_id: row.user_id,
+            template: row.template,
+            attempt: row.attempt,
+            refusals: row.refusals,
+            unknowns: row.unknowns,
+            traceparent: row.traceparent,
+            tracestate: row.tracestate,
+            email,
+            token,
+        }),
+        ("cancelled", _) => Due::Cancelled,
+        _ => Due::Held(row.id),
+    }))
 }
 
-/// Whether the sender may still send the mail, which cannot be undone. It may not if its lease has
-/// ended because it was frozen, or if the recipient was erased in the meantime.
-pub async fn still_ours(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
-    let ours = sqlx::query_scalar!(
-        r#"select exists (
-               select from deliveries d join recipients r using (user_id)
-               where d.id = $1 and d.token = $2 and d.lease_until > now() and r.email is not null) as "ours!""#,
+/// Renews the lease. Returns whether the sender may still send the mail, which cannot be undone. It
+/// may not if its lease has ended because it was frozen, or if the recipient was erased in the
+/// meantime.
+pub async fn renew(db: &PgPool, claim: &Claim, rules: &Rules) -> sqlx::Result<bool> {
+    let renewed = sqlx::query!(
+        "update deliveries d set due_at = now() + $3
+         where d.id = $1 and d.token = $2 and d.due_at > now()
+             and exists (select from recipients r where r.user_id = d.user_id and r.email is not null)",
         claim.id,
         claim.token,
+        interval(rules.lease),
     );
-    ours.fetch_one(db).await
+    Ok(renewed.execute(db).await?.rows_affected() == 1)
 }
 
 /// Records that the server accepted the mail. Also succeeds after the lease has ended, so that the
-/// sender that took over fails its check and stops. Returns whether this call changed the state. It
-/// writes the event only then, so a delivery has one event.
+/// sender that took over fails its check and stops, and after another sender has recorded a
+/// failure: the mail was accepted. Returns whether this call changed the state. It writes the event
+/// only then.
 pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
-    let ended = sqlx::query!(
-        "update deliveries set status = 'sent', token = null, lease_until = null, smtp_code = 250, updated_at = now()
-         where id = $1 and status not in ('sent', 'failed')",
+    let ended = sqlx::query_scalar!(
+        "update deliveries set status = 'sent', token = null, due_at = null, smtp_code = 250, updated_at = now(),
+             events = events + 1
+         where id = $1 and status <> 'sent' returning events",
         claim.id,
     );
-    let ended = ended.execute(&mut *tx).await?.rows_affected() == 1;
-    if ended {
-        outbox::publish(&mut tx, claim.id, FINAL_VERSION, &EmailEvent::Sent(claim.delivery())).await?;
+    let version = ended.fetch_optional(&mut *tx).await?;
+    if let Some(version) = version {
+        outbox::publish(&mut tx, claim.id, version.into(), &EmailEvent::Sent(claim.delivery())).await?;
     }
     tx.commit().await?;
-    Ok(ended)
+    Ok(version.is_some())
 }
 
 /// Records that the server refused the mail permanently, unless the lease has ended and another
 /// sender has the delivery. Returns whether this call changed the state.
 pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
-    let ended = sqlx::query!(
-        "update deliveries set status = 'failed', token = null, lease_until = null, smtp_code = $3, updated_at = now()
-         where id = $1 and token = $2",
+    let ended = sqlx::query_scalar!(
+        "update deliveries set status = 'failed', token = null, due_at = null, smtp_code = $3, updated_at = now(),
+             events = events + 1
+         where id = $1 and token = $2 returning events",
         claim.id,
         claim.token,
         code(smtp_code),
     );
-    let ended = ended.execute(&mut *tx).await?.rows_affected() == 1;
-    if ended {
+    let version = ended.fetch_optional(&mut *tx).await?;
+    if let Some(version) = version {
         let event = EmailEvent::Failed(Undelivered { delivery: claim.delivery(), smtp_code });
-        outbox::publish(&mut tx, claim.id, FINAL_VERSION, &event).await?;
+        outbox::publish(&mut tx, claim.id, version.into(), &event).await?;
     }
     tx.commit().await?;
-    Ok(ended)
+    Ok(version.is_some())
 }
 
 /// Why a delivery is retried.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum RetryAs {
-    /// The server has not accepted the mail.
-    Pending,
-    /// The server may have accepted the mail.
+pub enum Retry {
+    /// The server has not accepted the mail. Waits for a back-off that doubles with each attempt.
+    Later,
+    /// As [`Retry::Later`], after a permanent refusal that is not about the recipient.
+    Refused,
+    /// The server may have accepted the mail. After [`MAX_UNKNOWNS`] of these an operator decides.
     Unknown,
+    /// The sender stopped before it sent the mail. Another one may send it at once.
+    Stopped,
 }
 
-/// Schedules another attempt, after a back-off that doubles with each attempt.
-pub async fn retry_later(
-    db: &PgPool,
-    claim: &Claim,
-    rules: &Rules,
-    retry_as: RetryAs,
-    smtp_code: Option<u16>,
-) -> sqlx::Result<()> {
+/// Gives the delivery back, unless the lease has ended and another sender has it.
+pub async fn retry(db: &PgPool, claim: &Claim, rules: &Rules, why: Retry, smtp_code: Option<u16>) -> sqlx::Result<()> {
     let doublings = u32::try_from(claim.attempt - 1).unwrap_or(0).min(20);
     let backoff = rules.backoff.saturating_mul(1 << doublings).min(MAX_BACKOFF);
-    let status = match retry_as {
-        RetryAs::Pending => "pending",
-        RetryAs::Unknown => "unknown",
+    let unknown = why == Retry::Unknown;
+    let wait = match why {
+        Retry::Unknown if claim.is_last_unknown() => None,
+        Retry::Stopped => Some(Duration::ZERO),
+        Retry::Later | Retry::Refused | Retry::Unknown => Some(backoff),
     };
     sqlx::query!(
-        "update deliveries set status = $3, token = null, lease_until = null, smtp_code = $4,
-             next_attempt_at = now() + $5, updated_at = now()
+        "update deliveries set status = $3, token = null, due_at = now() + $4::interval, smtp_code = $5,
+             unknowns = unknowns + $6, refusals = refusals + $7, updated_at = now()
          where id = $1 and token = $2",
         claim.id,
         claim.token,
-        status,
+        if unknown { "unknown" } else { "pending" },
+        wait.map(interval),
         smtp_code.map(code),
-        interval(backoff),
+        i32::from(unknown),
+        i32::from(why == Retry::Refused),
     )
     .execute(db)
     .await?;
     Ok(())
 }
 
-/// Cancels the deliveries to erased recipients that are not being sent at the moment.
-pub async fn cancel_erased(db: &PgPool) -> sqlx::Result<u64> {
-    let cancelled = sqlx::query!(
-        "update deliveries d set status = 'cancelled', token = null, lease_until = null, updated_at = now()
-         from recipients r
-         where r.user_id = d.user_id and r.email is null
-             and (d.status in ('pending', 'unknown') or (d.status = 'sending' and d.lease_until < now()))"
-    );
-    Ok(cancelled.execute(db).await?.rows_affected())
+/// Makes the deliveries to these users claimable, now that their addresses are known.
+pub async fn address(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> {
+    sqlx::query!(
+        "update deliveries set status = 'pending', due_at = now(), updated_at = now()
+         where user_id = any($1) and status = 'unaddressed'",
+        users
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
 }
 
-/// The version of a delivery's event. A delivery ends once, so it has one event.
-const FINAL_VERSION: i64 = 1;
+/// Cancels the deliveries to these users, who were erased, unless a sender has them. That sender
+/// checks the recipient before it sends the mail. Returns how many were cancelled.
+pub async fn cancel(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<u64> {
+    let cancelled = sqlx::query!(
+        "update deliveries set status = 'cancelled', due_at = null, updated_at = now()
+         where user_id = any($1) and status in ('unaddressed', 'pending', 'unknown', 'held')",
+        users
+    );
+    Ok(cancelled.execute(tx).await?.rows_affected())
+}
 
 impl Claim {
+    /// Whether a delivery with one more lost answer waits for an operator.
+    pub fn is_last_unknown(&self) -> bool {
+        self.unknowns + 1 >= MAX_UNKNOWNS
+    }
+
+    /// Whether a delivery with one more refusal that is not about its recipient has failed.
+    pub fn is_last_refusal(&self) -> bool {
+        self.refusals + 1 >= MAX_REFUSALS
+    }
+
     fn delivery(&self) -> Delivery {
         Delivery { delivery_id: self.id, user_id: self.user_id, template: self.template.clone() }
     }
@@ -186,4 +256,95 @@ fn code(smtp_code: u16) -> i16 {
 
 pub fn interval(duration: Duration) -> PgInterval {
     PgInterval::try_from(duration).expect("durations here are whole milliseconds")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: Rules = Rules {
+        lease: Duration::from_secs(60),
+        backoff: Duration::from_secs(1),
+        max_age: Duration::from_secs(72 * 3600),
+    };
+
+    async fn database() -> PgPool {
+        testbed::testing::migrated_database(testbed::services::EMAIL, &crate::MIGRATIONS).await
+    }
+
+    /// Inserts deliveries to users with an address.
+    async fn insert(db: &PgPool, count: i64, template: &str, status: &str, requested_hours_ago: i32) {
+        let insert = "
+            with users as (
+                insert into recipients (user_id, version, email)
+                select gen_random_uuid(), 1, 'ada@example.com' from generate_series(1, $1) returning user_id)
+            insert into deliveries (id, user_id, template, version, status, due_at, requested_at)
+            select gen_random_uuid(), user_id, $2, 1, $3,
+                case $3 when 'pending' then now() - interval '1 hour' end, now() - make_interval(hours => $4)
+            from users";
+        sqlx::query(insert)
+            .bind(count)
+            .bind(template)
+            .bind(status)
+            .bind(requested_hours_ago)
+            .execute(db)
+            .await
+            .unwrap();
+    }
+
+    async fn claimed(db: &PgPool) -> Option<Claim> {
+        match claim(db, &RULES, &["welcome".to_owned()]).await.unwrap() {
+            Some(Due::Claimed(claim)) => Some(claim),
+            _ => None,
+        }
+    }
+
+    /// The blocks of `deliveries` and its indexes that were read so far.
+    async fn blocks_read(db: &PgPool) -> i64 {
+        // Postgres collects the numbers of a session now and then, and now at the end of this
+        // statement.
+        sqlx::query("select pg_stat_force_next_flush()").execute(db).await.unwrap();
+        let read = "select heap_blks_read + heap_blks_hit + idx_blks_read + idx_blks_hit
+                    from pg_statio_user_tables where relname = 'deliveries'";
+        sqlx::query_scalar(read).fetch_one(db).await.unwrap()
+    }
+
+    /// A claim costs the same however many deliveries wait for something else: an address, an
+    /// operator, or a release that knows their template.
+    #[tokio::test]
+    async fn a_claim_reads_few_blocks_whatever_else_waits() {
+        let options = (*database().await.connect_options()).clone();
+        // The numbers are those of one session.
+        let db = sqlx::postgres::PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+        for (template, status) in [("welcome", "unaddressed"), ("welcome", "held"), ("farewell", "pending")] {
+            insert(&db, 20_000, template, status, 0).await;
+        }
+        insert(&db, 5, "welcome", "pending", 0).await;
+        sqlx::query("analyze").execute(&db).await.unwrap();
+        let before = blocks_read(&db).await;
+        assert!(claimed(&db).await.is_some());
+        let read = blocks_read(&db).await - before;
+        assert!((1..100).contains(&read), "a claim read {read} blocks");
+    }
+
+    /// T36: a delivery that became too old while it waited is held by the claim, which does not
+    /// find it again.
+    #[tokio::test]
+    async fn a_delivery_that_became_too_old_is_held_when_it_is_claimed() {
+        let db = database().await;
+        insert(&db, 1, "welcome", "pending", 73).await;
+        let due = claim(&db, &RULES, &["welcome".to_owned()]).await.unwrap();
+        assert!(matches!(due, Some(Due::Held(_))));
+        assert!(claim(&db, &RULES, &["welcome".to_owned()]).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_delivery_whose_template_is_unknown_is_left_for_another_release() {
+        let db = database().await;
+        insert(&db, 1, "farewell", "pending", 0).await;
+        assert!(claimed(&db).await.is_none());
+        insert(&db, 1, "welcome", "pending", 0).await;
+        assert_eq!(claimed(&db).await.unwrap().template, "welcome");
+        assert!(claimed(&db).await.is_none());
+    }
 }

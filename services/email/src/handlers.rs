@@ -1,5 +1,10 @@
 //! The event handlers of the email service. Both are idempotent without an inbox: intents have a
 //! unique business key, and for recipients the highest version wins.
+//!
+//! A delivery needs an intent and an address, which come from two topics in any order. Whichever
+//! handler comes second makes the delivery claimable. Both lock the row of the user in `recipients`
+//! first, and insert it empty if it is missing. So of two handlers at the same time one waits for
+//! the other's commit and then sees what it wrote.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +13,22 @@ use shared::fault;
 use shared::messaging::{Failure, Handler, Outcome, Record};
 use shared::platform::telemetry::TraceContext;
 use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use tokio::time::Duration;
 use uuid::Uuid;
+
+use crate::deliveries::{self, interval};
+use crate::mail;
+use crate::metrics::DeliveryMetrics;
 
 /// `user.events.v1` → intents. A registration causes one welcome mail, however often and in
 /// whatever order it arrives.
 #[derive(Clone)]
 pub struct Welcome {
     pub db: PgPool,
+    /// An intent whose cause is older is held.
+    pub max_age: Duration,
+    pub metrics: DeliveryMetrics,
 }
 
 impl Handler for Welcome {
@@ -23,64 +37,134 @@ impl Handler for Welcome {
     const GROUP: &'static str = "email.welcome";
 
     /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch
-    /// comes again and changes nothing. Users are written in the order of their ids, as in
+    /// comes again and changes nothing. Users are locked in the order of their ids, as in
     /// [`Recipients`]: two transactions that lock the same rows in opposite orders would deadlock.
-    /// The effects commute, so the order has no other meaning.
+    /// The effects commute, so the order of the records has no other meaning.
     async fn handle(&self, batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
-        let mut batch: Vec<_> = batch.iter().collect();
-        batch.sort_by_key(|record| record.envelope.key);
-        let mut tx = self.db.begin().await?;
+        let mut intents = Intents::default();
+        let mut deleted: BTreeMap<Uuid, i64> = BTreeMap::new();
         let mut outcome = Outcome::default();
         for record in batch {
-            let applied = match record.event {
-                UserEvent::Registered(user) => {
-                    let trace = TraceContext::of(&record.envelope);
-                    store_intent(&mut tx, user.user_id, record.envelope.version, record.envelope.time, trace).await?
+            match record.event {
+                UserEvent::Registered(user) => intents.add(user.user_id, record),
+                UserEvent::Deleted(user) => {
+                    let version = deleted.entry(user.user_id).or_default();
+                    *version = record.envelope.version.max(*version);
                 }
-                UserEvent::Deleted(user) => erase(&mut tx, user.user_id, record.envelope.version).await?,
-                UserEvent::ProfileChanged(_) | UserEvent::EmailChanged(_) => true,
-            };
-            if applied { outcome.applied += 1 } else { outcome.duplicate += 1 }
+                UserEvent::ProfileChanged(_) | UserEvent::EmailChanged(_) => outcome.applied += 1,
+            }
         }
+        let mut users: Vec<Uuid> = intents.users.iter().chain(deleted.keys()).copied().collect();
+        users.sort();
+        users.dedup();
+        let mut tx = self.db.begin().await?;
+        lock(&mut tx, &users).await?;
+        outcome.applied += store(&mut tx, &intents, self.max_age).await?;
+        let (erased, cancelled) = erase(&mut tx, &deleted).await?;
+        outcome.applied += erased;
+        outcome.duplicate = batch.len() as u64 - outcome.applied;
         fault::point("email.before_commit");
         tx.commit().await?;
+        self.metrics.count_ended("cancelled", cancelled);
         Ok(outcome)
     }
 }
 
-/// Stores the intent to send the welcome mail. Returns whether it is new.
-async fn store_intent(
-    tx: &mut PgConnection,
-    user: Uuid,
-    version: i64,
-    requested_at: time::OffsetDateTime,
-    trace: TraceContext,
-) -> sqlx::Result<bool> {
-    let inserted = sqlx::query!(
-        "insert into deliveries (id, user_id, template, version, requested_at, traceparent, tracestate)
-         values ($1, $2, 'welcome', $3, $4, $5, $6)
-         on conflict (user_id, template, version) do nothing",
-        mint_id(),
-        user,
-        version,
-        requested_at,
-        trace.traceparent,
-        trace.tracestate,
-    );
-    Ok(inserted.execute(tx).await?.rows_affected() == 1)
+/// Locks the rows of these users in `recipients`, and inserts those that are missing. One statement,
+/// so that the rows are locked in the order of the ids, whether they exist or not. `where false`:
+/// Postgres locks the row and does not write it.
+async fn lock(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> {
+    sqlx::query!(
+        "insert into recipients as stored (user_id, version)
+         select user_id, 0 from unnest($1::uuid[]) as wanted (user_id)
+         on conflict (user_id) do update set version = stored.version where false",
+        users
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
 }
 
-/// Erases the address, as the tombstone does: a consumer that was down for longer than Kafka keeps
-/// tombstones never reads the tombstone. Returns whether the user's version is new.
-async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<bool> {
-    let erased = sqlx::query!(
-        "insert into recipients as stored (user_id, version) values ($1, $2)
-         on conflict (user_id) do update set version = excluded.version, email = null, display_name = null
-             where stored.version < excluded.version",
-        user,
-        version,
+/// The intents of a batch, as one array for each column.
+#[derive(Default)]
+struct Intents {
+    ids: Vec<Uuid>,
+    users: Vec<Uuid>,
+    versions: Vec<i64>,
+    requested_at: Vec<OffsetDateTime>,
+    traceparents: Vec<Option<String>>,
+    tracestates: Vec<Option<String>>,
+}
+
+impl Intents {
+    fn add(&mut self, user: Uuid, record: &Record<UserEvent>) {
+        let trace = TraceContext::of(&record.envelope);
+        self.ids.push(mint_id());
+        self.users.push(user);
+        self.versions.push(record.envelope.version);
+        self.requested_at.push(record.envelope.time);
+        self.traceparents.push(trace.traceparent);
+        self.tracestates.push(trace.tracestate);
+    }
+}
+
+/// Stores the intents to send the welcome mail. The users' rows in `recipients` are locked. Returns
+/// how many are new.
+///
+/// An intent whose cause is old is held at once. If it were pending first, a replayed history would
+/// be in the senders' way.
+async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> sqlx::Result<u64> {
+    let stored = sqlx::query_scalar!(
+        r#"insert into deliveries
+               (id, user_id, template, version, status, due_at, requested_at, traceparent, tracestate)
+           select intent.id, intent.user_id, $7, intent.version, state.status,
+               case state.status when 'pending' then now() end, intent.requested_at, intent.traceparent, intent.tracestate
+           from unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::timestamptz[], $5::text[], $6::text[])
+               as intent (id, user_id, version, requested_at, traceparent, tracestate)
+           join recipients r using (user_id)
+           cross join lateral (select case when r.email is null and r.version > 0 then 'cancelled'
+                                   when intent.requested_at <= now() - $8::interval then 'held'
+                                   when r.email is null then 'unaddressed'
+                                   else 'pending' end as status) state
+           on conflict (user_id, template, version) do nothing
+           returning status"#,
+        &intents.ids,
+        &intents.users,
+        &intents.versions,
+        &intents.requested_at,
+        &intents.traceparents as &[Option<String>],
+        &intents.tracestates as &[Option<String>],
+        mail::WELCOME.name,
+        interval(max_age),
     );
-    Ok(erased.execute(tx).await?.rows_affected() == 1)
+    let stored = stored.fetch_all(tx).await?;
+    let held = stored.iter().filter(|status| *status == "held").count();
+    if held > 0 {
+        tracing::warn!(
+            deliveries = held,
+            "deliveries are held: their cause is older than MAX_AGE_HOURS; see `email send-held --help`"
+        );
+    }
+    Ok(stored.len() as u64)
+}
+
+/// Erases the addresses, as the tombstones do: a consumer that was down for longer than Kafka keeps
+/// tombstones never reads them. Cancels the mails of these users. Returns how many users' versions
+/// are new, and how many deliveries it cancelled.
+async fn erase(tx: &mut PgConnection, deleted: &BTreeMap<Uuid, i64>) -> sqlx::Result<(u64, u64)> {
+    let users: Vec<Uuid> = deleted.keys().copied().collect();
+    let versions: Vec<i64> = deleted.values().copied().collect();
+    let erased = sqlx::query_scalar!(
+        r#"update recipients r set version = deleted.version, email = null
+           from unnest($1::uuid[], $2::bigint[]) as deleted (user_id, version)
+           where r.user_id = deleted.user_id and r.version < deleted.version
+           returning r.user_id"#,
+        &users,
+        &versions,
+    );
+    let erased = erased.fetch_all(&mut *tx).await?;
+    let cancelled = deliveries::cancel(tx, &erased).await?;
+    Ok((erased.len() as u64, cancelled))
 }
 
 /// `user.state.v1` → recipients. The highest version wins; an erased recipient keeps its version
@@ -88,6 +172,7 @@ async fn erase(tx: &mut PgConnection, user: Uuid, version: i64) -> sqlx::Result<
 #[derive(Clone)]
 pub struct Recipients {
     pub db: PgPool,
+    pub metrics: DeliveryMetrics,
 }
 
 impl Handler for Recipients {
@@ -95,8 +180,11 @@ impl Handler for Recipients {
 
     const GROUP: &'static str = "email.recipients";
 
-    /// One statement. Users are written in the order of their ids, as in [`Welcome`], and each
-    /// once, because a statement may update a row only once.
+    /// One transaction. A crash before or after its commit is harmless, because the highest version
+    /// wins. Users are written, and so locked, in the order of their ids, as in [`Welcome`], and
+    /// each once, because a statement may update a row only once. The deliveries are changed by
+    /// statements of their own: a statement does not see what was committed while it waited for a
+    /// lock.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut newest: BTreeMap<Uuid, &Record<UserState>> = BTreeMap::new();
         for record in batch {
@@ -108,39 +196,62 @@ impl Handler for Recipients {
         let mut users = vec![];
         let mut versions = vec![];
         let mut emails = vec![];
-        let mut names = vec![];
         for (user, record) in newest {
-            let profile = match &record.event {
-                UserState::Current(profile) => Some(profile),
-                UserState::Erased => None,
-            };
             users.push(user);
             versions.push(record.envelope.version);
-            emails.push(profile.map(|profile| profile.email.clone()));
-            names.push(profile.map(|profile| profile.display_name.clone()));
+            emails.push(match &record.event {
+                UserState::Current(profile) => Some(profile.email.clone()),
+                UserState::Erased => None,
+            });
         }
-        let upserted = sqlx::query!(
-            "insert into recipients as stored (user_id, version, email, display_name)
-             select * from unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[])
-             on conflict (user_id) do update set
-                 version = excluded.version, email = excluded.email, display_name = excluded.display_name
-                 where stored.version < excluded.version",
-            &users,
-            &versions,
-            &emails as &[Option<String>],
-            &names as &[Option<String>],
-        );
-        let applied = upserted.execute(&self.db).await?.rows_affected();
+        let mut tx = self.db.begin().await?;
+        let (applied, cancelled) = upsert(&mut tx, &users, &versions, &emails).await?;
+        tx.commit().await?;
+        self.metrics.count_ended("cancelled", cancelled);
         Ok(Outcome { applied, duplicate: 0, stale: batch.len() as u64 - applied })
     }
 }
 
+/// Stores the addresses, `None` for an erased user, and changes the deliveries to the users whose
+/// versions are new. Returns how many users that are, and how many deliveries were cancelled.
+async fn upsert(
+    tx: &mut PgConnection,
+    users: &[Uuid],
+    versions: &[i64],
+    emails: &[Option<String>],
+) -> sqlx::Result<(u64, u64)> {
+    let upserted = sqlx::query!(
+        r#"insert into recipients as stored (user_id, version, email)
+           select * from unnest($1::uuid[], $2::bigint[], $3::text[])
+           on conflict (user_id) do update set version = excluded.version, email = excluded.email
+               where stored.version < excluded.version
+           returning user_id, email is not null as "addressed!""#,
+        users,
+        versions,
+        emails as &[Option<String>],
+    );
+    let upserted = upserted.fetch_all(&mut *tx).await?;
+    let mut addressed = vec![];
+    let mut erased = vec![];
+    for row in &upserted {
+        if row.addressed { addressed.push(row.user_id) } else { erased.push(row.user_id) }
+    }
+    deliveries::address(tx, &addressed).await?;
+    let cancelled = deliveries::cancel(tx, &erased).await?;
+    Ok((upserted.len() as u64, cancelled))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use proptest::prelude::*;
     use proptest::sample::Index;
     use shared::events::{Event, Profile, UserRef};
+    use sqlx::{Postgres, Transaction};
     use tokio::runtime::Runtime;
+    use tokio::task::JoinSet;
 
     use super::*;
 
@@ -150,6 +261,15 @@ mod tests {
 
     async fn database() -> PgPool {
         testbed::testing::migrated_database(testbed::services::EMAIL, &crate::MIGRATIONS).await
+    }
+
+    fn welcome(db: &PgPool) -> Welcome {
+        let max_age = Duration::from_secs(3600);
+        Welcome { db: db.clone(), max_age, metrics: DeliveryMetrics::default() }
+    }
+
+    fn recipients(db: &PgPool) -> Recipients {
+        Recipients { db: db.clone(), metrics: DeliveryMetrics::default() }
     }
 
     fn profile(user: Uuid, version: i64) -> Record<UserState> {
@@ -182,7 +302,7 @@ mod tests {
             runtime.block_on(async {
                 let users = [(); 3].map(|()| mint_id());
                 let mut highest = [0; 3];
-                let handler = Recipients { db: db.clone() };
+                let handler = recipients(&db);
                 for batch in batches {
                     let records: Vec<_> = batch.iter().map(|(user, index)| {
                         let (last, erased) = histories[*user];
@@ -216,7 +336,7 @@ mod tests {
                 let mut registered = [false; 3];
                 // The version of the deletion, which is the same in each copy.
                 let mut deleted = [None; 3];
-                let handler = Welcome { db: db.clone() };
+                let handler = welcome(&db);
                 for batch in batches {
                     let records: Vec<_> = batch.iter().map(|(user, index)| {
                         let mut samples = UserEvent::samples(users[*user]);
@@ -234,7 +354,9 @@ mod tests {
                 }
                 for user in 0..3 {
                     prop_assert_eq!(intents(&db, users[user]).await, i64::from(registered[user]));
-                    prop_assert_eq!(recipient(&db, users[user]).await, deleted[user].map(|version| (version, None)));
+                    // Without a deletion the row is empty and has the version 0.
+                    let known = deleted[user].or(registered[user].then_some(0));
+                    prop_assert_eq!(recipient(&db, users[user]).await, known.map(|version| (version, None)));
                 }
                 Ok(())
             })?;
@@ -251,7 +373,7 @@ mod tests {
     async fn a_batch_may_contain_a_user_twice() {
         let db = database().await;
         let user = mint_id();
-        let handler = Recipients { db: db.clone() };
+        let handler = recipients(&db);
         let outcome = handler.handle(&[profile(user, 3), profile(user, 2), profile(user, 3)]).await.unwrap();
         assert_eq!(outcome, Outcome { applied: 1, duplicate: 0, stale: 2 });
         assert_eq!(recipient(&db, user).await, Some((3, Some("v3@example.com".to_owned()))));
@@ -262,10 +384,10 @@ mod tests {
     async fn the_fact_of_a_deletion_erases_the_recipient_permanently() {
         let db = database().await;
         let user = mint_id();
-        let recipients = Recipients { db: db.clone() };
+        let recipients = recipients(&db);
         recipients.handle(&[profile(user, 1)]).await.unwrap();
         let deleted = [Record::sample(user, 3, UserEvent::Deleted(UserRef { user_id: user }))];
-        Welcome { db: db.clone() }.handle(&deleted).await.unwrap();
+        welcome(&db).handle(&deleted).await.unwrap();
         let outcome = recipients.handle(&[profile(user, 2)]).await.unwrap();
         assert_eq!(outcome.stale, 1);
         assert_eq!(recipient(&db, user).await, Some((3, None)));
@@ -276,7 +398,87 @@ mod tests {
     async fn a_database_that_is_down_causes_a_retry() {
         let db = database().await;
         db.close().await;
-        let failure = Recipients { db }.handle(&[profile(mint_id(), 1)]).await.unwrap_err();
+        let failure = recipients(&db).handle(&[profile(mint_id(), 1)]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");
+    }
+
+    fn registration(user: Uuid) -> Record<UserEvent> {
+        Record::sample(user, 1, UserEvent::Registered(UserRef { user_id: user }))
+    }
+
+    async fn states(db: &PgPool, user: Uuid) -> Vec<String> {
+        let query = sqlx::query_scalar("select status from deliveries where user_id = $1").bind(user);
+        query.fetch_all(db).await.unwrap()
+    }
+
+    /// Runs `handle` while the caller's transaction is open, until it waits for a lock or is done.
+    /// Then commits the transaction and waits for `handle`.
+    async fn meet<F>(db: &PgPool, open: Transaction<'static, Postgres>, handle: F)
+    where
+        F: Future<Output = Result<Outcome, Failure>> + Send + 'static,
+    {
+        let mut second = JoinSet::new();
+        let done = Arc::new(AtomicBool::new(false));
+        let finished = done.clone();
+        second.spawn(async move {
+            let outcome = handle.await;
+            finished.store(true, Ordering::SeqCst);
+            outcome
+        });
+        let waits = "select count(*) from pg_stat_activity
+                     where datname = current_database() and wait_event_type = 'Lock'";
+        while !done.load(Ordering::SeqCst) {
+            let waiting: i64 = sqlx::query_scalar(waits).fetch_one(db).await.unwrap();
+            if waiting > 0 {
+                break;
+            }
+        }
+        open.commit().await.unwrap();
+        second.join_next().await.unwrap().unwrap().unwrap();
+    }
+
+    /// T48, I5: the handlers of the fact and of the address run at the same time. Whichever commits
+    /// first, the mail becomes claimable.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fact_and_an_address_that_are_handled_at_once_do_not_miss_each_other() {
+        let db = database().await;
+        let user = mint_id();
+        let mut fact = db.begin().await.unwrap();
+        let mut intents = Intents::default();
+        intents.add(user, &registration(user));
+        lock(&mut fact, &[user]).await.unwrap();
+        store(&mut fact, &intents, Duration::from_secs(3600)).await.unwrap();
+        let address = recipients(&db);
+        meet(&db, fact, async move { address.handle(&[profile(user, 1)]).await }).await;
+        assert_eq!(states(&db, user).await, ["pending"], "the fact commits first");
+
+        let user = mint_id();
+        let mut address = db.begin().await.unwrap();
+        upsert(&mut address, &[user], &[1], &[Some("ada@example.com".to_owned())]).await.unwrap();
+        let fact = welcome(&db);
+        meet(&db, address, async move { fact.handle(&[registration(user)]).await }).await;
+        assert_eq!(states(&db, user).await, ["pending"], "the address commits first");
+    }
+
+    /// T48, I5: as above, with the erasure of the user.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fact_and_an_erasure_that_are_handled_at_once_do_not_miss_each_other() {
+        let db = database().await;
+        let user = mint_id();
+        let mut fact = db.begin().await.unwrap();
+        let mut intents = Intents::default();
+        intents.add(user, &registration(user));
+        lock(&mut fact, &[user]).await.unwrap();
+        store(&mut fact, &intents, Duration::from_secs(3600)).await.unwrap();
+        let erasure = recipients(&db);
+        meet(&db, fact, async move { erasure.handle(&[tombstone(user, 2)]).await }).await;
+        assert_eq!(states(&db, user).await, ["cancelled"], "the fact commits first");
+
+        let user = mint_id();
+        let mut erasure = db.begin().await.unwrap();
+        upsert(&mut erasure, &[user], &[2], &[None]).await.unwrap();
+        let fact = welcome(&db);
+        meet(&db, erasure, async move { fact.handle(&[registration(user)]).await }).await;
+        assert_eq!(states(&db, user).await, ["cancelled"], "the erasure commits first");
     }
 }

@@ -1,44 +1,52 @@
-//! Mails from templates: plain text and HTML, with a Message-ID that is the same on every attempt.
+//! The mails of this release: plain text and HTML, with a Message-ID that is the same on every
+//! attempt.
+//!
+//! A mail contains no text that its recipient has not confirmed. A registration proves nothing
+//! about an address: any client can register any address under any name. If the mail contained the
+//! display name, a stranger could send an advertisement to anybody, from our server.
 
-use anyhow::bail;
-use askama::Template;
-use lettre::Message;
 use lettre::message::{Mailbox, MultiPart};
+use lettre::{Address, Message};
+use uuid::Uuid;
 
-use crate::deliveries::Claim;
-
-#[derive(Template)]
-#[template(path = "welcome.txt", escape = "none")]
-struct WelcomeText<'a> {
-    display_name: &'a str,
+/// A kind of mail. A delivery names it.
+pub struct Template {
+    pub name: &'static str,
+    subject: &'static str,
+    text: &'static str,
+    html: &'static str,
 }
 
-#[derive(Template)]
-#[template(path = "welcome.html")]
-struct WelcomeHtml<'a> {
-    display_name: &'a str,
+pub const WELCOME: Template = Template {
+    name: "welcome",
+    subject: "Welcome",
+    text: include_str!("../templates/welcome.txt"),
+    html: include_str!("../templates/welcome.html"),
+};
+
+/// The templates of this release. A delivery with another template is left for a release that has
+/// it.
+const TEMPLATES: [&Template; 1] = [&WELCOME];
+
+/// The names of the templates, for the query that claims a delivery.
+pub fn template_names() -> Vec<String> {
+    TEMPLATES.iter().map(|template| template.name.to_owned()).collect()
 }
 
-/// Builds the mail of a delivery. Mailboxes recognise copies by the Message-ID, `<delivery
-/// id@domain of the sender>`.
-///
-/// # Errors
-/// The address or the template is invalid. A retry cannot help, so the delivery fails.
-pub fn build(claim: &Claim, from: &Mailbox) -> anyhow::Result<Message> {
-    let (subject, text, html) = match claim.template.as_str() {
-        "welcome" => (
-            "Welcome",
-            WelcomeText { display_name: &claim.display_name }.render()?,
-            WelcomeHtml { display_name: &claim.display_name }.render()?,
-        ),
-        _ => bail!("this release does not have the template"),
-    };
-    let to = Mailbox::new(Some(claim.display_name.clone()), claim.email.parse()?);
-    let message = Message::builder()
-        .message_id(Some(format!("<{}@{}>", claim.id, from.email.domain())))
-        .from(from.clone())
-        .to(to)
-        .subject(subject)
-        .multipart(MultiPart::alternative_plain_html(text, html))?;
-    Ok(message)
+pub fn template(name: &str) -> Option<&'static Template> {
+    TEMPLATES.into_iter().find(|template| template.name == name)
+}
+
+impl Template {
+    /// Builds the mail. Mailboxes recognise copies by the Message-ID, `<delivery id@domain of the
+    /// sender>`.
+    pub fn build(&self, delivery: Uuid, from: &Mailbox, to: &Address) -> Message {
+        Message::builder()
+            .message_id(Some(format!("<{delivery}@{}>", from.email.domain())))
+            .from(from.clone())
+            .to(Mailbox::new(None, to.clone()))
+            .subject(self.subject)
+            .multipart(MultiPart::alternative_plain_html(self.text.to_owned(), self.html.to_owned()))
+            .expect("a mail with a sender and a recipient is complete")
+    }
 }

@@ -2,22 +2,25 @@
 //! joins the two when it sends. So the relative order of the two topics does not matter. The
 //! results are published on `email.events.v1`, through an outbox.
 
+mod breaker;
 mod deliveries;
 mod handlers;
-mod held;
 mod http;
 mod mail;
 mod metrics;
+mod operator;
 mod sender;
 mod smtp;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use breaker::Breaker;
 use clap::{Parser, Subcommand};
 use handlers::{Recipients, Welcome};
-use held::SendHeld;
 use metrics::DeliveryMetrics;
+use operator::{RetryFailed, RetryUnknown, SendHeld};
 use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
@@ -25,7 +28,13 @@ use shared::messaging::{Handler, Redrive, RelayConfig, list_dead_letters, redriv
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
+use smtp::Server;
+use sqlx::PgPool;
 use sqlx::migrate::Migrator;
+
+/// How long a stopping sender waits for the server's answer to a mail. The rest of the time for the
+/// shutdown is for the record of the result.
+const LAST_ANSWER: Duration = Duration::from_secs(6);
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/email");
 
@@ -46,6 +55,10 @@ enum Command {
     Consumer(ConsumerCommand),
     /// Send mails that are held because their cause is older than MAX_AGE_HOURS.
     SendHeld(SendHeld),
+    /// Send mails again that the server refused permanently.
+    RetryFailed(RetryFailed),
+    /// Send mails again whose answer was lost so often that the service gave up.
+    RetryUnknown(RetryUnknown),
 }
 
 #[derive(clap::Args)]
@@ -61,10 +74,9 @@ struct Config {
     /// How many mails this process sends at the same time.
     #[arg(long, env, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     senders: u16,
-    /// How long a sender may take for one mail, in milliseconds, before another sender may take the
-    /// mail over. It must be longer than the time-outs of all steps together, 130 seconds: a
-    /// shorter lease causes duplicate mails when the mail server is slow.
-    #[arg(long, env, default_value_t = 180_000)]
+    /// How long a mail waits after its sender has died, in milliseconds, before another sender takes
+    /// it over. A sender that works renews this lease, however long the mail server takes.
+    #[arg(long, env, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(1_000..=3_600_000))]
     lease_ms: u64,
     /// The wait before the second attempt, in milliseconds. It doubles with each attempt, up to ten
     /// minutes.
@@ -90,44 +102,62 @@ async fn main() -> anyhow::Result<()> {
             list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
-        Command::SendHeld(options) => {
-            held::send(&database::pool(config.email_database_url.expose_secret().parse()?), &options).await
-        }
+        Command::SendHeld(options) => operator::send_held(&config.database()?, &options).await,
+        Command::RetryFailed(options) => operator::retry_failed(&config.database()?, &options).await,
+        Command::RetryUnknown(options) => operator::retry_unknown(&config.database()?, &options).await,
     }
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("email", &config.service).await?;
+    let server = Arc::new(Server::new(&config.smtp)?);
     let db = service.database(config.email_database_url.expose_secret(), &MIGRATIONS).await?;
     service.own_topics(&[Topic::EMAIL_EVENTS]);
     let wake = service.relay(&db, &config.relay);
-    service.consume(Welcome { db: db.clone() });
-    service.consume(Recipients { db: db.clone() });
     let metrics = DeliveryMetrics::register(&service.metrics());
+    service.consume(config.welcome(&db, &metrics));
+    service.consume(Recipients { db: db.clone(), metrics: metrics.clone() });
     service.spawn("delivery metrics", metrics.clone().measure(db.clone()));
-    let max_age = Duration::from_secs(u64::from(config.max_age_hours) * 3600);
-    service.spawn("held deliveries", held::watch(db.clone(), max_age, metrics.clone()));
+    let sender = Sender {
+        db: db.clone(),
+        server,
+        rules: deliveries::Rules {
+            lease: Duration::from_millis(config.lease_ms),
+            backoff: Duration::from_millis(config.backoff_ms),
+            max_age: config.max_age(),
+        },
+        breaker: Breaker::new(service.health(), metrics.clone()),
+        wake,
+        metrics,
+        stop: service.stopping(),
+        last_answer: LAST_ANSWER,
+    };
     for number in 0..config.senders {
-        let sender = Sender {
-            db: db.clone(),
-            smtp: config.smtp.clone(),
-            rules: deliveries::Rules {
-                lease: Duration::from_millis(config.lease_ms),
-                backoff: Duration::from_millis(config.backoff_ms),
-                max_age,
-            },
-            wake: wake.clone(),
-            metrics: metrics.clone(),
-        };
-        service.spawn_draining(&format!("sender {number}"), sender.run(service.stopping()));
+        service.spawn_draining(&format!("sender {number}"), sender.clone().run());
     }
     service.http(config.http_addr, http::routes(db)).await?;
     service.run().await
 }
 
 async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = database::pool(config.email_database_url.expose_secret().parse()?);
+    let db = config.database()?;
+    let metrics = DeliveryMetrics::default();
     let kafka = &config.service.kafka;
-    redrive(kafka, &Welcome { db: db.clone() }, &options).await?;
-    redrive(kafka, &Recipients { db }, &options).await
+    redrive(kafka, &config.welcome(&db, &metrics), &options).await?;
+    redrive(kafka, &Recipients { db, metrics }, &options).await
+}
+
+impl Config {
+    /// The database, for the subcommands.
+    fn database(&self) -> anyhow::Result<PgPool> {
+        Ok(database::pool(self.email_database_url.expose_secret().parse()?))
+    }
+
+    fn welcome(&self, db: &PgPool, metrics: &DeliveryMetrics) -> Welcome {
+        Welcome { db: db.clone(), max_age: self.max_age(), metrics: metrics.clone() }
+    }
+
+    fn max_age(&self) -> Duration {
+        Duration::from_secs(u64::from(self.max_age_hours) * 3600)
+    }
 }

@@ -1,6 +1,10 @@
 //! The sender: claims a delivery, sends the mail to the SMTP server and records the result. It
 //! sends one mail after another over one connection.
 
+use std::sync::{Arc, Mutex};
+
+use lettre::Address;
+use shared::events::check_address;
 use shared::fault;
 use shared::messaging::Wake;
 use shared::platform::database::bounded;
@@ -10,34 +14,51 @@ use tokio::time::{Duration, Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, field::Empty};
 
-use crate::deliveries::{self, Claim, RetryAs, Rules};
+use crate::breaker::Breaker;
+use crate::deliveries::{self, Claim, Due, Retry, Rules};
 use crate::mail;
 use crate::metrics::DeliveryMetrics;
-use crate::smtp::{Connection, Ending, SmtpConfig};
+use crate::smtp::{Connection, Ending, Server, Trouble};
 
 /// How long an idle sender waits before it looks for a new delivery.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How often deliveries to erased users are cancelled.
-const CANCEL_INTERVAL: Duration = Duration::from_secs(1);
 const DATABASE_RETRY: Duration = Duration::from_millis(500);
 /// "Mailbox name not allowed" (RFC 5321 §4.2.2): the code that we record for an invalid address.
 const BAD_ADDRESS: u16 = 553;
 
+#[derive(Clone)]
 pub struct Sender {
     pub db: PgPool,
-    pub smtp: SmtpConfig,
+    pub server: Arc<Server>,
     pub rules: Rules,
+    pub breaker: Breaker,
     pub wake: Wake,
     pub metrics: DeliveryMetrics,
+    pub stop: CancellationToken,
+    /// How long a stopping sender waits for the server's answer to a mail.
+    pub last_answer: Duration,
 }
+
+/// How an attempt to send a mail ended.
+enum Attempt {
+    Ended(Ending),
+    /// The mail was not sent: the lease ended, the recipient was erased, or the database did not
+    /// answer.
+    Superseded,
+    /// The mail was not sent, because the process stops.
+    Stopped,
+}
+
+/// Until when this process knows that it has the delivery. By a clock of this process that no one
+/// can set; the database's clock decides.
+struct Lease(Mutex<Instant>);
 
 impl Sender {
     /// Sends until the process stops. Finishes the mail in progress first.
-    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(self) -> anyhow::Result<()> {
         let mut connection = Connection::default();
-        let mut cancel_at = Instant::now();
-        while !stop.is_cancelled() {
-            let pause = match self.send_next(&mut connection, &mut cancel_at).await {
+        while !self.stop.is_cancelled() {
+            let pause = match self.send_next(&mut connection).await {
                 Ok(true) => continue,
                 Ok(false) => POLL_INTERVAL,
                 Err(error) => {
@@ -46,21 +67,33 @@ impl Sender {
                 }
             };
             connection.quit().await;
-            stop.run_until_cancelled(sleep(pause)).await;
+            self.stop.run_until_cancelled(sleep(pause)).await;
         }
         Ok(())
     }
 
     /// Sends the mail of one delivery, if one is due. Returns whether one was due.
-    async fn send_next(&self, connection: &mut Connection, cancel_at: &mut Instant) -> sqlx::Result<bool> {
-        // Not before each mail, because the query reads all open deliveries. Nor is it needed: a
-        // claim skips erased recipients.
-        if *cancel_at <= Instant::now() {
-            let cancelled = bounded(deliveries::cancel_erased(&self.db)).await?;
-            self.metrics.count_ended("cancelled", cancelled);
-            *cancel_at = Instant::now() + CANCEL_INTERVAL;
+    async fn send_next(&self, connection: &mut Connection) -> sqlx::Result<bool> {
+        if !self.breaker.permits() {
+            return Ok(false);
         }
-        let Some(claim) = bounded(deliveries::claim(&self.db, &self.rules)).await? else { return Ok(false) };
+        // Before the statement, so that this process never thinks that the lease is longer.
+        let lease = Lease::until(Instant::now() + self.rules.lease);
+        let claim = match bounded(deliveries::claim(&self.db, &self.rules, &mail::template_names())).await? {
+            None => return Ok(false),
+            Some(Due::Claimed(claim)) => claim,
+            Some(Due::Held(delivery)) => {
+                tracing::warn!(
+                    delivery.id = %delivery,
+                    "a delivery is held: its cause is older than MAX_AGE_HOURS; see `email send-held --help`"
+                );
+                return Ok(true);
+            }
+            Some(Due::Cancelled) => {
+                self.metrics.count_ended("cancelled", 1);
+                return Ok(true);
+            }
+        };
         fault::point("email.after_claim");
         let span = tracing::error_span!(
             parent: None, "send", "otel.kind" = "client", delivery.id = %claim.id, template = claim.template, trace.id = Empty
@@ -68,13 +101,16 @@ impl Sender {
         let cause = TraceContext { traceparent: claim.traceparent.clone(), tracestate: claim.tracestate.clone() };
         telemetry::continue_from(&span, &cause);
         async {
-            let claimed_at = Instant::now();
-            let ending = self.attempt(connection, &claim).await;
+            // The renewal only ends with the attempt.
+            let attempt = tokio::select! {
+                attempt = self.attempt(connection, &claim, &lease) => attempt,
+                never = self.keep(&claim, &lease) => match never {},
+            };
             fault::point("email.after_answer");
             // Retries until the lease ends: a result that is not recorded by then means that the
             // mail is sent again.
-            while let Err(error) = bounded(self.record(&claim, &ending)).await {
-                if claimed_at.elapsed() > self.rules.lease {
+            while let Err(error) = bounded(self.record(&claim, &attempt)).await {
+                if lease.has_ended() {
                     return Err(error);
                 }
                 sleep(DATABASE_RETRY).await;
@@ -86,65 +122,173 @@ impl Sender {
         Ok(true)
     }
 
+    /// Renews the lease for as long as the attempt takes. A mail server may take minutes, and the
+    /// lease is short so that the deliveries of a dead sender do not wait for long.
+    async fn keep(&self, claim: &Claim, lease: &Lease) -> std::convert::Infallible {
+        loop {
+            sleep(self.rules.lease / 3).await;
+            self.renew(claim, lease).await;
+        }
+    }
+
+    /// Renews the lease. Returns whether the mail may still be sent. If the database does not
+    /// answer, the delivery may belong to another sender.
+    async fn renew(&self, claim: &Claim, lease: &Lease) -> bool {
+        let until = Instant::now() + self.rules.lease;
+        let renewed = bounded(deliveries::renew(&self.db, claim, &self.rules)).await;
+        match renewed {
+            Ok(true) => lease.extend(until),
+            Ok(false) => lease.end(),
+            Err(_) => {}
+        }
+        renewed.unwrap_or(false)
+    }
+
     /// Sends the mail, and returns how the attempt ended.
     ///
     /// Crash before the server's 250: the lease ends, and another attempt sends the mail. The
     /// server accepts it once. Crash after the 250 and before [`Sender::record`]: the mail is sent
     /// a second time, with the same Message-ID. This window cannot be closed, because SMTP has no
     /// transaction that spans both sides.
-    async fn attempt(&self, connection: &mut Connection, claim: &Claim) -> Ending {
-        let message = mail::build(claim, &self.smtp.mail_from).ok();
-        let Some((message, to)) = message.zip(claim.email.parse().ok()) else {
-            return Ending::Refused { code: BAD_ADDRESS };
-        };
-        let check = async {
+    async fn attempt(&self, connection: &mut Connection, claim: &Claim, lease: &Lease) -> Attempt {
+        let address: Option<Address> = check_address(&claim.email).ok().and_then(|()| claim.email.parse().ok());
+        let Some(to) = address else { return Attempt::Ended(Ending::Refused { code: BAD_ADDRESS }) };
+        let template = mail::template(&claim.template).expect("only known templates are claimed");
+        let message = template.build(claim.id, self.server.sender(), &to);
+        // Until the mail itself is sent, nothing has happened that matters, and the process can
+        // stop.
+        let ready = async {
+            connection.prepare(&self.server, &to).await.map_err(Attempt::Ended)?;
             fault::point("email.before_check");
-            // If the database does not answer, the delivery may belong to another sender.
-            bounded(deliveries::still_ours(&self.db, claim)).await.unwrap_or(false)
+            if !self.renew(claim, lease).await {
+                return Err(Attempt::Superseded);
+            }
+            connection.announce().await.map_err(Attempt::Ended)?;
+            // The server may have taken minutes.
+            if lease.has_ended() { Err(Attempt::Superseded) } else { Ok(()) }
         };
-        connection.transmit(&self.smtp, to, &message, check).await
+        match self.stop.run_until_cancelled(ready).await {
+            Some(Ok(())) => {}
+            Some(Err(attempt)) => {
+                connection.close();
+                return attempt;
+            }
+            None => return Attempt::Stopped,
+        }
+        let give_up = async {
+            self.stop.cancelled().await;
+            sleep(self.last_answer).await;
+        };
+        Attempt::Ended(connection.send(&message, give_up).await)
     }
 
-    async fn record(&self, claim: &Claim, ending: &Ending) -> sqlx::Result<()> {
-        match *ending {
-            Ending::Accepted => {
+    async fn record(&self, claim: &Claim, attempt: &Attempt) -> sqlx::Result<()> {
+        let retry = async |why, code| deliveries::retry(&self.db, claim, &self.rules, why, code).await;
+        let attempt_number = claim.attempt;
+        match *attempt {
+            Attempt::Ended(Ending::Accepted) => {
+                self.breaker.succeeded();
                 if deliveries::sent(&self.db, claim).await? {
                     self.metrics.count_ended("sent", 1);
                 }
-                tracing::info!(attempt = claim.attempt, "mail accepted by the SMTP server");
+                tracing::info!(attempt = attempt_number, "mail accepted by the SMTP server");
             }
-            Ending::Refused { code } => {
-                if deliveries::failed(&self.db, claim, code).await? {
-                    self.metrics.count_ended("failed", 1);
-                }
-                tracing::warn!(
-                    attempt = claim.attempt,
-                    smtp.code = code,
-                    "mail server refused the mail permanently; delivery failed"
-                );
+            Attempt::Ended(Ending::Refused { code }) => self.fail(claim, code).await?,
+            Attempt::Ended(Ending::Deferred { code }) => {
+                retry(Retry::Later, Some(code)).await?;
+                tracing::warn!(attempt = attempt_number, smtp.code = code, "mail server deferred the mail; will retry");
             }
-            Ending::Later { code } => {
-                deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Pending, code).await?;
-                tracing::warn!(attempt = claim.attempt, smtp.code = code, "mail server deferred the mail; will retry");
+            Attempt::Ended(Ending::SenderRefused(trouble)) => self.record_refusal(claim, trouble).await?,
+            Attempt::Ended(Ending::ServerFailed(trouble)) => {
+                self.breaker.failed(claim.user_id, trouble);
+                retry(Retry::Later, trouble.code()).await?;
+                tracing::warn!(attempt = attempt_number, failure = %trouble, "mail not sent; will retry");
             }
-            Ending::Unknown => {
-                deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Unknown, None).await?;
-                tracing::warn!(
-                    attempt = claim.attempt,
-                    "no answer after the mail was sent; will retry, so the recipient may get two copies"
-                );
-            }
+            Attempt::Ended(Ending::Unknown(trouble)) => self.record_unknown(claim, trouble).await?,
             // If another sender has the delivery, the statement changes nothing. If the recipient
             // was erased or the database did not answer, it schedules another attempt.
-            Ending::Superseded => {
-                deliveries::retry_later(&self.db, claim, &self.rules, RetryAs::Pending, None).await?;
+            Attempt::Superseded => {
+                retry(Retry::Later, None).await?;
                 tracing::warn!(
-                    attempt = claim.attempt,
+                    attempt = attempt_number,
                     "mail not sent: the lease ended, the recipient was erased, or the database did not answer"
                 );
+            }
+            Attempt::Stopped => {
+                retry(Retry::Stopped, None).await?;
+                tracing::info!(attempt = attempt_number, "mail not sent: the process stops; another sender takes it");
             }
         }
         self.wake.notify();
         Ok(())
+    }
+
+    /// The server refused the mail for a reason that is about us. If it refuses the mails to several
+    /// recipients, the breaker opens, and no mail fails. If this recipient alone gets the refusal,
+    /// again and again, its mail fails.
+    async fn record_refusal(&self, claim: &Claim, trouble: Trouble) -> sqlx::Result<()> {
+        let paused = self.breaker.failed(claim.user_id, trouble);
+        if let Some(code) = trouble.code().filter(|_| !paused && claim.is_last_refusal()) {
+            return self.fail(claim, code).await;
+        }
+        let why = if paused { Retry::Later } else { Retry::Refused };
+        deliveries::retry(&self.db, claim, &self.rules, why, trouble.code()).await?;
+        tracing::warn!(
+            attempt = claim.attempt,
+            failure = %trouble,
+            "mail server refused the mail for a reason that is not about the recipient; will retry"
+        );
+        Ok(())
+    }
+
+    async fn record_unknown(&self, claim: &Claim, trouble: Trouble) -> sqlx::Result<()> {
+        self.breaker.failed(claim.user_id, trouble);
+        deliveries::retry(&self.db, claim, &self.rules, Retry::Unknown, None).await?;
+        if claim.is_last_unknown() {
+            tracing::error!(
+                attempt = claim.attempt,
+                failure = %trouble,
+                "no answer after the mail was sent, several times; the delivery waits for an operator, see \
+                 `email retry-unknown --help`"
+            );
+        } else {
+            tracing::warn!(
+                attempt = claim.attempt,
+                failure = %trouble,
+                "no answer after the mail was sent; will retry, so the recipient may get two copies"
+            );
+        }
+        Ok(())
+    }
+
+    async fn fail(&self, claim: &Claim, code: u16) -> sqlx::Result<()> {
+        if deliveries::failed(&self.db, claim, code).await? {
+            self.metrics.count_ended("failed", 1);
+        }
+        tracing::warn!(
+            attempt = claim.attempt,
+            smtp.code = code,
+            "mail server refused the mail permanently; delivery failed"
+        );
+        Ok(())
+    }
+}
+
+impl Lease {
+    fn until(end: Instant) -> Self {
+        Self(Mutex::new(end))
+    }
+
+    fn extend(&self, end: Instant) {
+        *self.0.lock().expect("no thread panics while it holds this lock") = end;
+    }
+
+    /// Another sender may have the delivery.
+    fn end(&self) {
+        self.extend(Instant::now());
+    }
+
+    fn has_ended(&self) -> bool {
+        *self.0.lock().expect("no thread panics while it holds this lock") <= Instant::now()
     }
 }

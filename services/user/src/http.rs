@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use shared::events::Profile;
+use shared::events::{Profile, check_address};
 use shared::fault;
 use shared::messaging::Wake;
 use shared::platform::http::IntoProblem;
@@ -18,8 +18,6 @@ use crate::commands::{self, User};
 use crate::idempotency::{self, Claimed, Hasher};
 use crate::problem::Error;
 
-/// The longest address that SMTP allows (RFC 5321 §4.5.3.1.3, without the brackets), in characters.
-const EMAIL_MAX: usize = 254;
 const DISPLAY_NAME_MAX: usize = 100;
 const IDEMPOTENCY_KEY_MAX: usize = 255;
 
@@ -185,18 +183,8 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Error> {
 
 fn valid_email(email: &str) -> Result<String, Error> {
     let email = email.trim();
-    if email.chars().count() > EMAIL_MAX {
-        return Err(Error::Invalid { field: "email", rule: "at most 254 characters" });
-    }
-    // Other addresses need SMTPUTF8, which not every mail server supports.
-    if !email.is_ascii() {
-        return Err(Error::Invalid { field: "email", rule: "only ASCII characters can be delivered everywhere" });
-    }
-    let options = email_address::Options::default().without_display_text().with_required_tld();
-    match email_address::EmailAddress::parse_with_options(email, options) {
-        Ok(_) => Ok(email.to_owned()),
-        _ => Err(Error::Invalid { field: "email", rule: "not an address, for example ada@example.com" }),
-    }
+    check_address(email).map_err(|rule| Error::Invalid { field: "email", rule })?;
+    Ok(email.to_owned())
 }
 
 fn valid_display_name(name: &str) -> Result<String, Error> {

@@ -1,11 +1,13 @@
 //! The contract: what travels over Kafka. Plain data, no I/O. A service writes an event with
 //! [`crate::messaging::outbox::publish`].
 
+mod address;
 mod email;
 mod envelope;
 mod topics;
 mod user;
 
+pub use address::check_address;
 pub use email::{Delivery, EmailEvent, Undelivered};
 pub use envelope::{Envelope, mint_id, now};
 pub use topics::{Kind, Topic, key_hash};

@@ -1,10 +1,11 @@
 //! The effects of the consumers: I7 to I10.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 
 use uuid::Uuid;
 
-use super::history::{Analytics, Fact, History, Outcome, Request, StoredUser};
+use super::history::{Analytics, Fact, History, Outcome, Recipient, Request, StoredUser};
 use super::violation::Found;
 use crate::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, EMAIL_EVENTS, USER_EVENTS};
 
@@ -19,10 +20,13 @@ pub fn check(history: &History, found: &mut Found) {
     }
     let newest = StoredUser::newest(&history.states);
     if let Some(email) = &history.email {
-        check_store("I10", "the recipient", &newest, &email.recipients, found);
+        let newest = newest.iter().map(|(user, state)| (*user, Recipient::from(state))).collect();
+        let erased = |recipient: &Recipient| recipient.email.is_none();
+        check_store("I10", "the recipient", &newest, &email.recipients, erased, found);
     }
     if let Some(cache) = &history.cache {
-        check_store("I8", "the cached profile", &newest, cache, found);
+        let erased = |user: &StoredUser| user.person.is_none();
+        check_store("I8", "the cached profile", &newest, cache, erased, found);
         check_reads(history, found);
     }
 }
@@ -58,11 +62,12 @@ fn check_read_models(analytics: &Analytics, users: &[Fact], emails: &[Fact], fou
 
 /// The store has the state with the highest version of each user. A compacted topic may lack erased
 /// users.
-fn check_store(
+fn check_store<S: PartialEq + Debug>(
     invariant: &'static str,
     what: &str,
-    newest: &BTreeMap<Uuid, StoredUser>,
-    store: &BTreeMap<Uuid, StoredUser>,
+    newest: &BTreeMap<Uuid, S>,
+    store: &BTreeMap<Uuid, S>,
+    is_erased: impl Fn(&S) -> bool,
     found: &mut Found,
 ) {
     for (user, state) in newest {
@@ -71,7 +76,7 @@ fn check_store(
             format!("{what} of {user} is {stored:?}, in the topic {state:?}")
         });
     }
-    for (user, stored) in store.iter().filter(|(user, stored)| !newest.contains_key(user) && stored.person.is_some()) {
+    for (user, stored) in store.iter().filter(|(user, stored)| !newest.contains_key(user) && !is_erased(stored)) {
         found.add(invariant, format!("{what} of {user} is {stored:?}, but the topic has no state"));
     }
 }

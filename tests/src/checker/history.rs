@@ -91,7 +91,7 @@ pub enum Outcome {
     Unknown,
 }
 
-/// A user as a store has it: the user service, the email service, the cache, or `user.state.v1`.
+/// A user as a store has it: the user service, the cache, or `user.state.v1`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredUser {
     pub version: i64,
@@ -116,12 +116,25 @@ pub struct Inserted {
 #[derive(Clone, Debug, Default)]
 pub struct Email {
     pub deliveries: Vec<Delivery>,
-    pub recipients: BTreeMap<Uuid, StoredUser>,
+    pub recipients: BTreeMap<Uuid, Recipient>,
     pub inserted: Vec<Inserted>,
     /// Records of `email.events.v1`.
     pub facts: Vec<Record>,
     /// Mails that the mail server accepted.
     pub mails: Vec<Mail>,
+}
+
+/// A user as the email service has it. The address is `None` if the user is erased.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recipient {
+    pub version: i64,
+    pub email: Option<String>,
+}
+
+impl From<&StoredUser> for Recipient {
+    fn from(user: &StoredUser) -> Self {
+        Self { version: user.version, email: user.person.as_ref().map(|person| person.email.clone()) }
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -14,7 +14,8 @@ mod violation;
 use violation::Found;
 
 pub use history::{
-    Analytics, Delivery, Email, Fact, Funnel, History, Inserted, Operation, Outcome, Person, Request, Steps, StoredUser,
+    Analytics, Delivery, Email, Fact, Funnel, History, Inserted, Operation, Outcome, Person, Recipient, Request, Steps,
+    StoredUser,
 };
 pub use violation::Violation;
 

@@ -12,7 +12,8 @@ use crate::stores::count;
 use crate::waiting::{DEADLINE, POLL};
 
 const OUTBOX: &str = "select count(*) from outbox";
-const OPEN_DELIVERIES: &str = "select count(*) from deliveries where status in ('pending', 'sending', 'unknown')";
+const OPEN_DELIVERIES: &str =
+    "select count(*) from deliveries where status in ('unaddressed', 'pending', 'sending', 'unknown')";
 
 /// Work that is not in a topic yet: a description, the service, and the query that counts it.
 const UNPUBLISHED: [(&str, Service, &str); 3] = [

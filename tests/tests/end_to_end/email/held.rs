@@ -108,10 +108,10 @@ async fn a_released_mail_that_is_deferred_is_not_held_again() {
     let email = address();
     write_state(&system, user, 1, &email).await;
     write_fact(&system, "user.registered", user, 1, Duration::from_secs(96 * 3600)).await;
-    system.stores.until_delivery_states(user, "pending held").await;
+    system.stores.until_delivery_states(user, "held").await;
     system.mail.fail(Fault::Reject { stage: Stage::Rcpt, code: 450 });
     send_held(&system, &["--user", &user.to_string()]).await;
-    let deferred_twice = "pending held pending sending pending sending";
+    let deferred_twice = "held pending sending pending sending";
     eventually("the mail is deferred and tried again", async || {
         system.stores.delivery_states(user).await.starts_with(deferred_twice).then_some(())
     })

@@ -1,8 +1,11 @@
 //! The welcome mail.
 
+mod encryption;
 mod held;
 mod leases;
+mod refusals;
 mod sending;
+mod stopping;
 
 use std::collections::BTreeSet;
 use std::time::Duration;

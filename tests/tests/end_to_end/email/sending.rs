@@ -105,29 +105,35 @@ async fn a_temporarily_refused_mail_waits_longer_after_each_attempt() {
     let mut states = "pending sending pending".to_owned();
     for (attempts, seconds) in [(1, 60), (2, 120), (3, 240), (20, 600)] {
         system.stores.until_delivery_states(id, &states).await;
-        let wait = "select attempt, extract(epoch from next_attempt_at - updated_at)::int from deliveries";
+        let wait = "select attempt, extract(epoch from due_at - updated_at)::int from deliveries";
         let wait: (i32, i32) = sqlx::query_as(wait).fetch_one(&db).await.unwrap();
         assert_eq!(wait, (attempts, seconds), "the number of attempts, and the wait after the last one");
         let unchanged = async || system.stores.delivery_states(id).await == states;
         throughout(Duration::from_millis(500), "the delivery waits until it is due", unchanged).await;
         // After the third attempt the test skips to the twentieth.
         let counted = if attempts == 3 { 19 } else { attempts };
-        let make_due = "update deliveries set next_attempt_at = now(), attempt = $1";
+        let make_due = "update deliveries set due_at = now(), attempt = $1";
         sqlx::query(make_due).bind(counted).execute(&db).await.unwrap();
         states += " sending pending";
     }
 }
 
-/// T20, I6: one server accepts the connection and then sends nothing, another one sends nothing
-/// after RCPT. Each costs the sender one attempt of 20 s.
+/// T47, I6: mail servers take their time, and RFC 5321 allows it: here 25 s before the greeting, 25 s
+/// before the answer to RCPT, and 25 s before the answer to the mail, which the server has accepted.
+/// The sender renews its lease of 2 s meanwhile, so no other sender takes the mail over. Each mail is
+/// sent once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mail_to_a_silent_server_times_out_and_is_retried() {
-    let system = System::start_mailing(&[("SENDERS", "1")]).await;
-    for stage in [Stage::Connect, Stage::Rcpt] {
-        system.mail.fail(Fault::Slow { ms: 40_000, stage }.times(1));
-        let id = system.users.register().await;
-        system.stores.until_delivery_states(id, "pending sending pending sending sent").await;
-    }
+async fn a_slow_mail_server_gets_each_mail_once() {
+    const SLOW: u64 = 25_000;
+    let systems = [Stage::Connect, Stage::Rcpt, Stage::Dot].map(async |stage| {
+        let system = System::start_mailing(&[("SENDERS", "2"), ("LEASE_MS", "2000")]).await;
+        system.mail.fail(Fault::Slow { ms: SLOW, stage }.times(1));
+        let email = address();
+        let id = system.users.register_as(&email).await;
+        system.stores.until_delivery_states(id, "pending sending sent").await;
+        assert_eq!(system.mail.to(&email).len(), 1, "copies of the mail when {stage:?} is slow");
+    });
+    futures::future::join_all(systems).await;
 }
 
 /// T23, I6: the server has accepted the mail and the database is down. The sender keeps the answer
@@ -152,26 +158,19 @@ async fn an_answer_is_recorded_as_soon_as_the_database_is_back() {
     assert_eq!(system.mail.to(&email).len(), 1, "mails");
 }
 
-/// With `SMTP_TLS` a server without STARTTLS gets no mail.
-#[tokio::test(flavor = "multi_thread")]
-async fn with_smtp_tls_no_mail_is_sent_in_plain_text() {
-    let system = System::start_mailing(&[("SMTP_TLS", "true")]).await;
-    let email = address();
-    let id = system.users.register_as(&email).await;
-    until_deferred(&system, id).await;
-    assert_eq!(system.mail.to(&email), []);
-}
-
-/// T21, I6: the connection breaks inside the mail. The sender cannot know whether the server has
-/// accepted it, so the delivery is `unknown` and the mail is sent again. Here the server had not
-/// accepted it, so there is one copy.
+/// T21, I6: the connection breaks inside the mail. The server cannot have accepted it, because the
+/// dot that ends a mail was not sent, or it can: the sender does not know how far its text got. The
+/// mail is sent again, and here the server has accepted it once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mail_cut_off_before_its_end_is_sent_again_and_accepted_once() {
     let system = System::start_mailing(&[]).await;
     system.mail.fail(Fault::ResetBeforeDot.times(1));
     let email = address();
     let id = system.users.register_as(&email).await;
-    system.stores.until_delivery_states(id, "pending sending unknown sending sent").await;
+    system.users.until_mailed(id).await;
+    let states = system.stores.delivery_states(id).await;
+    let retried = ["pending sending unknown sending sent", "pending sending pending sending sent"];
+    assert!(retried.contains(&states.as_str()), "{states}");
     assert_eq!(system.mail.message_ids_to(&email).len(), 1, "mails");
     until_email_events(&system, id, &["email.sent"]).await;
 }
@@ -227,10 +226,10 @@ async fn a_sender_killed_before_it_records_the_answer_duplicates_only_that_mail(
 #[tokio::test(flavor = "multi_thread")]
 async fn many_senders_send_each_mail_once() {
     const DELIVERIES: &str = "
-        insert into recipients (user_id, version, email, display_name)
-            select gen_random_uuid(), 1, 'user-' || n || '@example.com', 'Ada Lovelace' from generate_series(1, 1000) n;
-        insert into deliveries (id, user_id, template, version, requested_at)
-            select gen_random_uuid(), user_id, 'welcome', 1, now() from recipients;";
+        insert into recipients (user_id, version, email)
+            select gen_random_uuid(), 1, 'user-' || n || '@example.com' from generate_series(1, 1000) n;
+        insert into deliveries (id, user_id, template, version, status, due_at, requested_at)
+            select gen_random_uuid(), user_id, 'welcome', 1, 'pending', now(), now() from recipients;";
     let mut system = System::start_mailing(&[]).await;
     system.processes.stop(EMAIL).await;
     let db = system.stores.database(EMAIL).await;
@@ -278,14 +277,14 @@ async fn an_erased_user_whose_address_arrives_late_gets_no_mail() {
     let id = Uuid::now_v7();
     let email = address();
     write_fact(&system, "user.registered", id, 1, Duration::ZERO).await;
-    system.stores.until_delivery_states(id, "pending").await;
+    system.users.until_delivery_is(id, "unaddressed").await;
     write_fact(&system, "user.deleted", id, 2, Duration::ZERO).await;
-    system.stores.until_delivery_states(id, "pending cancelled").await;
+    system.stores.until_delivery_states(id, "cancelled").await;
     write_state(&system, id, 1, &email).await;
     system.kafka.until_caught_up(EMAIL_RECIPIENTS).await;
     until_another_mail_is_sent(&system).await;
     assert_eq!(system.mail.to(&email), []);
-    assert_eq!(system.stores.delivery_states(id).await, "pending cancelled");
+    assert_eq!(system.stores.delivery_states(id).await, "cancelled");
 }
 
 /// The two topics are not ordered relative to each other. A delivery waits for its recipient, shown
@@ -298,7 +297,7 @@ async fn the_mail_is_sent_whether_the_fact_or_the_address_arrives_first() {
     write_fact(&system, "user.registered", fact_first, 1, Duration::ZERO).await;
     let unaddressed = async || system.processes.metric(EMAIL, "deliveries_open", &["state=\"unaddressed\""]).await;
     eventually_eq("deliveries without an address", Some(1.0), unaddressed).await;
-    assert_eq!(system.stores.delivery_states(fact_first).await, "pending");
+    assert_eq!(system.users.deliveries(fact_first).await, ["unaddressed"]);
     write_state(&system, fact_first, 1, &email).await;
     system.stores.until_delivery_states(fact_first, "pending sending sent").await;
     assert_eq!(system.mail.to(&email).len(), 1, "mails");
@@ -326,22 +325,23 @@ async fn a_mail_for_an_old_event_is_held() {
     write_state(&system, young, 1, &young_email).await;
     system.kafka.until_caught_up(EMAIL_RECIPIENTS).await;
     write_fact(&system, "user.registered", old, 1, 73 * HOUR).await;
-    system.stores.until_delivery_states(old, "pending held").await;
+    system.stores.until_delivery_states(old, "held").await;
     // Deliveries are claimed in the order of arrival. When this one is sent, the sender has passed
     // over the old one.
     write_fact(&system, "user.registered", young, 1, 71 * HOUR).await;
     system.stores.until_delivery_states(young, "pending sending sent").await;
-    assert_eq!(system.stores.delivery_states(old).await, "pending held");
+    assert_eq!(system.stores.delivery_states(old).await, "held");
     assert_eq!(system.mail.to(&old_email), []);
     assert_eq!(system.mail.to(&young_email).len(), 1, "mails to the young user");
 }
 
-/// The snapshots show the mail. They also show that a display name is text in it and never HTML.
+/// The snapshots show the mail. They also show that it contains nothing that the caller of the
+/// registration chose, except the address.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_welcome_mail_matches_its_snapshots() {
     let system = System::start_mailing(&[]).await;
     let email = address();
-    let body = json!({ "email": email, "display_name": "Ada <b>\"Bold\"</b> & Lovelace" });
+    let body = json!({ "email": email, "display_name": "Cheap watches at https://shop.example" });
     let answer = send_with_retries(|| Client::new().post(system.users.url(USER, "/users")).json(&body)).await;
     system.users.until_mailed(answer.id()).await;
     let mail = system.mail.to(&email).remove(0);

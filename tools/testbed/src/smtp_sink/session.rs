@@ -31,10 +31,9 @@ impl Session {
         if self.shared.take(&[], |fault| *fault == Fault::Refuse).is_some() {
             return self.reply("421 try again later").await;
         }
-        if self.fails_at(Stage::Connect, &[]).await? {
+        if !self.answer(Stage::Connect, &[], "220 waybill sink").await? {
             return Ok(());
         }
-        self.reply("220 waybill sink").await?;
         while let Some(line) = self.line().await? {
             let line = String::from_utf8_lossy(&line).into_owned();
             let (verb, rest) = line.split_once(' ').unwrap_or((&line, ""));
@@ -59,12 +58,11 @@ impl Session {
         let Some(from) = address(rest, "FROM:") else {
             return self.reply("501 expected MAIL FROM:<address>").await;
         };
-        if self.fails_at(Stage::Mail, &[]).await? {
-            return Ok(());
-        }
         self.reset_mail();
-        self.from = Some(from);
-        self.reply("250 ok").await
+        if self.answer(Stage::Mail, &[], "250 ok").await? {
+            self.from = Some(from);
+        }
+        Ok(())
     }
 
     async fn rcpt(&mut self, rest: &str) -> io::Result<()> {
@@ -74,11 +72,10 @@ impl Session {
         if self.from.is_none() {
             return self.reply("503 send MAIL first").await;
         }
-        if self.fails_at(Stage::Rcpt, std::slice::from_ref(&to)).await? {
-            return Ok(());
+        if self.answer(Stage::Rcpt, std::slice::from_ref(&to), "250 ok").await? {
+            self.to.push(to);
         }
-        self.to.push(to);
-        self.reply("250 ok").await
+        Ok(())
     }
 
     async fn data(&mut self) -> io::Result<()> {
@@ -86,10 +83,9 @@ impl Session {
         let Some(from) = self.from.take().filter(|_| !to.is_empty()) else {
             return self.reply("503 send MAIL and RCPT first").await;
         };
-        if self.fails_at(Stage::Data, &to).await? {
+        if !self.answer(Stage::Data, &to, "354 end the mail with a dot").await? {
             return Ok(());
         }
-        self.reply("354 end the mail with a dot").await?;
         if self.shared.take(&to, |fault| *fault == Fault::ResetBeforeDot).is_some() {
             self.line().await?;
             return self.reset_connection();
@@ -98,25 +94,36 @@ impl Session {
         if let Some(Fault::Reject { code, .. }) = self.shared.take(&to, rejects_at(Stage::Dot)) {
             return self.reply(&refusal(code, &to)).await;
         }
+        if let Some(Fault::Reply { text, .. }) = self.shared.take(&to, replies_at(Stage::Dot)) {
+            if text.starts_with('2') {
+                self.shared.keep(&from, &to, &raw, Outcome::Answered);
+            }
+            return self.reply_bytes(&text).await;
+        }
         if self.shared.take(&to, |fault| *fault == Fault::DropAfterDot).is_some() {
             self.shared.keep(&from, &to, &raw, Outcome::Dropped);
             return self.reset_connection();
         }
         self.shared.keep(&from, &to, &raw, Outcome::Answered);
-        self.fails_at(Stage::Dot, &to).await?;
-        self.reply("250 accepted").await
+        self.answer(Stage::Dot, &to, "250 accepted").await.map(|_| ())
     }
 
-    /// Applies the current fault to this stage. Returns true if the client was rejected.
-    async fn fails_at(&mut self, stage: Stage, recipients: &[String]) -> io::Result<bool> {
+    /// Answers a step with `usual`, or as the current fault says. Returns whether the step is
+    /// accepted: whether the answer has the same first digit as the usual one.
+    async fn answer(&mut self, stage: Stage, recipients: &[String], usual: &str) -> io::Result<bool> {
         let slow = |fault: &Fault| matches!(fault, Fault::Slow { stage: slow, .. } if *slow == stage);
         if let Some(Fault::Slow { ms, .. }) = self.shared.take(recipients, slow) {
             tokio::time::sleep(Duration::from_millis(ms)).await;
         }
-        let Some(Fault::Reject { code, .. }) = self.shared.take(recipients, rejects_at(stage)) else {
+        if let Some(Fault::Reply { text, .. }) = self.shared.take(recipients, replies_at(stage)) {
+            self.reply_bytes(&text).await?;
+            return Ok(text.as_bytes().first() == usual.as_bytes().first());
+        }
+        if let Some(Fault::Reject { code, .. }) = self.shared.take(recipients, rejects_at(stage)) {
+            self.reply(&refusal(code, recipients)).await?;
             return Ok(false);
-        };
-        self.reply(&refusal(code, recipients)).await?;
+        }
+        self.reply(usual).await?;
         Ok(true)
     }
 
@@ -160,6 +167,14 @@ impl Session {
         self.stream.flush().await
     }
 
+    /// Sends each character as one byte.
+    async fn reply_bytes(&mut self, text: &str) -> io::Result<()> {
+        let bytes: Vec<u8> = text.chars().map(|character| u8::try_from(character).unwrap_or(b'?')).collect();
+        self.stream.write_all(&bytes).await?;
+        self.stream.write_all(b"\r\n").await?;
+        self.stream.flush().await
+    }
+
     /// Ends the connection with a TCP reset instead of an orderly close.
     fn reset_connection(&mut self) -> io::Result<()> {
         self.stream.get_ref().set_zero_linger()?;
@@ -174,6 +189,10 @@ fn refusal(code: u16, recipients: &[String]) -> String {
 
 fn rejects_at(stage: Stage) -> impl Fn(&Fault) -> bool {
     move |fault| matches!(fault, Fault::Reject { stage: rejected, .. } if *rejected == stage)
+}
+
+fn replies_at(stage: Stage) -> impl Fn(&Fault) -> bool {
+    move |fault| matches!(fault, Fault::Reply { stage: replied, .. } if *replied == stage)
 }
 
 /// The address in a text such as `FROM:<a@b> SIZE=3`.
@@ -293,6 +312,23 @@ mod tests {
             assert!(send(&sink, "b@test").await.starts_with(codes), "{stage:?}");
             assert!(sink.mails().is_empty(), "{stage:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn the_sink_can_answer_with_any_bytes() {
+        let reply = |stage, text: &str| Fault::Reply { stage, text: text.to_owned() };
+        let accepting = sink(reply(Stage::Dot, "250 accept\u{e9}").times(1)).await;
+        let mut client = Client::connect(&accepting).await;
+        for text in ["EHLO test\r\n", "MAIL FROM:<a@test>\r\n", "RCPT TO:<b@test>\r\n", "DATA\r\n", MAIL] {
+            client.0.write_all(text.as_bytes()).await.unwrap();
+        }
+        client.0.write_all(b"QUIT\r\n").await.unwrap();
+        let mut answers = vec![];
+        client.0.read_to_end(&mut answers).await.unwrap();
+        assert!(answers.windows(12).any(|bytes| bytes == b"250 accept\xe9\r"), "{}", answers.escape_ascii());
+        assert_eq!(accepting.mails().len(), 1);
+        let refusing = sink(reply(Stage::Rcpt, "554 5.7.1 no")).await;
+        assert_eq!(send(&refusing, "b@test").await, "220 250 250 554");
     }
 
     #[tokio::test]

@@ -29,6 +29,9 @@ pub enum Fault {
     Refuse,
     /// The sink answers `stage` with `code`.
     Reject { stage: Stage, code: u16 },
+    /// The sink answers `stage` with this text, whose first digit says whether it accepts the step.
+    /// Each character is sent as one byte (ISO 8859-1), so any bytes can be sent.
+    Reply { stage: Stage, text: String },
     /// The sink resets the connection within the mail. The mail is neither accepted nor answered.
     ResetBeforeDot,
     /// The sink accepts and keeps the mail and resets the connection before it answers 250.
