@@ -116,6 +116,7 @@ impl Service {
             kafka: self.config.kafka.clone(),
             database: database.clone(),
             wake: wake.clone(),
+            health: self.health.clone(),
             metrics: self.metrics.clone(),
             stop: self.stop.clone(),
         };

@@ -39,6 +39,10 @@ pub enum Fault {
     FlushValkey,
     /// The next mails fail in this way.
     Mail(&'static str),
+    /// The mail server answers each mail after this time.
+    SlowMail(Duration),
+    /// For this time the mail server refuses every recipient, for a reason that is about us.
+    RefuseMail(Duration),
 }
 
 /// The fault points, with the services that have them.
@@ -80,7 +84,11 @@ impl Fault {
             8 => Self::KillPostgres,
             9 if random.bool() => Self::KillValkey,
             9 => Self::FlushValkey,
-            _ => Self::Mail(["451", "reset", "drop"][random.usize(..3)]),
+            _ => match random.u8(..5) {
+                0 => Self::SlowMail(time),
+                1 => Self::RefuseMail(time),
+                _ => Self::Mail(["451", "reset", "drop"][random.usize(..3)]),
+            },
         }
     }
 
@@ -106,6 +114,16 @@ impl Fault {
             Self::KillValkey => system.components().redis.restart().await.unwrap(),
             Self::FlushValkey => system.stores.flush_valkey().await,
             Self::Mail(how) => system.mail.fail(mail_fault(how).times(5)),
+            Self::SlowMail(time) => {
+                let ms = u64::try_from(time.as_millis()).unwrap();
+                system.mail.fail(MailFault::Slow { ms, stage: Stage::Dot }.times(5));
+            }
+            Self::RefuseMail(time) => {
+                let text = "554 5.7.1 Relay access denied".to_owned();
+                system.mail.fail(MailFault::Reply { stage: Stage::Rcpt, text });
+                tokio::time::sleep(time).await;
+                system.mail.recover();
+            }
         }
         if let Self::Kill(service) | Self::Restart(service) | Self::CrashAt(service, _) = self {
             system.processes.spawn(service);
@@ -127,6 +145,8 @@ impl fmt::Display for Fault {
             Self::KillValkey => write!(f, "KillValkey"),
             Self::FlushValkey => write!(f, "FlushValkey"),
             Self::Mail(how) => write!(f, "Mail {how}"),
+            Self::SlowMail(time) => write!(f, "SlowMail for {time:?}"),
+            Self::RefuseMail(time) => write!(f, "RefuseMail for {time:?}"),
         }
     }
 }

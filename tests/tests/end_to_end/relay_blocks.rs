@@ -34,6 +34,12 @@ async fn until_metric(system: &System, name: &str, expected: f64) {
     eventually_eq(name, Some(expected), async || system.processes.metric(USER, name, &[]).await).await;
 }
 
+/// What `/status` of the user service says about a component.
+async fn reason(system: &System, component: &str) -> String {
+    let (_, body) = system.processes.status(USER).await.unwrap();
+    body["waiting_for"][component].as_str().unwrap_or_default().to_owned()
+}
+
 /// Inserts one event for each of many new keys.
 async fn insert_keys(db: &PgPool, topic: &str, keys: usize) {
     let keys: Vec<Uuid> = (0..keys).map(|_| Uuid::now_v7()).collect();
@@ -60,11 +66,14 @@ async fn rows_of_a_missing_topic_block_no_other_topic() {
     until_metric(&system, "outbox_rows", 10_000.0).await;
     let lines = system.processes.log(USER).matches("outbox rows wait because Kafka does not accept them").count();
     assert_eq!(lines, 1, "log lines about one blocked topic");
+    let reason = reason(&system, "outbox rows").await;
+    assert!(reason.contains("1 topics") && reason.contains("topic no.such.topic"), "{reason}");
 
     system.kafka.create_topic("no.such.topic", 1, &[]).await;
     system.stores.until_outbox_empty(USER).await;
     until_metric(&system, "outbox_blocked_topics", 0.0).await;
     assert_eq!(system.kafka.read("no.such.topic").len(), 12_000);
+    assert_eq!(self::reason(&system, "outbox rows").await, "");
 }
 
 /// T10, I4: the name of a topic is invalid, so Kafka rejects it in another way.
@@ -148,6 +157,43 @@ async fn the_keys_of_a_partition_without_leader_wait_and_no_others() {
     system.stores.until_outbox_empty(USER).await;
     assert_eq!(system.kafka.read(TOPIC).len(), KEYS);
     until_metric(&system, "outbox_blocked_partitions", 0.0).await;
+}
+
+/// T14, I3: a partition loses its leader within a round: the open transaction has touched it already.
+/// Kafka cannot end the transaction before the partition has a leader again, so nothing is published
+/// meanwhile, and `/status` says so. Afterwards everything is published.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_lost_within_a_round_stops_the_relay_until_it_is_back() {
+    const TOPIC: &str = "one.replica";
+    let mut system = System::empty_on_three_brokers().await;
+    system.processes.start(&[USER]).await;
+    system.stores.until_outbox_empty(USER).await;
+    system.processes.stop(USER).await;
+    system.kafka.create_topic(TOPIC, 1, &[("min.insync.replicas", "1")]).await;
+    insert_keys(&system.stores.database(USER).await, TOPIC, 10).await;
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = [("FAULT_AT", "relay.after_ack:1:stall"), ("FAULT_UNTIL", end_of_stall.to_str().unwrap())];
+    system.processes.start_with(USER, &stall).await;
+    system.processes.until_logged(USER, "fault point reached").await;
+    let lost = system.kafka.leader_of(TOPIC, 0).await;
+    system.broker(lost).process.kill();
+    system.kafka.until_no_leader(TOPIC, 0).await;
+    std::fs::write(end_of_stall, "").unwrap();
+    let reason = eventually("the relay has lost its term", async || {
+        let reason = reason(&system, "outbox relay").await;
+        (!reason.is_empty()).then_some(reason)
+    })
+    .await;
+    assert!(reason.contains("transaction"), "{reason}");
+    let waiting = system.stores.count(USER, "select count(*) from outbox").await;
+    assert!(waiting >= 10, "{waiting} rows wait");
+
+    system.broker(lost).restart().await.unwrap();
+    system.stores.until_outbox_empty(USER).await;
+    let published = system.kafka.read(TOPIC);
+    assert_eq!(published.len() - tests::record::copies(&published), 10, "events of the topic");
+    eventually_eq("what /status says about the relay", String::new(), async || self::reason(&system, "outbox relay").await)
+        .await;
 }
 
 /// I4: a state topic gets more partitions while the services run. Records of a key stay in the

@@ -7,6 +7,7 @@
 )]
 
 mod commands;
+mod patches;
 mod signals;
 
 use std::future::Future;
@@ -75,6 +76,8 @@ enum Command {
         /// Names of patches in tests/seeded. Default: all.
         names: Vec<String>,
     },
+    /// Write docs/mistakes.md from the patches in tests/seeded.
+    Mistakes,
     /// Update services/*/.sqlx, which describe the SQL queries so that the services compile without
     /// a database.
     Prepare {
@@ -116,6 +119,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Test { arguments, .. } => unless_terminated(commands::test::run(&arguments)).await,
         Command::Soak { minutes, seed } => unless_terminated(commands::soak::run(minutes, seed)).await,
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
+        Command::Mistakes => commands::mistakes::run(),
         Command::Prepare { check } => {
             let mode = if check { prepare::Mode::Check } else { prepare::Mode::Update };
             unless_terminated(prepare::run(mode)).await

@@ -95,8 +95,8 @@ pub(super) struct Election<'a> {
 impl Election<'_> {
     /// Waits for the lock. While it waits, it passes notifications of this process to the leader,
     /// on this connection and never within a request's transaction: `NOTIFY` there would serialise
-    /// all commits. `None`: the process stops.
-    pub async fn win(&self) -> anyhow::Result<Option<(PgConnection, Names)>> {
+    /// all commits. Calls `waiting` when another relay leads. `None`: the process stops.
+    pub async fn win(&self, waiting: impl Fn()) -> anyhow::Result<Option<(PgConnection, Names)>> {
         let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
         let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
         let names = Names::of(&mut db, self.outbox).await.context("cannot read the name of the database")?;
@@ -108,6 +108,7 @@ impl Election<'_> {
             }
             if measured_at.is_none() {
                 self.metrics.reset_blocked(); // only the leader knows them
+                waiting();
                 tracing::info!(transactional_id = names.transactional_id, "another relay leads this outbox; waiting");
             }
             if measured_at.is_none_or(|at| at.elapsed() >= rows::MEASURE_INTERVAL) {

@@ -35,6 +35,7 @@ use super::kafka::KafkaConfig;
 use crate::events::{Kind, Topic};
 use crate::fault;
 use crate::platform::database::bounded;
+use crate::platform::health::Health;
 use crate::platform::metrics::{Metrics, RoundLabels, TopicLabels};
 use crate::platform::telemetry::{self, TraceContext};
 use blocks::{Blocked, Blocks, Evidence, Probe, Scope, scope};
@@ -50,6 +51,10 @@ pub(crate) use election::listen;
 /// backlog makes small rounds.
 const ROUND_ROWS: usize = 5_000;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// The components in `/status`: whether this process can take part in publishing, and, of a leader,
+/// which rows wait.
+const COMPONENT: &str = "outbox relay";
+const BLOCKED: &str = "outbox rows";
 
 /// Settings of a service that has an outbox.
 #[derive(Args, Clone, Debug)]
@@ -80,6 +85,7 @@ pub(crate) struct Relay {
     pub kafka: KafkaConfig,
     pub database: PgConnectOptions,
     pub wake: Wake,
+    pub health: Health,
     pub metrics: Metrics,
     pub stop: CancellationToken,
 }
@@ -110,12 +116,15 @@ impl Relay {
         while !self.stop.is_cancelled() {
             if let Err(error) = self.lead() {
                 self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
-                tracing::warn!(error = %format!("{error:#}"), "relay lost its term; reconnecting");
+                let error = format!("{error:#}");
+                tracing::warn!(error, "relay lost its term; reconnecting");
+                self.health.report(COMPONENT, format!("the database and Kafka, to publish events: {error}"));
                 Runtime::current().block_on(async {
                     self.stop.run_until_cancelled(tokio::time::sleep(RETRY_INTERVAL)).await;
                 });
             }
             self.metrics.relay_leader.set(0);
+            self.health.resolved(BLOCKED); // only the leader knows
         }
         Ok(())
     }
@@ -129,7 +138,8 @@ impl Relay {
         let outbox = &self.config.outbox_name;
         let election =
             Election { database: &self.database, outbox, wake: &self.wake, stop: &self.stop, metrics: &self.metrics };
-        let Some((mut db, names)) = runtime.block_on(election.win())? else { return Ok(()) };
+        let waiting = || self.health.resolved(COMPONENT);
+        let Some((mut db, names)) = runtime.block_on(election.win(waiting))? else { return Ok(()) };
         // Before Kafka is asked, because it may not answer for a long time.
         runtime.block_on(rows::report_size(&mut db, &self.metrics));
         // Deletes nothing. Postgres refuses the statement on a session that is read-only.
@@ -137,6 +147,7 @@ impl Relay {
         let transactions = Transactions::begin_term(&self.kafka, &names.transactional_id)?;
         tracing::info!(transactional_id = names.transactional_id, "became outbox relay leader");
         self.metrics.relay_leader.set(1);
+        self.health.resolved(COMPONENT);
         let term = Term {
             relay: self,
             runtime,
@@ -282,6 +293,8 @@ impl Term<'_> {
                  the service will not start again until the topic is replaced"
             );
             self.relay.metrics.topic_partitions_changed.get_or_create(&TopicLabels { topic: topic.to_owned() }).set(1);
+            let reason = format!("the topic to be replaced: it has {partitions} partitions instead of {}", declared.partitions);
+            self.relay.health.report(&format!("topic {topic}"), reason);
         }
     }
 
@@ -423,8 +436,14 @@ impl Term<'_> {
         self.relay.metrics.outbox_blocked_keys.set(keys as i64);
         if blocked == Blocked::default() {
             tracing::info!("all outbox rows can be published again");
+            self.relay.health.resolved(BLOCKED);
         } else {
             let examples = self.blocks.examples();
+            let reason = format!(
+                "Kafka to accept rows of {topics} topics, {partitions} partitions and {keys} keys, for example {}",
+                examples.join(", ")
+            );
+            self.relay.health.report(BLOCKED, reason);
             tracing::error!(topics, partitions, keys, ?examples, "outbox rows wait because Kafka does not accept them");
         }
     }

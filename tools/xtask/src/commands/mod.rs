@@ -1,6 +1,7 @@
 pub mod check;
 pub mod demo;
 pub mod full;
+pub mod mistakes;
 pub mod prepare;
 mod report;
 pub mod seeded;

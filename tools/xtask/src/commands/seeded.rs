@@ -1,13 +1,6 @@
 //! `cargo xtask seeded`: a test that cannot fail proves nothing. Each patch in `tests/seeded`
 //! applies one plausible bug to a copy of this source tree. At least one of the tests that the
 //! patch names must then fail.
-//!
-//! ```text
-//! Bug: the inbox is not consulted, so a repeated event is applied twice
-//! Promise: I7
-//! Tests: --test end_to_end -- relay::
-//! --- a/shared/src/messaging/inbox.rs
-//! ```
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,13 +14,7 @@ use testbed::process::{self, Logs, Process};
 use testbed::say::say;
 use testbed::services::cargo_in;
 
-struct Patch {
-    name: String,
-    file: PathBuf,
-    bug: String,
-    promise: String,
-    tests: Vec<String>,
-}
+use crate::patches::{Patch, patches};
 
 /// Runs the patches of these names, or all if none is given. The exit code is a failure when no
 /// test catches a bug. It is an error when a patch does not apply or does not compile.
@@ -56,34 +43,6 @@ pub async fn run(names: &[String]) -> Result<ExitCode> {
     let caught = bugs - missed;
     say(format_args!("{bugs} bugs, {caught} caught. The tests' output is in {}", logs.folder().display()));
     Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn patches(names: &[String]) -> Result<Vec<Patch>> {
-    let folder = paths::root().join("tests/seeded");
-    let mut patches = vec![];
-    for entry in fs::read_dir(&folder)? {
-        let file = entry?.path();
-        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let is_patch = file.extension().is_some_and(|extension| extension == "patch");
-        if is_patch && (names.is_empty() || names.contains(&name)) {
-            patches.push(read(name, file)?);
-        }
-    }
-    patches.sort_by(|one, other| one.name.cmp(&other.name));
-    for name in names {
-        ensure!(patches.iter().any(|patch| patch.name == *name), "tests/seeded/{name}.patch does not exist");
-    }
-    Ok(patches)
-}
-
-fn read(name: String, file: PathBuf) -> Result<Patch> {
-    let text = fs::read_to_string(&file)?;
-    let field = |field: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(": "));
-        line.map(str::to_owned).with_context(|| format!("{} has no line `{field}: …`", file.display()))
-    };
-    let tests = field("Tests")?.split(' ').map(str::to_owned).collect();
-    Ok(Patch { bug: field("Bug")?, promise: field("Promise")?, tests, name, file })
 }
 
 /// Makes the copy equal to this source tree, except for `target/`. Writes only files that differ,
