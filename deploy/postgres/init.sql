@@ -1,27 +1,23 @@
--- Creates a role and a database for each service that has one. The entry point of the Postgres
--- image runs this script with psql, as superuser, when the data volume is new.
+-- Creates two roles and a database for each service that has one. The entry point of the Postgres
+-- image runs this script with psql, as superuser, when the data volume is new. What a service gets
+-- is defined in the folder service/, which `cargo xtask up` and the tests run too.
 --
--- To add a service, add its name to this list. docker-compose.yml must pass its password to this
--- container as WAYBILL_<NAME>_PASSWORD.
-\set services 'user email analytics'
+-- To add a service, add a paragraph for it at the end, and its name to the list of `missing`. docker-compose.yml must pass its passwords to
+-- this container as WAYBILL_<NAME>_PASSWORD and WAYBILL_<NAME>_OWNER_PASSWORD.
 
 \set ON_ERROR_STOP on
 
--- One line per service with its password, read from the environment. The line is empty if the
--- variable is missing.
-\set passwords `for name in :services; do printenv "WAYBILL_$(echo "$name" | tr a-z A-Z)_PASSWORD" || echo; done`
-
-create temporary table service as
-    select name, 'waybill_' || name as role, 'WAYBILL_' || upper(name) || '_PASSWORD' as variable, password
-    from unnest(string_to_array(:'services', ' '), string_to_array(:'passwords', E'\n')) as given (name, password);
+-- The variables that are missing. Only the names of services are listed here.
+\set missing `for name in USER EMAIL ANALYTICS; do for password in PASSWORD OWNER_PASSWORD; do variable="WAYBILL_${name}_${password}"; [ -n "$(printenv "$variable")" ] || echo "$variable"; done; done`
 
 -- Stops before anything is created. The volume is no longer new then, so at the next start the
 -- image would not run this script again. The hint says so.
+create temporary table missing as select :'missing' as variables;
 do $$
 declare
-    missing text := (select string_agg(variable, ', ') from service where coalesce(password, '') = '');
+    missing text := (select replace(variables, E'\n', ', ') from missing);
 begin
-    if missing is not null then
+    if missing <> '' then
         raise exception 'missing password: set % in the environment of this container', missing
             using hint = 'Afterwards start with an empty volume: docker compose down --volumes';
     end if;
@@ -31,11 +27,26 @@ $$;
 -- By default every role may connect to every database.
 revoke connect on database postgres, template1 from public;
 
--- Prints the statements and executes the output. The role of a service may connect to its own
--- database only: it owns the database, and the right that all roles have by default is revoked.
-select
-    format('create role %I login password %L', role, password),
-    format('create database %I owner %I', role, role),
-    format('revoke connect on database %I from public', role)
-from service
-\gexec
+\set database waybill_user
+\set service waybill_user
+\set owner waybill_user_owner
+\getenv password WAYBILL_USER_PASSWORD
+\getenv owner_password WAYBILL_USER_OWNER_PASSWORD
+\ir service/roles.sql
+\ir service/database.sql
+
+\set database waybill_email
+\set service waybill_email
+\set owner waybill_email_owner
+\getenv password WAYBILL_EMAIL_PASSWORD
+\getenv owner_password WAYBILL_EMAIL_OWNER_PASSWORD
+\ir service/roles.sql
+\ir service/database.sql
+
+\set database waybill_analytics
+\set service waybill_analytics
+\set owner waybill_analytics_owner
+\getenv password WAYBILL_ANALYTICS_PASSWORD
+\getenv owner_password WAYBILL_ANALYTICS_OWNER_PASSWORD
+\ir service/roles.sql
+\ir service/database.sql

@@ -15,7 +15,8 @@ const PIECE: usize = 16 * 1024;
 
 /// Forwards until it is dropped.
 pub struct Proxy {
-    target: String,
+    /// `host:port`. New connections go there.
+    target: watch::Sender<String>,
     port: u16,
     network: watch::Sender<Network>,
     _listener: JoinSet<()>,
@@ -67,9 +68,10 @@ impl Proxy {
         let port = free_port();
         let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
         let (network, watched) = watch::channel(Network::default());
+        let (target, targets) = watch::channel(target.to_owned());
         let mut task = JoinSet::new();
-        task.spawn(accept(listener, target.to_owned(), watched));
-        Self { target: target.to_owned(), port, network, _listener: task }
+        task.spawn(accept(listener, targets, watched));
+        Self { target, port, network, _listener: task }
     }
 
     /// A proxy in front of the server of `url`, and the URL of the same server through the proxy.
@@ -77,8 +79,13 @@ impl Proxy {
         let (_, address) = url.split_once("://").unwrap();
         let address = address.rsplit('@').next().unwrap().split('/').next().unwrap();
         let proxy = Self::before(address).await;
-        let through = url.replace(&proxy.target, &proxy.address());
+        let through = url.replace(address, &proxy.address());
         (proxy, through)
+    }
+
+    /// New connections go to this `host:port`, as after a failover. Open ones stay where they are.
+    pub fn redirect(&self, target: String) {
+        self.target.send_replace(target);
     }
 
     pub fn address(&self) -> String {
@@ -130,11 +137,11 @@ impl Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, target: String, network: watch::Receiver<Network>) {
+async fn accept(listener: TcpListener, targets: watch::Receiver<String>, network: watch::Receiver<Network>) {
     let mut connections = JoinSet::new();
     loop {
         let (client, _) = listener.accept().await.unwrap();
-        let target = target.clone();
+        let target = targets.borrow().clone();
         let network = network.clone();
         connections.spawn(async move {
             // Connections of a failing network may end with any error.

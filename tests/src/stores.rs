@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use sqlx::PgPool;
+use testbed::postgres::Database;
 use topology::{ANALYTICS, EMAIL, Service, USER};
 use uuid::Uuid;
 
@@ -35,8 +36,8 @@ const DIARY: &str = "
     create or replace trigger keep_diary after insert or update of status on deliveries for each row execute function keep_diary();";
 
 pub struct Stores {
-    /// URL of each service's database, by the service's name.
-    databases: BTreeMap<&'static str, String>,
+    /// Each service's database, by the service's name.
+    databases: BTreeMap<&'static str, Database>,
     valkey: String,
     prefix: String,
 }
@@ -47,21 +48,28 @@ pub async fn count(db: &PgPool, question: &'static str) -> i64 {
 }
 
 impl Stores {
-    pub(crate) fn new(databases: BTreeMap<&'static str, String>, valkey: String, prefix: String) -> Self {
+    pub(crate) fn new(databases: BTreeMap<&'static str, Database>, valkey: String, prefix: String) -> Self {
         Self { databases, valkey, prefix }
     }
 
-    pub(crate) fn set_database(&mut self, service: Service, url: String) {
-        self.databases.insert(service.name, url);
+    /// From now on the service has another database.
+    pub fn set_database(&mut self, service: Service, database: Database) {
+        self.databases.insert(service.name, database);
     }
 
     pub(crate) fn set_valkey(&mut self, url: String) {
         self.valkey = url;
     }
 
-    /// A service's database, with the rights of the service.
+    /// A service's database, with the rights of the role that owns the tables: tests add triggers
+    /// and lock tables.
     pub async fn database(&self, service: Service) -> PgPool {
-        PgPool::connect(&self.databases[service.name]).await.unwrap()
+        PgPool::connect(self.owner_url(service)).await.unwrap()
+    }
+
+    /// The URL with which `<service> migrate` and `analytics rebuild` run.
+    pub fn owner_url(&self, service: Service) -> &str {
+        &self.databases[service.name].owner_url
     }
 
     /// The answer of a service's database to a `select count(*)`.
@@ -177,7 +185,9 @@ impl Stores {
     /// The analytics service's read models and inbox.
     pub async fn analytics(&self) -> Analytics {
         let db = self.database(ANALYTICS).await;
-        let hours = "select extract(epoch from hour)::bigint, registrations from registrations";
+        let hours =
+            "select extract(epoch from hour)::bigint, sum(registrations)::bigint from registrations group by hour";
+        let totals = "select coalesce(sum(registered), 0)::bigint, coalesce(sum(mailed), 0)::bigint from funnel_totals";
         let funnel = "select user_id, (extract(epoch from registered_at) * 1000000)::bigint,
                           (extract(epoch from mailed_at) * 1000000)::bigint from funnel";
         let funnel: Vec<(Uuid, Option<i64>, Option<i64>)> = query(&db, funnel).await;
@@ -189,6 +199,7 @@ impl Stores {
         Analytics {
             registrations: query::<(i64, i64)>(&db, hours).await.into_iter().collect(),
             funnel: funnel.into_iter().map(|(user, registered, mailed)| (user, Steps { registered, mailed })).collect(),
+            totals: query::<(i64, i64)>(&db, totals).await[0],
             inbox,
         }
     }

@@ -10,7 +10,7 @@ use sqlx::PgPool;
 use time::OffsetDateTime;
 
 /// Buckets per answer: a year of days, or two weeks of hours.
-const BUCKETS_MAX: i64 = 400;
+const BUCKETS_MAX: i32 = 400;
 
 pub fn routes(db: PgPool) -> Router {
     Router::new()
@@ -63,12 +63,25 @@ async fn registrations(
         Bucket::Hour => "hour",
         Bucket::Day => "day",
     };
+    // Finds the newest buckets one after another, each with one lookup in the index. So the query
+    // reads the buckets that it returns, however long the history is.
     let mut buckets = sqlx::query_as!(
         Registrations,
-        r#"select date_trunc($1, hour, 'UTC') as "start!", sum(registrations)::bigint as "registrations!"
-           from registrations
-           where hour >= coalesce($2, '-infinity'::timestamptz) and hour < coalesce($3, 'infinity'::timestamptz)
-           group by 1 order by 1 desc limit $4"#,
+        r#"with recursive bounds as (
+               select coalesce($2, '-infinity'::timestamptz) as lower, coalesce($3, 'infinity'::timestamptz) as upper),
+           buckets (start, number) as (
+               select (select date_trunc($1, hour, 'UTC') from registrations
+                       where hour >= lower and hour < upper order by hour desc limit 1), 1
+               from bounds
+               union all
+               select (select date_trunc($1, hour, 'UTC') from registrations
+                       where hour >= lower and hour < start order by hour desc limit 1), number + 1
+               from buckets, bounds where start is not null and number < $4)
+           select start as "start!", (
+               select sum(registrations)::bigint from registrations
+               where hour >= greatest(start, lower) and hour < upper
+                   and hour < date_add(start, ('1 ' || $1::text)::interval, 'UTC')) as "registrations!"
+           from buckets, bounds where start is not null order by start desc"#,
         unit,
         range.from,
         range.to,
@@ -84,8 +97,8 @@ async fn registrations(
 async fn funnel(State(db): State<PgPool>) -> Result<Json<Funnel>, Error> {
     let funnel = sqlx::query_as!(
         Funnel,
-        r#"select count(registered_at) as "registered!", count(mailed_at) filter (where registered_at is not null) as "mailed!"
-           from funnel"#
+        r#"select coalesce(sum(registered), 0)::bigint as "registered!", coalesce(sum(mailed), 0)::bigint as "mailed!"
+           from funnel_totals"#
     );
     Ok(Json(funnel.fetch_one(&db).await.map_err(Unavailable::from)?))
 }

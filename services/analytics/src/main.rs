@@ -15,7 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 use shared::messaging::{Inbox, Projection, Redrive, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
-use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
+use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/analytics");
@@ -33,6 +33,8 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Service(service::Command),
+    #[command(flatten)]
+    Database(DatabaseCommand),
     #[command(flatten)]
     Consumer(ConsumerCommand),
     /// Rebuild the read models from the log while the service runs, compare them with the live
@@ -59,6 +61,9 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Database(DatabaseCommand::Migrate) => {
+            database::migrate(config.analytics_database_url.expose_secret(), &MIGRATIONS).await
+        }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP], options)
         }

@@ -3,11 +3,18 @@
 
 use std::collections::BTreeMap;
 
-use shared::events::{EmailEvent, UserEvent};
+use shared::events::{EmailEvent, Event, UserEvent};
 use shared::messaging::{Failure, Projection, Record};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
+
+/// What the tables say, for a comparison of two models: the sums over partitions. The order of the
+/// facts decides which partition counts a user.
+pub const SUMS: [(&str, &str); 2] = [
+    ("registrations", "hour, sum(registrations) as registrations from {table} group by hour"),
+    ("funnel_totals", "sum(registered) as registered, sum(mailed) as mailed from {table}"),
+];
 
 /// `user.events.v1` → `registrations`, `funnel`.
 pub struct Registered;
@@ -18,25 +25,35 @@ impl Projection for Registered {
     const GROUP: &'static str = "analytics.users";
 
     async fn apply(&self, tx: &mut PgConnection, fresh: &[&Record<UserEvent>]) -> Result<(), Failure> {
-        let mut hours: BTreeMap<OffsetDateTime, i64> = BTreeMap::new();
-        let mut users = BTreeMap::new();
+        let mut hours: BTreeMap<(OffsetDateTime, i32), i64> = BTreeMap::new();
+        let mut users = Users::new();
         for record in fresh {
             match record.event {
                 UserEvent::Registered(user) => {
-                    *hours.entry(hour(record.envelope.time)).or_default() += 1;
-                    earliest(&mut users, user.user_id, record.envelope.time);
+                    let partition = record.coordinates.partition;
+                    *hours.entry((hour(record.envelope.time), partition)).or_default() += 1;
+                    earliest(&mut users, user.user_id, record.envelope.time, partition);
                 }
                 UserEvent::ProfileChanged(_) | UserEvent::EmailChanged(_) | UserEvent::Deleted(_) => {}
             }
         }
         count(tx, hours).await?;
-        let (users, times): (Vec<_>, Vec<_>) = users.into_iter().unzip();
+        let (users, times, partitions) = columns(users);
         sqlx::query!(
-            "insert into funnel as stored (user_id, registered_at)
-             select * from unnest($1::uuid[], $2::timestamptz[])
-             on conflict (user_id) do update set registered_at = least(stored.registered_at, excluded.registered_at)",
+            "with facts as (select * from unnest($1::uuid[], $2::timestamptz[], $3::int[]) as fact (user_id, at, partition)),
+             changed as (
+                 insert into funnel as stored (user_id, registered_at) select user_id, at from facts
+                 on conflict (user_id) do update set registered_at = least(stored.registered_at, excluded.registered_at)
+                 returning new.user_id, old.registered_at is null as is_new, new.mailed_at is not null as is_mailed)
+             insert into funnel_totals as stored (topic, partition, registered, mailed)
+             select $4, partition, count(*), count(*) filter (where is_mailed)
+             from changed join facts using (user_id) where is_new group by partition order by partition
+             on conflict (topic, partition) do update
+                 set registered = stored.registered + excluded.registered, mailed = stored.mailed + excluded.mailed",
             &users,
             &times,
+            &partitions,
+            UserEvent::TOPIC.name,
         )
         .execute(tx)
         .await?;
@@ -53,20 +70,29 @@ impl Projection for Mailed {
     const GROUP: &'static str = "analytics.emails";
 
     async fn apply(&self, tx: &mut PgConnection, fresh: &[&Record<EmailEvent>]) -> Result<(), Failure> {
-        let mut users = BTreeMap::new();
+        let mut users = Users::new();
         for record in fresh {
+            let partition = record.coordinates.partition;
             match &record.event {
-                EmailEvent::Sent(delivery) => earliest(&mut users, delivery.user_id, record.envelope.time),
+                EmailEvent::Sent(delivery) => earliest(&mut users, delivery.user_id, record.envelope.time, partition),
                 EmailEvent::Failed(_) => {}
             }
         }
-        let (users, times): (Vec<_>, Vec<_>) = users.into_iter().unzip();
+        let (users, times, partitions) = columns(users);
         sqlx::query!(
-            "insert into funnel as stored (user_id, mailed_at)
-             select * from unnest($1::uuid[], $2::timestamptz[])
-             on conflict (user_id) do update set mailed_at = least(stored.mailed_at, excluded.mailed_at)",
+            "with facts as (select * from unnest($1::uuid[], $2::timestamptz[], $3::int[]) as fact (user_id, at, partition)),
+             changed as (
+                 insert into funnel as stored (user_id, mailed_at) select user_id, at from facts
+                 on conflict (user_id) do update set mailed_at = least(stored.mailed_at, excluded.mailed_at)
+                 returning new.user_id, old.mailed_at is null as is_new, new.registered_at is not null as is_registered)
+             insert into funnel_totals as stored (topic, partition, registered, mailed)
+             select $4, partition, 0, count(*)
+             from changed join facts using (user_id) where is_new and is_registered group by partition order by partition
+             on conflict (topic, partition) do update set mailed = stored.mailed + excluded.mailed",
             &users,
             &times,
+            &partitions,
+            EmailEvent::TOPIC.name,
         )
         .execute(tx)
         .await?;
@@ -74,15 +100,17 @@ impl Projection for Mailed {
     }
 }
 
-/// Adds to the counts. Writes rows in the order of their keys: two transactions that lock the same
-/// rows in opposite orders would deadlock.
-async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> sqlx::Result<()> {
-    let (hours, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
+/// Adds to the counts. Every statement here writes rows in the order of their keys: two transactions
+/// that lock the same rows in opposite orders would deadlock.
+async fn count(tx: &mut PgConnection, hours: BTreeMap<(OffsetDateTime, i32), i64>) -> sqlx::Result<()> {
+    let (keys, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
+    let (hours, partitions): (Vec<_>, Vec<_>) = keys.into_iter().unzip();
     sqlx::query!(
-        "insert into registrations as stored (hour, registrations)
-         select * from unnest($1::timestamptz[], $2::bigint[])
-         on conflict (hour) do update set registrations = stored.registrations + excluded.registrations",
+        "insert into registrations as stored (hour, partition, registrations)
+         select * from unnest($1::timestamptz[], $2::int[], $3::bigint[])
+         on conflict (hour, partition) do update set registrations = stored.registrations + excluded.registrations",
         &hours,
+        &partitions,
         &registrations,
     )
     .execute(tx)
@@ -90,10 +118,20 @@ async fn count(tx: &mut PgConnection, hours: BTreeMap<OffsetDateTime, i64>) -> s
     Ok(())
 }
 
-/// Keeps the earliest time of a user. A batch may have several facts about the user, but one
-/// statement may update a row only once.
-fn earliest(users: &mut BTreeMap<Uuid, OffsetDateTime>, user: Uuid, time: OffsetDateTime) {
-    users.entry(user).and_modify(|known| *known = time.min(*known)).or_insert(time);
+/// For each user the earliest time of a fact, and the partition of that fact. The lock on the row of
+/// the user decides which of two different facts comes last and counts the second step.
+type Users = BTreeMap<Uuid, (OffsetDateTime, i32)>;
+
+/// A batch may have several facts about a user, but one statement may update a row only once.
+fn earliest(users: &mut Users, user: Uuid, time: OffsetDateTime, partition: i32) {
+    let fact = (time, partition);
+    users.entry(user).and_modify(|known| *known = fact.min(*known)).or_insert(fact);
+}
+
+fn columns(users: Users) -> (Vec<Uuid>, Vec<OffsetDateTime>, Vec<i32>) {
+    let (users, facts): (Vec<_>, Vec<_>) = users.into_iter().unzip();
+    let (times, partitions) = facts.into_iter().unzip();
+    (users, times, partitions)
 }
 
 fn hour(time: OffsetDateTime) -> OffsetDateTime {
@@ -133,6 +171,7 @@ mod tests {
         id: Uuid,
         /// An index into the users of the test.
         user: usize,
+        partition: i32,
         /// When it happened, in minutes after `FIRST_HOUR`.
         minutes: u8,
         /// Selects one of the event's samples.
@@ -148,13 +187,16 @@ mod tests {
             let user = users[self.user];
             let mut samples = E::samples(user);
             let event = samples.swap_remove(self.kind.index(samples.len()));
-            record(user, self.id, self.minutes, event)
+            let mut record = record(user, self.id, self.minutes, event);
+            record.coordinates.partition = self.partition;
+            record
         }
     }
 
     fn facts() -> impl Strategy<Value = Vec<Fact>> {
-        let fact = (0..3_usize, 0..240_u8, any::<Index>());
-        let fact = fact.prop_map(|(user, minutes, kind)| Fact { id: mint_id(), user, minutes, kind });
+        let fact = (0..3_usize, 0..3, 0..240_u8, any::<Index>());
+        let fact =
+            fact.prop_map(|(user, partition, minutes, kind)| Fact { id: mint_id(), user, partition, minutes, kind });
         prop::collection::vec(fact, 1..10)
     }
 
@@ -194,6 +236,8 @@ mod tests {
     struct ReadModels {
         registrations: BTreeMap<OffsetDateTime, i64>,
         funnel: BTreeMap<Uuid, Steps>,
+        /// How many users are registered, and how many of them mailed.
+        totals: (i64, i64),
     }
 
     /// When a user was registered and mailed.
@@ -219,21 +263,29 @@ mod tests {
                 earliest(&mut models.funnel.entry(users[fact.user]).or_default().mailed, fact.time());
             }
         }
+        let registered = models.funnel.values().filter(|steps| steps.registered.is_some());
+        let mailed = registered.clone().filter(|steps| steps.mailed.is_some());
+        models.totals = (registered.count() as i64, mailed.count() as i64);
         models
     }
 
     async fn read_models(db: &PgPool) -> ReadModels {
         let hours: Vec<(OffsetDateTime, i64)> =
-            sqlx::query_as("select hour, registrations from registrations").fetch_all(db).await.unwrap();
+            sqlx::query_as("select hour, sum(registrations)::bigint from registrations group by hour")
+                .fetch_all(db)
+                .await
+                .unwrap();
+        let totals = "select coalesce(sum(registered), 0)::bigint, coalesce(sum(mailed), 0)::bigint from funnel_totals";
+        let totals: (i64, i64) = sqlx::query_as(totals).fetch_one(db).await.unwrap();
         let funnel: Vec<(Uuid, Option<OffsetDateTime>, Option<OffsetDateTime>)> =
             sqlx::query_as("select user_id, registered_at, mailed_at from funnel").fetch_all(db).await.unwrap();
         let hours = hours.into_iter().map(|(hour, count)| (hour.to_offset(time::UtcOffset::UTC), count));
         let funnel = funnel.into_iter().map(|(user, registered, mailed)| (user, Steps { registered, mailed }));
-        ReadModels { registrations: hours.collect(), funnel: funnel.collect() }
+        ReadModels { registrations: hours.collect(), funnel: funnel.collect(), totals }
     }
 
     async fn empty(db: &PgPool) {
-        sqlx::query("truncate inbox, registrations, funnel").execute(db).await.unwrap();
+        sqlx::query("truncate inbox, registrations, funnel, funnel_totals").execute(db).await.unwrap();
     }
 
     /// T26, I7 I10.

@@ -2,9 +2,10 @@
 -- expects.
 --
 -- KEYS: position, completeness mark, then one profile per record.
--- ARGV: expected position ('' in a redrive), next position, then version and JSON per record ('' is
--- a tombstone).
--- Returns {applied, duplicate, stale}, or the error POSITION if the view has another position.
+-- ARGV: expected position ('' in a redrive), next position, the server's run_id, then version and
+-- JSON per record ('' is a tombstone).
+-- Every call runs on a connection to the server that has this run_id.
+-- Returns {applied, duplicate, stale}, or nothing if the view has another position.
 
 -- Versions and offsets stay text: a number in Lua is exact only up to 2^53.
 local function less(a, b)
@@ -13,14 +14,14 @@ end
 
 if ARGV[1] ~= '' then
     if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
-        return redis.error_reply('POSITION the view has another position')
+        return false
     end
     redis.call('SET', KEYS[1], ARGV[2])
 end
 
 local applied, duplicate, stale = 0, 0, 0
 for i = 3, #KEYS do
-    local version, profile = ARGV[2 * i - 3], ARGV[2 * i - 2]
+    local version, profile = ARGV[2 * i - 2], ARGV[2 * i - 1]
     local stored = redis.call('HGET', KEYS[i], 'version')
     if not stored or less(stored, version) then
         redis.call('HSET', KEYS[i], 'version', version, 'profile', profile)
@@ -32,8 +33,9 @@ for i = 3, #KEYS do
     end
 end
 
--- A call without records marks the end of the partition: the view is complete up to here.
+-- A call without records marks the end of the partition: on this server the view is complete up to
+-- here.
 if #KEYS == 2 then
-    redis.call('SET', KEYS[2], ARGV[2])
+    redis.call('SET', KEYS[2], ARGV[3])
 end
 return {applied, duplicate, stale}

@@ -5,17 +5,22 @@
 //! the position differs from the one that the next batch expects. On a quiet topic the next
 //! `caught_up` call expects it. Then the consumer restarts from the view's position. For the same
 //! reason a frozen process that resumes cannot change the view.
+//!
+//! A mark holds the `run_id` of the server that made it. A server that comes back from a snapshot
+//! brings old profiles, old positions and old marks, and so does a replica that lags and is promoted.
+//! Both have another `run_id` than the marks, so the view is incomplete until each partition has
+//! been read to its end again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use redis::{RedisError, Script};
+use redis::{Script, Value};
 use shared::events::{Event, Profile, Topic, UserState};
 use shared::fault;
 use shared::messaging::{EndOfPartition, Failure, Handler, Outcome, Record};
 use uuid::Uuid;
 
-use crate::valkey::Valkey;
+use crate::valkey::{Server, Valkey, require_master};
 
 const PARTITIONS: i32 = UserState::TOPIC.partitions;
 
@@ -37,10 +42,13 @@ struct Positions {
     next: i64,
 }
 
+/// The stored version of a user, and its profile as JSON.
+type Found = (Option<i64>, Option<String>);
+
 /// The view's entry for a user.
 pub struct Lookup {
-    /// Whether every partition was read to its end since the view was last empty. Until then an
-    /// absent user may exist, and a present one may have an old version.
+    /// Whether every partition was read to its end since this server was started or emptied. Until
+    /// then an absent user may exist, and a present one may have an old version.
     pub complete: bool,
     /// 0: the view has no record of the user.
     pub version: i64,
@@ -58,41 +66,50 @@ impl View {
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
     }
 
-    /// Reads the user and the marks of all partitions in one transaction. A flush between two reads
-    /// would make a user appear absent from a complete view.
+    /// Reads the user, the marks of all partitions and the server's role in one transaction. A flush
+    /// between two reads would make a user appear absent from a complete view.
     pub async fn find(&self, id: Uuid) -> anyhow::Result<Lookup> {
         let mut pipe = redis::pipe();
-        pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("EXISTS");
+        pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("MGET");
         for partition in 0..PARTITIONS {
             pipe.arg(self.mark_key(partition));
         }
-        let ((version, profile), marks): ((Option<i64>, Option<String>), i32) =
-            self.valkey.request(async |mut connection| pipe.query_async(&mut connection).await).await?;
+        pipe.cmd("ROLE");
+        let find = async |mut server: Server| {
+            let (found, marks, role): (Found, Vec<Option<String>>, Value) =
+                pipe.query_async(&mut server.connection).await?;
+            require_master(&role)?;
+            Ok((found, marks.iter().all(|mark| mark.as_ref() == Some(&server.run_id))))
+        };
+        let ((version, profile), complete) = self.valkey.request(find).await?;
         let profile = profile.filter(|json| !json.is_empty()).map(|json| serde_json::from_str(&json)).transpose()?;
-        Ok(Lookup { complete: marks == PARTITIONS, version: version.unwrap_or(0), profile })
+        Ok(Lookup { complete, version: version.unwrap_or(0), profile })
     }
 
     /// Runs the script for the records of one partition. Without records it marks the partition as
     /// complete.
     async fn apply(&self, positions: Positions, records: &[&Record<UserState>]) -> Result<Outcome, Failure> {
         let Positions { partition, expected, next } = positions;
-        let mut call = self.script.key(self.position_key(partition));
-        call.key(self.mark_key(partition));
-        call.arg(expected.map(|position| position.to_string()).unwrap_or_default()).arg(next);
+        let mut profiles = vec![];
         for record in records {
             let profile = match &record.event {
                 UserState::Current(profile) => serde_json::to_string(profile)?,
                 UserState::Erased => String::new(),
             };
-            call.key(self.profile_key(record.envelope.key)).arg(record.envelope.version).arg(profile);
+            profiles.push((self.profile_key(record.envelope.key), record.envelope.version, profile));
         }
-        let done: Result<(u64, u64, u64), RedisError> =
-            self.valkey.request(async |mut connection| call.invoke_async(&mut connection).await).await;
-        match done {
-            Ok((applied, duplicate, stale)) => Ok(Outcome { applied, duplicate, stale }),
-            Err(error) if error.code() == Some("POSITION") => Err(Failure::Resume),
-            Err(error) => Err(error.into()),
-        }
+        let call = async |mut server: Server| {
+            let mut call = self.script.key(self.position_key(partition));
+            call.key(self.mark_key(partition));
+            call.arg(expected.map(|position| position.to_string()).unwrap_or_default()).arg(next).arg(server.run_id);
+            for (key, version, profile) in &profiles {
+                call.key(key).arg(version).arg(profile);
+            }
+            call.invoke_async(&mut server.connection).await
+        };
+        let counts: Option<(u64, u64, u64)> = self.valkey.request(call).await?;
+        let (applied, duplicate, stale) = counts.ok_or(Failure::Resume)?;
+        Ok(Outcome { applied, duplicate, stale })
     }
 
     fn profile_key(&self, id: Uuid) -> String {
@@ -138,7 +155,7 @@ impl Handler for View {
         let mut get = redis::cmd("GET");
         get.arg(self.position_key(partition));
         let stored: Option<i64> =
-            self.valkey.request(async |mut connection| get.query_async(&mut connection).await).await?;
+            self.valkey.request(async |mut server| get.query_async(&mut server.connection).await).await?;
         Ok(Some(stored.unwrap_or(0)))
     }
 
@@ -280,7 +297,7 @@ mod tests {
         keys.extend((0..PARTITIONS).flat_map(|partition| [view.mark_key(partition), view.position_key(partition)]));
         let mut del = redis::cmd("DEL");
         del.arg(keys);
-        let () = view.valkey.request(async |mut connection| del.query_async(&mut connection).await).await.unwrap();
+        let () = view.valkey.request(async |mut server| del.query_async(&mut server.connection).await).await.unwrap();
         let end = EndOfPartition { partition: 0, expected_position: 2, next_offset: 2 };
         let failure = view.caught_up(end).await.unwrap_err();
         assert!(matches!(failure, Failure::Resume), "{failure:?}");

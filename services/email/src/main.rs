@@ -27,7 +27,7 @@ use shared::events::Topic;
 use shared::messaging::{Handler, Redrive, RelayConfig, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
-use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
+use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use smtp::Server;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
@@ -51,6 +51,8 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Service(service::Command),
+    #[command(flatten)]
+    Database(DatabaseCommand),
     #[command(flatten)]
     Consumer(ConsumerCommand),
     /// Send mails that are held because their cause is older than MAX_AGE_HOURS.
@@ -98,6 +100,9 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Database(DatabaseCommand::Migrate) => {
+            database::migrate(config.email_database_url.expose_secret(), &MIGRATIONS).await
+        }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
         }

@@ -9,12 +9,17 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::Sha256;
 use shared::platform::database::bounded;
+use sqlx::types::time::OffsetDateTime;
 use sqlx::{PgConnection, PgPool};
 use tokio::time::{Duration, sleep};
 
 use crate::problem::Error;
 
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(3600);
+/// The pause after a batch failed.
+const EXPIRY_RETRY: Duration = Duration::from_secs(10);
+/// Keys per statement. Deleting them takes a few tenths of a second at most.
+const EXPIRY_BATCH: i64 = 5_000;
 
 /// Computes keyed hashes. They are stored instead of the texts that callers sent.
 #[derive(Clone)]
@@ -98,10 +103,90 @@ pub async fn store(tx: &mut PgConnection, claim: Claim, status: StatusCode, answ
 /// Removes expired answers, once an hour.
 pub async fn expire(db: PgPool) -> anyhow::Result<()> {
     loop {
-        let expired = sqlx::query!("delete from idempotency_keys where created_at < now() - interval '24 hours'");
-        if let Err(error) = bounded(expired.execute(&db)).await {
-            tracing::warn!(%error, "cannot remove expired idempotency keys; will retry in an hour");
+        let mut after = None;
+        loop {
+            match bounded(expire_batch(&db, after)).await {
+                Ok(None) => break,
+                Ok(last) => after = last,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot remove expired idempotency keys; will retry");
+                    sleep(EXPIRY_RETRY).await;
+                }
+            }
         }
         sleep(EXPIRY_INTERVAL).await;
+    }
+}
+
+/// Removes some expired answers: the oldest ones from `after` on. Returns the age of the last one,
+/// where the next batch begins: from the beginning of the index it would pass over everything that
+/// was deleted and not vacuumed yet. The rows are deleted by their place in the table: by key, Postgres
+/// could choose to read the whole table. Several replicas do this at once; each skips rows that another
+/// one is removing. A crash loses nothing: the next pass begins with the oldest row.
+async fn expire_batch(db: &PgPool, after: Option<OffsetDateTime>) -> sqlx::Result<Option<OffsetDateTime>> {
+    let last = sqlx::query_scalar!(
+        r#"with expired as (
+               delete from idempotency_keys where ctid = any (array(
+                   select ctid from idempotency_keys
+                   where created_at < now() - interval '24 hours' and created_at >= coalesce($1, '-infinity'::timestamptz)
+                   order by created_at limit $2 for update skip locked))
+               returning created_at)
+           select max(created_at) from expired"#,
+        after,
+        EXPIRY_BATCH,
+    );
+    last.fetch_one(db).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const EXPIRED: i64 = 5 * EXPIRY_BATCH + 1;
+    const VALID: i64 = 10;
+
+    /// However many keys have expired, a statement deletes only a batch of them. Many have the same
+    /// age, as after a load test.
+    #[tokio::test]
+    async fn expired_keys_are_deleted_in_batches() {
+        let db = testbed::testing::migrated_database(testbed::services::USER, &crate::MIGRATIONS).await;
+        sqlx::raw_sql(
+            "create table statements (deleted bigint not null);
+             create function count_deleted() returns trigger language plpgsql as $$ begin
+                 insert into statements select count(*) from gone;
+                 return null;
+             end $$;
+             create trigger count_deleted after delete on idempotency_keys
+                 referencing old table as gone for each statement execute function count_deleted();",
+        )
+        .execute(&db)
+        .await
+        .unwrap();
+        let insert = "insert into idempotency_keys (key, request, created_at)
+                      select uuid_send(gen_random_uuid()), '', now() - $2::interval * (1 + number / 4000)
+                      from generate_series(1, $1) number";
+        for (keys, age) in [(EXPIRED, 25), (VALID, 0)] {
+            let age = sqlx::postgres::types::PgInterval::try_from(Duration::from_secs(3600 * age)).unwrap();
+            sqlx::query(insert).bind(keys).bind(age).execute(&db).await.unwrap();
+        }
+        let count = async || -> i64 {
+            sqlx::query_scalar("select count(*) from idempotency_keys").fetch_one(&db).await.unwrap()
+        };
+        let until_expired = async {
+            while count().await > VALID {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            _ = expire(db.clone()) => panic!("the task ended"),
+            () = sleep(Duration::from_secs(30)) => {}
+            () = until_expired => {}
+        }
+        let left = count().await;
+        assert_eq!(left, VALID, "keys that are left");
+        let largest: i64 = sqlx::query_scalar("select max(deleted) from statements").fetch_one(&db).await.unwrap();
+        assert!(largest <= EXPIRY_BATCH, "one statement deleted {largest} keys");
     }
 }

@@ -18,7 +18,7 @@ use shared::events::Topic;
 use shared::messaging::RelayConfig;
 use shared::platform::database;
 use shared::platform::health::healthcheck;
-use shared::service::{self, Service, ServiceConfig};
+use shared::service::{self, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/user");
@@ -36,6 +36,8 @@ struct Cli {
 enum Command {
     #[command(flatten)]
     Service(service::Command),
+    #[command(flatten)]
+    Database(DatabaseCommand),
     /// Publish the current state of users again, to repair a damaged user.state.v1 or to fill a new
     /// one. A running service publishes the states. The command is safe to repeat and to run while
     /// the system runs.
@@ -71,6 +73,9 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Database(DatabaseCommand::Migrate) => {
+            database::migrate(config.user_database_url.expose_secret(), &MIGRATIONS).await
+        }
         Command::Republish(options) => {
             let db = database::pool(config.user_database_url.expose_secret().parse()?);
             republish::republish(&db, &options).await

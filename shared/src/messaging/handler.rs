@@ -12,6 +12,7 @@ use tokio::time::{Duration, timeout};
 
 use super::record::Record;
 use crate::events::Event;
+use crate::platform::database;
 
 /// Handles the events of one topic as one consumer group.
 pub trait Handler: Send + Sync + 'static {
@@ -126,10 +127,15 @@ pub(super) async fn call<H: Handler>(
     limit: Duration,
 ) -> Result<Outcome, Failure> {
     let handled = AssertUnwindSafe(handler.handle(records)).catch_unwind();
-    match timeout(limit, handled).await {
+    let handled = match timeout(limit, handled).await {
         Ok(handled) => handled.unwrap_or(Err(Failure::Reject("the handler panicked"))),
         Err(_) => Err(anyhow::Error::new(TookTooLong(limit)).into()),
+    };
+    if let Err(Failure::Retry(error)) = &handled {
+        // The batch is retried. A session that cannot work must not be used again then.
+        error.chain().filter_map(|cause| cause.downcast_ref()).for_each(database::report);
     }
+    handled
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -13,6 +13,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tracing::{Instrument, field::Empty};
 
+use super::database;
 use super::metrics::{Metrics, RequestLabels};
 use super::telemetry::{self, TraceContext};
 
@@ -58,6 +59,7 @@ impl IntoResponse for Unavailable {
     /// Logs the cause. The message of a database error may quote values, so only its code is
     /// logged.
     fn into_response(self) -> Response {
+        database::report(&self.0);
         match self.0 {
             sqlx::Error::Database(error) => {
                 tracing::error!(code = error.code().as_deref(), "the database refused a statement");

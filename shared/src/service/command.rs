@@ -14,6 +14,15 @@ pub enum Command {
     Healthcheck,
 }
 
+/// Subcommands of a service that has a database.
+#[derive(Subcommand, Clone, Copy, Debug)]
+pub enum DatabaseCommand {
+    /// Apply the migrations of this release, then exit. Give it the database URL of the role that
+    /// owns the tables. The role of the running service cannot change tables. Safe to repeat, and to
+    /// run while older releases run.
+    Migrate,
+}
+
 /// Subcommands of a service that consumes events.
 #[derive(Subcommand, Clone, Debug)]
 pub enum ConsumerCommand {

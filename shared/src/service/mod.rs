@@ -5,7 +5,7 @@
 mod command;
 mod config;
 
-pub use command::{Command, ConsumerCommand};
+pub use command::{Command, ConsumerCommand, DatabaseCommand};
 pub use config::ServiceConfig;
 
 use std::net::SocketAddr;
@@ -83,11 +83,13 @@ impl Service {
         Ok(service)
     }
 
-    /// Waits for the database and migrates it. From then on `/readyz` reports whether it answers.
+    /// Waits until the database has the migrations of this release; applies them if the role may.
+    /// From then on `/readyz` reports whether the database answers, and `/status` whether it is
+    /// writable.
     ///
     /// # Errors
-    /// The URL is malformed, the server rejects the login, a migration fails, or the process is
-    /// stopped.
+    /// The URL is malformed, the server rejects the login, a migration fails or was applied with
+    /// another text, or the process is stopped.
     pub async fn database(&mut self, url: &str, migrations: &Migrator) -> anyhow::Result<PgPool> {
         let db = database::connect(url, migrations, &self.health, &self.stop).await?;
         self.spawn("database watch", database::watch(db.clone(), self.health.clone()));

@@ -52,6 +52,10 @@ fn check_read_models(analytics: &Analytics, users: &[Fact], emails: &[Fact], fou
     found.expect(*model == hours, "I7", || {
         format!("registrations by hour are {model:?} in the table and {hours:?} in the topic")
     });
+    let totals = Analytics::totals(&funnel);
+    found.expect(analytics.totals == totals, "I7", || {
+        format!("registered and mailed users are {:?} in the totals and {totals:?} in the topics", analytics.totals)
+    });
     let users: BTreeSet<&Uuid> = funnel.keys().chain(analytics.funnel.keys()).collect();
     for user in users {
         let model = analytics.funnel.get(user);

@@ -151,6 +151,8 @@ pub struct Analytics {
     /// Number of registrations by hour. An hour is named by its beginning, in seconds since 1970.
     pub registrations: BTreeMap<i64, i64>,
     pub funnel: Funnel,
+    /// How many users are registered, and how many of them mailed.
+    pub totals: (i64, i64),
     /// Ids of the events that are in the read models, by topic.
     pub inbox: BTreeMap<&'static str, BTreeSet<Uuid>>,
 }
@@ -170,6 +172,13 @@ impl Analytics {
             earliest(&mut funnel.entry(fact.user).or_default().mailed, fact.time);
         }
         (hours, funnel)
+    }
+
+    /// The totals that this funnel must have.
+    pub fn totals(funnel: &Funnel) -> (i64, i64) {
+        let registered = funnel.values().filter(|steps| steps.registered.is_some());
+        let mailed = registered.clone().filter(|steps| steps.mailed.is_some());
+        (registered.count() as i64, mailed.count() as i64)
     }
 }
 

@@ -11,9 +11,19 @@ impl Processes {
     /// Runs a subcommand to its end and returns its output. Fails with the output if the exit
     /// status is not 0.
     pub async fn run(&self, service: Service, arguments: &[&str]) -> anyhow::Result<String> {
+        self.run_with(service, arguments, &[]).await
+    }
+
+    /// As [`Processes::run`], with further variables.
+    pub async fn run_with(
+        &self,
+        service: Service,
+        arguments: &[&str],
+        settings: &[(&str, &str)],
+    ) -> anyhow::Result<String> {
         let program = testing::stack().programs.join(service.name);
         let mut command = tokio::process::Command::new(program);
-        command.args(arguments).envs(self.environment.iter().cloned()).kill_on_drop(true);
+        command.args(arguments).envs(self.environment_with(settings)).kill_on_drop(true);
         let output = tokio::time::timeout(DEADLINE, command.output()).await??;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         anyhow::ensure!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));

@@ -37,6 +37,12 @@ pub enum Fault {
     /// Valkey loses its data.
     KillValkey,
     FlushValkey,
+    /// Valkey comes back from a snapshot that is older by this time.
+    RestoreValkey(Duration),
+    /// Valkey becomes a replica of nothing, and a master again after this time.
+    DemoteValkey(Duration),
+    /// The sessions of Postgres are read-only for this time.
+    ReadOnlyPostgres(Duration),
     /// The next mails fail in this way.
     Mail(&'static str),
     /// The mail server answers each mail after this time.
@@ -70,7 +76,7 @@ impl Fault {
     pub fn any(random: &mut Rng) -> Self {
         let service = SERVICES[random.usize(..SERVICES.len())];
         let time = if random.bool() { SHORT } else { LONG };
-        match random.u8(..11) {
+        match random.u8(..14) {
             0 => Self::Kill(service),
             1 => Self::Restart(service),
             2 | 3 => {
@@ -84,6 +90,9 @@ impl Fault {
             8 => Self::KillPostgres,
             9 if random.bool() => Self::KillValkey,
             9 => Self::FlushValkey,
+            10 => Self::RestoreValkey(SHORT),
+            11 => Self::DemoteValkey(SHORT),
+            12 => Self::ReadOnlyPostgres(SHORT),
             _ => match random.u8(..5) {
                 0 => Self::SlowMail(time),
                 1 => Self::RefuseMail(time),
@@ -113,6 +122,21 @@ impl Fault {
             Self::KillPostgres => system.components().postgres.restart().await.unwrap(),
             Self::KillValkey => system.components().redis.restart().await.unwrap(),
             Self::FlushValkey => system.stores.flush_valkey().await,
+            Self::RestoreValkey(age) => {
+                system.components().redis.save().await.unwrap();
+                tokio::time::sleep(age).await;
+                system.components().redis.restore().await.unwrap();
+            }
+            Self::DemoteValkey(time) => {
+                system.components().redis.replicate(Some(1)).await.unwrap();
+                tokio::time::sleep(time).await;
+                system.components().redis.replicate(None).await.unwrap();
+            }
+            Self::ReadOnlyPostgres(time) => {
+                system.components().postgres.set_read_only(true).await.unwrap();
+                tokio::time::sleep(time).await;
+                system.components().postgres.set_read_only(false).await.unwrap();
+            }
             Self::Mail(how) => system.mail.fail(mail_fault(how).times(5)),
             Self::SlowMail(time) => {
                 let ms = u64::try_from(time.as_millis()).unwrap();
@@ -144,6 +168,9 @@ impl fmt::Display for Fault {
             Self::KillPostgres => write!(f, "KillPostgres"),
             Self::KillValkey => write!(f, "KillValkey"),
             Self::FlushValkey => write!(f, "FlushValkey"),
+            Self::RestoreValkey(age) => write!(f, "RestoreValkey from {age:?} ago"),
+            Self::DemoteValkey(time) => write!(f, "DemoteValkey for {time:?}"),
+            Self::ReadOnlyPostgres(time) => write!(f, "ReadOnlyPostgres for {time:?}"),
             Self::Mail(how) => write!(f, "Mail {how}"),
             Self::SlowMail(time) => write!(f, "SlowMail for {time:?}"),
             Self::RefuseMail(time) => write!(f, "RefuseMail for {time:?}"),

@@ -6,6 +6,7 @@ mod own;
 
 use std::collections::BTreeMap;
 
+use testbed::postgres::Database;
 use testbed::process::{Logs, Scratch};
 use testbed::stack::{Ports, Stack};
 use testbed::testing;
@@ -87,15 +88,19 @@ impl System {
         let fetched = testbed::fetch::fetch().await.unwrap();
         let durability = testbed::postgres::Durability::Process;
         let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
-        let url = |service: Service| (service.name, stack.postgres.service_url(service));
-        let databases = topology::with_database().map(url).collect();
+        let mut databases = BTreeMap::new();
+        for service in topology::with_database() {
+            let database = stack.postgres.database(service);
+            database.migrate(service).await.unwrap();
+            databases.insert(service.name, database);
+        }
         Self::new(stack.kafka_addresses(), stack.redis.url(), databases, Some(stack), Some(scratch)).await
     }
 
     async fn new(
         kafka: String,
         valkey: String,
-        databases: BTreeMap<&'static str, String>,
+        databases: BTreeMap<&'static str, Database>,
         stack: Option<Stack>,
         scratch: Option<Scratch>,
     ) -> Self {
@@ -111,7 +116,7 @@ impl System {
             ("BACKOFF_MS".to_owned(), "200".to_owned()),
         ];
         for service in topology::with_database() {
-            environment.push((service.database_url_setting(), databases[service.name].clone()));
+            environment.push((service.database_url_setting(), databases[service.name].url.clone()));
         }
         let processes = Processes::new(environment, Logs::to_files(&format!("tests/{prefix}")).unwrap());
         Self {

@@ -30,12 +30,18 @@ impl System {
 
     /// Gives the cache a Valkey of its own.
     pub async fn own_valkey(&mut self) -> Own<Redis> {
+        let valkey = Self::another_valkey().await;
+        self.stores.set_valkey(valkey.component.url());
+        self.processes.set("VALKEY_URL", &valkey.component.url());
+        valkey
+    }
+
+    /// A Valkey that no service uses yet.
+    pub async fn another_valkey() -> Own<Redis> {
         let scratch = Scratch::create("own-valkey").unwrap();
         let logs = Logs::to_files(&format!("tests/valkey-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
         let component = Redis::start(&fetched, scratch.path(), free_port(), &logs).await.unwrap();
-        self.stores.set_valkey(component.url());
-        self.processes.set("VALKEY_URL", &component.url());
         Own { component, _scratch: scratch }
     }
 
@@ -47,9 +53,10 @@ impl System {
         let component =
             Postgres::start(&fetched, scratch.path(), free_port(), Durability::Process, &logs).await.unwrap();
         for service in topology::with_database() {
-            let url = component.service_url(service);
-            self.processes.set(&service.database_url_setting(), &url);
-            self.stores.set_database(service, url);
+            let database = component.database(service);
+            database.migrate(service).await.unwrap();
+            self.processes.set(&service.database_url_setting(), &database.url);
+            self.stores.set_database(service, database);
         }
         Own { component, _scratch: scratch }
     }

@@ -19,10 +19,11 @@ use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
 /// The fault points of a rebuild, one after each of its effects.
-const STEPS: [&str; 6] = [
+const STEPS: [&str; 7] = [
     "rebuild.created",
     "replay.after_batch",
     "rebuild.caught_up",
+    "rebuild.compared",
     "rebuild.locked",
     "rebuild.before_commit",
     "rebuild.after_commit",
@@ -55,7 +56,7 @@ async fn a_rebuild_killed_at_any_step_leaves_a_complete_model() {
         );
     }
     let before = table_id(&db).await;
-    system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap();
+    rebuild(&system, &[]).await.unwrap();
     assert_ne!(table_id(&db).await, before, "the rebuild did not swap the tables");
     load.until_accepted(10).await;
     let answered = load.end().await;
@@ -77,7 +78,7 @@ async fn a_rebuild_by_another_release_is_refused() {
     let other_migrations =
         "update _sqlx_migrations set checksum = '\\x00' where version = (select max(version) from _sqlx_migrations)";
     sqlx::query(other_migrations).execute(&db).await.unwrap();
-    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &[]).await.unwrap_err().to_string();
     assert!(error.contains("other migrations than this release"), "{error}");
     assert_eq!(table_id(&db).await, before, "the refused rebuild has swapped the tables");
 }
@@ -90,12 +91,12 @@ async fn a_rebuild_replaces_a_different_model_only_on_request() {
     let registration = write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
     sqlx::raw_sql("update registrations set registrations = 7; delete from funnel").execute(&db).await.unwrap();
-    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &[]).await.unwrap_err().to_string();
     assert!(error.contains("registrations: 1 rows only in the live model: (\"20"), "{error}");
     assert!(error.contains("funnel: 1 rows only in the rebuilt model"), "{error}");
     assert!(error.contains("--accept-differences"), "{error}");
     assert_eq!(system.users.registrations().await, Some(7), "the refused rebuild has changed the live model");
-    system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap();
+    rebuild(&system, &["--accept-differences"]).await.unwrap();
     system.users.until_counted(1, 0).await;
     // The inbox was rebuilt as well, so a copy of an applied fact is a duplicate.
     system.kafka.write(USER_EVENTS, &registration).await;
@@ -117,9 +118,9 @@ async fn a_rebuild_applies_a_fact_that_the_live_model_dead_lettered() {
     write_registration(&system, 0).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[coordinates]).await;
     system.users.until_counted(1, 0).await;
-    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &[]).await.unwrap_err().to_string();
     assert!(error.contains("1 events are new"), "{error}");
-    system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap();
+    rebuild(&system, &["--accept-differences"]).await.unwrap();
     system.users.until_counted(2, 0).await;
     let printed = system.processes.run(ANALYTICS, &["redrive"]).await.unwrap();
     assert!(printed.contains(&format!("{ANALYTICS_USERS}: 1 settled")), "{printed}");
@@ -135,15 +136,14 @@ async fn a_rebuild_from_a_truncated_log_is_refused() {
     write_registration(&system, 0).await;
     system.users.until_counted(2, 0).await;
     system.kafka.delete_records(USER_EVENTS, 0, 1).await;
-    let error = system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &["--accept-differences"]).await.unwrap_err().to_string();
     assert!(error.contains("deleted the first 1 offsets"), "{error}");
     assert!(error.contains("--accept-lost-history"), "{error}");
-    let error = system.processes.run(ANALYTICS, &["rebuild", "--accept-lost-history"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &["--accept-lost-history"]).await.unwrap_err().to_string();
     assert!(error.contains("the effects of 1 events of the live model are lost"), "{error}");
     assert!(error.contains("--accept-differences"), "{error}");
     system.users.until_counted(2, 0).await;
-    let accept_both = ["rebuild", "--accept-lost-history", "--accept-differences"];
-    system.processes.run(ANALYTICS, &accept_both).await.unwrap();
+    rebuild(&system, &["--accept-lost-history", "--accept-differences"]).await.unwrap();
     write_registration(&system, 0).await;
     system.users.until_counted(2, 0).await;
     assert_model_equals_log(&system).await;
@@ -157,12 +157,58 @@ async fn a_rebuild_is_refused_if_kafka_lacks_an_event_or_the_service_is_down() {
     write_registration(&system, 0).await;
     system.users.until_counted(1, 0).await;
     sqlx::query("insert into inbox values ($1, gen_random_uuid())").bind(ANALYTICS_USERS).execute(&db).await.unwrap();
-    let error = system.processes.run(ANALYTICS, &["rebuild", "--accept-differences"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &["--accept-differences"]).await.unwrap_err().to_string();
     assert!(error.contains("1 events of the live model are not in Kafka"), "{error}");
     system.processes.stop(ANALYTICS).await;
     write_registration(&system, 0).await;
-    let error = system.processes.run(ANALYTICS, &["rebuild", "--wait-seconds", "1"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &["--wait-seconds", "1"]).await.unwrap_err().to_string();
     assert!(error.contains("is the service running?"), "{error}");
+}
+
+/// Everything is compared before the lock that stops the consumers, and not again under it. Events that
+/// arrive after the comparison are in the new tables.
+#[tokio::test(flavor = "multi_thread")]
+async fn consumers_continue_after_the_comparison_and_the_swap_looks_only_at_what_came_since() {
+    let (system, db) = analytics().await;
+    write_registration(&system, 0).await;
+    system.users.until_counted(1, 0).await;
+    let before = table_id(&db).await;
+    let mut rebuild = spawn_rebuild(&system, "rebuild.compared:1:stop");
+    until_frozen(&rebuild).await;
+    for partition in 0..3 {
+        write_registration(&system, partition).await;
+    }
+    system.users.until_counted(4, 0).await;
+    // A second comparison of the tables would find this.
+    sqlx::query("update registrations set registrations = 7").execute(&db).await.unwrap();
+    rebuild.thaw();
+    assert!(rebuild.wait().await.success(), "{}", system.processes.printed("rebuild"));
+    assert_ne!(table_id(&db).await, before, "the rebuild did not swap the tables");
+    system.users.until_counted(4, 0).await;
+    write_registration(&system, 0).await;
+    system.users.until_counted(5, 0).await;
+    assert_model_equals_log(&system).await;
+}
+
+/// An event that the live model got after the comparison, and that Kafka does not have, is not lost
+/// by accident.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_only_the_live_model_got_after_the_comparison_prevents_the_swap() {
+    let (system, db) = analytics().await;
+    write_registration(&system, 0).await;
+    system.users.until_counted(1, 0).await;
+    let mut rebuild = spawn_rebuild(&system, "rebuild.compared:1:stop");
+    until_frozen(&rebuild).await;
+    // With the rights of the service.
+    let service = PgPool::connect(system.processes.setting("ANALYTICS_DATABASE_URL")).await.unwrap();
+    let insert = sqlx::query("insert into inbox values ($1, gen_random_uuid())").bind(ANALYTICS_USERS);
+    insert.execute(&service).await.unwrap();
+    rebuild.thaw();
+    assert!(!rebuild.wait().await.success(), "{}", system.processes.printed("rebuild"));
+    let printed = system.processes.printed("rebuild");
+    assert!(printed.contains("1 events of the live model are not in Kafka"), "{printed}");
+    let triggers = "select count(*) from pg_trigger where tgrelid = 'inbox'::regclass";
+    assert_eq!(tests::stores::count(&db, triggers).await, 0, "triggers on the live inbox");
 }
 
 /// T45: Only one rebuild runs at a time. If a rebuild freezes during the swap, Postgres closes its
@@ -175,7 +221,7 @@ async fn a_frozen_rebuild_is_replaced_and_swaps_nothing_when_it_resumes() {
     system.users.until_counted(1, 0).await;
     let mut first = spawn_rebuild(&system, "rebuild.created:1:stop");
     until_frozen(&first).await;
-    let error = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap_err().to_string();
+    let error = rebuild(&system, &[]).await.unwrap_err().to_string();
     assert!(error.contains("another rebuild is running"), "{error}");
     first.thaw();
     assert!(first.wait().await.success(), "{}", system.processes.printed("rebuild"));
@@ -184,7 +230,7 @@ async fn a_frozen_rebuild_is_replaced_and_swaps_nothing_when_it_resumes() {
     until_frozen(&frozen).await;
     write_registration(&system, 0).await;
     system.users.until_counted(2, 0).await;
-    system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap();
+    rebuild(&system, &[]).await.unwrap();
     let swapped_in = table_id(&db).await;
     frozen.thaw();
     assert!(!frozen.wait().await.success(), "{}", system.processes.printed("rebuild"));
@@ -261,8 +307,16 @@ async fn write_registration(system: &System, partition: i32) -> Draft {
     fact
 }
 
+/// Runs a rebuild to its end, as the role that owns the tables.
+async fn rebuild(system: &System, options: &[&str]) -> anyhow::Result<String> {
+    let arguments = [&["rebuild"], options].concat();
+    let url = ("ANALYTICS_DATABASE_URL", system.stores.owner_url(ANALYTICS));
+    system.processes.run_with(ANALYTICS, &arguments, &[url]).await
+}
+
 fn spawn_rebuild(system: &System, fault: &str) -> Process {
-    system.processes.spawn_subcommand(ANALYTICS, "rebuild", &[], &[("FAULT_AT", fault)])
+    let url = ("ANALYTICS_DATABASE_URL", system.stores.owner_url(ANALYTICS));
+    system.processes.spawn_subcommand(ANALYTICS, "rebuild", &[], &[("FAULT_AT", fault), url])
 }
 
 async fn until_frozen(process: &Process) {

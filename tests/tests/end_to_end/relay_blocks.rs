@@ -192,8 +192,10 @@ async fn a_leader_lost_within_a_round_stops_the_relay_until_it_is_back() {
     system.stores.until_outbox_empty(USER).await;
     let published = system.kafka.read(TOPIC);
     assert_eq!(published.len() - tests::record::copies(&published), 10, "events of the topic");
-    eventually_eq("what /status says about the relay", String::new(), async || self::reason(&system, "outbox relay").await)
-        .await;
+    eventually_eq("what /status says about the relay", String::new(), async || {
+        self::reason(&system, "outbox relay").await
+    })
+    .await;
 }
 
 /// I4: a state topic gets more partitions while the services run. Records of a key stay in the
@@ -289,7 +291,8 @@ async fn a_registration_at_a_follower_is_published_without_waiting_for_the_poll(
 async fn two_outboxes_in_one_database_have_a_leader_each() {
     let system = System::start_only(&[USER]).await;
     let db = system.stores.database(USER).await;
-    sqlx::query("create schema blue").execute(&db).await.unwrap();
+    // The role of the service may create tables in this schema, so the service migrates it.
+    sqlx::raw_sql("create schema blue; grant usage, create on schema blue to waybill_user").execute(&db).await.unwrap();
     let url = format!("{}?options=-c%20search_path%3Dblue", system.processes.setting("USER_DATABASE_URL"));
     let mut blue = system.processes.spawn_another_with(USER, &[("USER_DATABASE_URL", &url)]);
     blue.until_ready().await;

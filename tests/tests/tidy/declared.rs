@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use shared::events::{EmailEvent, Event, Topic, UserEvent, UserState};
-use topology::{SERVICES, Service};
+use topology::{SERVICES, Service, with_database};
 
 use crate::tree::{code, files, read};
 
@@ -70,7 +70,47 @@ fn the_topology_has_the_ports_of_the_services_and_of_the_compose_file() {
         }
     }
     let built = compose.lines().filter(|line| line.trim_start().starts_with("build:")).count();
-    assert_eq!(built, SERVICES.len(), "services that docker-compose.yml builds");
+    let migrations = with_database().count();
+    assert_eq!(built, SERVICES.len() + migrations, "services that docker-compose.yml builds");
+}
+
+/// Docker and the test bed run the same definition of roles and databases. The script that Docker
+/// runs has to name the services again.
+#[test]
+fn the_init_script_of_postgres_has_the_services_of_the_topology() {
+    let script = read("deploy/postgres/init.sql");
+    let compose = read("docker-compose.yml");
+    let variables = |name: &str| -> Vec<String> {
+        let prefix = format!("\\set {name} ");
+        script.lines().filter_map(|line| line.strip_prefix(&prefix).map(str::to_owned)).collect()
+    };
+    let databases: Vec<String> = variables("database");
+    let mut declared: Vec<String> = with_database().map(|service| service.database()).collect();
+    let mut listed = databases.clone();
+    declared.sort();
+    listed.sort();
+    assert_eq!(listed, declared, "databases of the script and of the topology");
+    assert_eq!(variables("service"), databases, "each service has the role of its name");
+    let owners: Vec<String> = databases.iter().map(|database| format!("{database}_owner")).collect();
+    assert_eq!(variables("owner"), owners);
+    for file in ["service/roles.sql", "service/database.sql"] {
+        let run = script.lines().filter(|line| *line == format!("\\ir {file}")).count();
+        assert_eq!(run, declared.len(), "how often the script runs {file}");
+    }
+    for service in with_database() {
+        let name = service.name.to_uppercase();
+        for (variable, password) in [("password", "PASSWORD"), ("owner_password", "OWNER_PASSWORD")] {
+            let variable = format!("\\getenv {variable} WAYBILL_{name}_{password}");
+            assert!(script.contains(&variable), "init.sql: no {variable}");
+            let line = format!("WAYBILL_{name}_{password}: ${{WAYBILL_{name}_{password}:-waybill-local}}");
+            assert!(compose.contains(&line), "docker-compose.yml: no {line}");
+        }
+        let list = script.lines().find(|line| line.starts_with("\\set missing ")).unwrap();
+        assert!(list.split([' ', ';']).any(|word| word == name), "init.sql does not check the passwords of {name}");
+        let owner = format!("postgres://{}:${{WAYBILL_{name}_OWNER_PASSWORD", service.owner());
+        let migrate = stanza(&compose, &format!("{}-migrate", service.name)).unwrap();
+        assert!(migrate.contains(&owner), "docker-compose.yml: {}-migrate does not use {owner}", service.name);
+    }
 }
 
 fn topic_named(constant: &str) -> &'static str {

@@ -1,4 +1,4 @@
-//! A Postgres server with a role and a database for each service that has one.
+//! A Postgres server with two roles and a database for each service that has one.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -10,16 +10,27 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use nix::unistd::{User, geteuid};
+use sqlx::migrate::Migrator;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::time::{Instant, sleep};
 use topology::{Service, with_database};
 
 use crate::fetch::Fetched;
+use crate::paths;
 use crate::process::{self, Logs, Process};
 
 /// The password of the superuser `postgres` and of every role. It protects nothing: the server
 /// listens on loopback and holds test data.
 pub const PASSWORD: &str = "waybill-local";
+
+/// What a service gets on a server. Docker runs the same files.
+const ROLES: &str = include_str!("../../../deploy/postgres/service/roles.sql");
+const DATABASE: &str = include_str!("../../../deploy/postgres/service/database.sql");
+/// Names the layout of the data. Data of an older layout, with other owners of the tables, is removed.
+const MARKER: &str = "initialised-2";
+
+/// SQLSTATE of `create role` and `create database` for what exists.
+const EXISTS: [&str; 2] = ["42710", "42P04"];
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -59,17 +70,16 @@ impl Postgres {
         logs: &Logs,
     ) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        // The marker `initialised` is written last, so an interrupted initdb is repeated from
-        // scratch.
-        if !folder.join("initialised").exists() {
+        // The marker is written last, so an interrupted initdb is repeated from scratch.
+        if !folder.join(MARKER).exists() {
             let _ = fs::remove_dir_all(folder.join("data"));
             initialise(fetched, folder, logs).await?;
-            fs::write(folder.join("initialised"), "")?;
+            fs::write(folder.join(MARKER), "")?;
         }
         let process = launch(fetched, folder, port, durability, logs).await?;
         let postgres =
             Self { process, port, folder: folder.to_owned(), durability, fetched: fetched.clone(), logs: logs.clone() };
-        create_roles(&postgres.url()).await?;
+        create_services(&postgres.url()).await?;
         Ok(postgres)
     }
 
@@ -78,20 +88,25 @@ impl Postgres {
         superuser_url(self.port)
     }
 
-    /// The URL of a service's own database, for the service's own role.
-    pub fn service_url(&self, service: Service) -> String {
-        let name = service.database();
-        database_url(&self.url(), &name, &name)
+    /// A service's own database.
+    pub fn database(&self, service: Service) -> Database {
+        Database::of(service, &self.url(), &service.database())
     }
 
     /// For each service with a database: the setting that holds the database's URL, and the URL.
     pub fn database_urls(&self) -> impl Iterator<Item = (String, String)> {
-        with_database().map(|service| (service.database_url_setting(), self.service_url(service)))
+        with_database().map(|service| (service.database_url_setting(), self.database(service).url))
     }
 
-    /// Creates an empty database owned by a role. Returns its URL for that role.
-    pub async fn create_database(&self, name: &str, owner: &str) -> Result<String> {
-        create_database(&self.url(), name, owner).await
+    /// Makes all sessions read-only, or writable again.
+    pub async fn set_read_only(&self, read_only: bool) -> Result<()> {
+        let mut connection = PgConnection::connect(&self.url()).await.context("cannot connect to Postgres")?;
+        let value = if read_only { "on" } else { "off" };
+        let statement = format!("alter system set default_transaction_read_only = {value}");
+        // `alter system` itself is allowed in a read-only transaction.
+        sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await?;
+        sqlx::raw_sql("select pg_reload_conf()").execute(&mut connection).await?;
+        Ok(connection.close().await?)
     }
 
     /// A fast shutdown: the server disconnects its clients and rolls open transactions back.
@@ -107,21 +122,66 @@ impl Postgres {
     }
 }
 
-/// Creates an empty database owned by a role, on any server that this module has set up. Returns
-/// its URL for that role.
-pub async fn create_database(superuser_url: &str, name: &str, owner: &str) -> Result<String> {
-    let mut connection = PgConnection::connect(superuser_url).await.context("cannot connect to Postgres")?;
-    run(&mut connection, format!("create database {name} owner {owner}")).await?;
-    // By default every role may connect to every database.
-    run(&mut connection, format!("revoke connect on database {name} from public")).await?;
-    connection.close().await?;
-    Ok(database_url(superuser_url, name, owner))
+/// The URLs of one database for the two roles of its service.
+#[derive(Clone, Debug)]
+pub struct Database {
+    /// For the role with which the service reads and writes rows.
+    pub url: String,
+    /// For the role that owns the tables and migrates them.
+    pub owner_url: String,
 }
 
-async fn run(connection: &mut PgConnection, statement: String) -> Result<()> {
-    // Safe: the names in the statement are ours. SQL has no parameters for names.
-    let outcome = sqlx::raw_sql(AssertSqlSafe(statement.as_str())).execute(connection).await;
-    outcome.map(drop).with_context(|| format!("Postgres rejects `{statement}`"))
+impl Database {
+    fn of(service: Service, superuser_url: &str, name: &str) -> Self {
+        let url = |role: &str| database_url(superuser_url, name, role);
+        Self { url: url(&service.database()), owner_url: url(&service.owner()) }
+    }
+
+    /// Applies the migrations of a service, as its subcommand `migrate` does.
+    pub async fn migrate(&self, service: Service) -> Result<()> {
+        let name = service.name;
+        let migrations = paths::root().join("migrations").join(name);
+        let migrator =
+            Migrator::new(migrations.as_path()).await.with_context(|| format!("cannot read migrations/{name}"))?;
+        let mut connection = PgConnection::connect(&self.owner_url).await?;
+        migrator.run(&mut connection).await.with_context(|| format!("migrations/{name} fail"))?;
+        Ok(connection.close().await?)
+    }
+}
+
+/// Creates an empty database for a service, on any server that this module has set up.
+pub async fn create_database(superuser_url: &str, name: &str, service: Service) -> Result<Database> {
+    let (database, connected) = DATABASE.split_once("\\connect :\"database\"\n").expect("database.sql connects once");
+    let mut connection = PgConnection::connect(superuser_url).await.context("cannot connect to Postgres")?;
+    run(&mut connection, database, name, service).await?;
+    connection.close().await?;
+    let (server, _) = superuser_url.rsplit_once('/').expect("superuser_url writes a database");
+    let mut connection = PgConnection::connect(&format!("{server}/{name}")).await?;
+    run(&mut connection, connected, name, service).await?;
+    connection.close().await?;
+    Ok(Database::of(service, superuser_url, name))
+}
+
+/// Runs a part of a file in deploy/postgres/service. Sets the variables of psql, and sends each
+/// statement by itself, as psql does: `create database` cannot run together with others.
+async fn run(connection: &mut PgConnection, script: &str, database: &str, service: Service) -> Result<()> {
+    let lines = script.lines().filter(|line| !line.starts_with("--"));
+    let script = lines.collect::<Vec<_>>().join("\n");
+    for statement in script.split_inclusive(';').filter(|statement| !statement.trim().is_empty()) {
+        let statement = statement.replace(":\"database\"", database);
+        let statement = statement.replace(":\"owner\"", &service.owner()).replace(":\"service\"", &service.database());
+        let statement = statement.replace(":'owner_password'", &format!("'{PASSWORD}'"));
+        let statement = statement.replace(":'password'", &format!("'{PASSWORD}'"));
+        // Safe: the names in the statement are ours. SQL has no parameters for names.
+        match sqlx::raw_sql(AssertSqlSafe(statement.as_str())).execute(&mut *connection).await {
+            // The role or the database exists. All other statements may be repeated.
+            Err(sqlx::Error::Database(error)) if error.code().is_some_and(|code| EXISTS.contains(&&*code)) => {}
+            outcome => {
+                outcome.with_context(|| format!("Postgres rejects `{}`", statement.trim()))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn superuser_url(port: u16) -> String {
@@ -134,25 +194,14 @@ fn database_url(superuser_url: &str, database: &str, role: &str) -> String {
     format!("postgres://{role}:{PASSWORD}@{address}/{database}")
 }
 
-/// Creates the roles and databases that do not exist yet.
-async fn create_roles(superuser_url: &str) -> Result<()> {
+/// Creates the roles and the database of every service that does not have them yet, as
+/// deploy/postgres/init.sql does.
+async fn create_services(superuser_url: &str) -> Result<()> {
     let mut connection = PgConnection::connect(superuser_url).await.context("cannot connect to Postgres")?;
+    sqlx::raw_sql("revoke connect on database postgres, template1 from public").execute(&mut connection).await?;
     for service in with_database() {
-        let name = service.database();
-        let role: Option<i32> = sqlx::query_scalar("select 1 from pg_roles where rolname = $1")
-            .bind(&name)
-            .fetch_optional(&mut connection)
-            .await?;
-        if role.is_none() {
-            run(&mut connection, format!("create role {name} login password '{PASSWORD}'")).await?;
-        }
-        let database: Option<i32> = sqlx::query_scalar("select 1 from pg_database where datname = $1")
-            .bind(&name)
-            .fetch_optional(&mut connection)
-            .await?;
-        if database.is_none() {
-            create_database(superuser_url, &name, &name).await?;
-        }
+        run(&mut connection, ROLES, &service.database(), service).await?;
+        create_database(superuser_url, &service.database(), service).await?;
     }
     Ok(connection.close().await?)
 }

@@ -1,11 +1,11 @@
-//! A server that speaks the Redis protocol: Valkey or Redis. It stores nothing on disk, like the
-//! Valkey in docker-compose.yml.
+//! A server that speaks the Redis protocol: Valkey or Redis. By itself it stores nothing on disk, like
+//! the Valkey in docker-compose.yml.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::fetch::Fetched;
@@ -14,6 +14,8 @@ use crate::process::{self, Logs, Process};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// Written by the command SAVE, and read by a server that starts.
+const SNAPSHOT: &str = "dump.rdb";
 
 pub struct Redis {
     pub process: Process,
@@ -41,9 +43,33 @@ impl Redis {
 
     /// Starts the server again on the same port. It is empty then.
     pub async fn restart(&mut self) -> Result<()> {
+        let _ = fs::remove_file(self.folder.join(SNAPSHOT));
+        self.restore().await
+    }
+
+    /// Writes a snapshot to the disk.
+    pub async fn save(&self) -> Result<()> {
+        ensure!(ports::ask(self.port, b"SAVE\r\n", 5).await? == b"+OK\r\n", "Redis cannot write a snapshot");
+        Ok(())
+    }
+
+    /// Starts the server again on the same port, with the data of the last snapshot.
+    pub async fn restore(&mut self) -> Result<()> {
         self.process.kill();
         self.process = launch(&self.fetched, &self.folder, self.port, &self.logs).await?;
         Ok(())
+    }
+
+    /// Makes this server a replica of another one, or of nothing: then it is a master again.
+    pub async fn replicate(&self, master: Option<u16>) -> Result<()> {
+        let command =
+            master.map_or("REPLICAOF NO ONE\r\n".to_owned(), |port| format!("REPLICAOF 127.0.0.1 {port}\r\n"));
+        ensure!(ports::ask(self.port, command.as_bytes(), 3).await? == b"+OK", "Redis rejects `{command}`");
+        Ok(())
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 }
 

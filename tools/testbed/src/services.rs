@@ -99,6 +99,20 @@ impl RunningService {
     }
 }
 
+/// Runs the subcommand `migrate` of every service that has a database, as the role that owns its
+/// tables.
+pub async fn migrate(programs: &Path, stack: &Stack, logs: &Logs) -> Result<()> {
+    for service in with_database() {
+        let mut command = process::command(programs.join(service.name));
+        command.arg("migrate").envs(environment(stack));
+        command.env(service.database_url_setting(), stack.postgres.database(service).owner_url);
+        let mut migration = Process::spawn(&format!("{}-migrate", service.name), command, &logs.off_terminal())?;
+        let status = migration.wait().await;
+        ensure!(status.success(), "{} cannot migrate its database{}", service.name, migration.last_lines());
+    }
+    Ok(())
+}
+
 /// The settings with which the services find a stack, under the names that their `--help`
 /// documents. Every service gets all of them and reads its own.
 pub fn environment(stack: &Stack) -> Vec<(String, String)> {

@@ -26,8 +26,9 @@ pub struct System {
 }
 
 impl System {
-    /// Starts the instances and waits until all are ready.
+    /// Migrates the databases, starts the instances and waits until all are ready.
     pub async fn start(stack: Stack, instances: &[Instance], programs: &Path, logs: &Logs) -> Result<Self> {
+        services::migrate(programs, &stack, logs).await?;
         let environment = services::environment(&stack);
         let spawn = |instance: &Instance| instance.spawn(programs, &environment, logs);
         let services = instances.iter().map(spawn).collect::<Result<_>>()?;

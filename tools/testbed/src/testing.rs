@@ -7,7 +7,7 @@ use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
-use crate::postgres;
+use crate::postgres::{self, Database};
 use crate::services::Service;
 
 pub use crate::ports::free as free_port;
@@ -40,17 +40,24 @@ pub fn stack() -> TestStack {
     }
 }
 
-/// Creates an empty database for one test, owned by the service's role. Returns its URL for that
-/// role.
-pub async fn database(service: Service) -> String {
-    let name = format!("test_{}_{}", service.name, Uuid::now_v7().simple());
-    let url = postgres::create_database(&stack().postgres, &name, &service.database()).await;
-    url.expect("the shared Postgres runs")
+/// Creates a database for one test, with the service's migrations applied.
+pub async fn database(service: Service) -> Database {
+    let database = empty_database(service).await;
+    database.migrate(service).await.expect("the migrations apply to an empty database");
+    database
 }
 
-/// As [`database`], with the service's migrations applied. Returns a pool of connections.
+/// Creates an empty database for one test.
+pub async fn empty_database(service: Service) -> Database {
+    let name = format!("test_{}_{}", service.name, Uuid::now_v7().simple());
+    postgres::create_database(&stack().postgres, &name, service).await.expect("the shared Postgres runs")
+}
+
+/// Creates a database for one test, with these migrations applied. Returns a pool of connections of
+/// the role that owns the tables, because tests also change tables.
 pub async fn migrated_database(service: Service, migrations: &Migrator) -> PgPool {
-    let pool = PgPool::connect(&database(service).await).await.expect("the database was created just now");
+    let url = empty_database(service).await.owner_url;
+    let pool = PgPool::connect(&url).await.expect("the database was created just now");
     migrations.run(&pool).await.expect("the migrations apply to an empty database");
     pool
 }

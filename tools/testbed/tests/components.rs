@@ -12,7 +12,7 @@ use testbed::ports;
 use testbed::postgres::{self, Durability, Postgres};
 use testbed::process::{Logs, Scratch};
 use testbed::redis::Redis;
-use testbed::services::{EMAIL, USER};
+use testbed::services::{Service, USER};
 
 const KAFKA_STOP_LIMIT: Duration = Duration::from_secs(30);
 
@@ -43,7 +43,7 @@ async fn postgres_keeps_committed_rows_when_it_is_killed() {
     let fetched = fetch().await.unwrap();
     let start = Postgres::start(&fetched, scratch.path(), ports::free(), Durability::Process, &logs);
     let mut server = start.await.unwrap();
-    let url = server.create_database("kept", &USER.database()).await.unwrap();
+    let url = postgres::create_database(&server.url(), "kept", USER).await.unwrap().owner_url;
     let mut connection = PgConnection::connect(&url).await.unwrap();
     sqlx::query("create table kept (number int)").execute(&mut connection).await.unwrap();
     sqlx::query("insert into kept values (1)").execute(&mut connection).await.unwrap();
@@ -58,19 +58,61 @@ async fn postgres_keeps_committed_rows_when_it_is_killed() {
     assert_eq!(number, 1);
 }
 
+/// Invariant 1: the two roles of a service connect to its own database and to no other one. The
+/// service's role reads and writes rows and owns nothing.
 #[tokio::test]
-async fn a_role_cannot_connect_to_the_database_of_another_service() {
+async fn the_roles_of_a_service_reach_its_own_database_only() {
     let scratch = Scratch::create("roles").unwrap();
     let logs = Logs::to_files("testbed-tests/roles").unwrap();
     let fetched = fetch().await.unwrap();
     let start = Postgres::start(&fetched, scratch.path(), ports::free(), Durability::Process, &logs);
     let server = start.await.unwrap();
-    let url = server.service_url(USER);
-    assert!(PgConnection::connect(&url).await.is_ok());
-    let (_, address) = url.split_once('@').unwrap();
-    let other = format!("postgres://{}:{}@{address}", EMAIL.database(), postgres::PASSWORD);
-    let error = PgConnection::connect(&other).await.unwrap_err();
-    assert!(error.to_string().contains("permission denied for database"), "{error}");
+    let services: Vec<_> = topology::with_database().collect();
+    let mut databases: Vec<String> = services.iter().map(|service| service.database()).collect();
+    databases.extend(["postgres", "template1"].map(str::to_owned));
+    let (_, address) =
+        server.url().split_once('@').map(|(user, address)| (user.to_owned(), address.to_owned())).unwrap();
+    let address = address.split('/').next().unwrap();
+    for service in services {
+        for role in [service.database(), service.owner()] {
+            for database in &databases {
+                let url = format!("postgres://{role}:{}@{address}/{database}", postgres::PASSWORD);
+                let connected = PgConnection::connect(&url).await;
+                if *database == service.database() {
+                    connected.unwrap();
+                } else {
+                    let error = connected.err().unwrap_or_else(|| panic!("{role} connects to {database}")).to_string();
+                    assert!(error.contains("permission denied for database"), "{role} to {database}: {error}");
+                }
+            }
+        }
+        reads_and_writes_rows_of_the_owner(&server, service).await;
+    }
+}
+
+async fn reads_and_writes_rows_of_the_owner(server: &Postgres, service: Service) {
+    let database = server.database(service);
+    let mut owner = PgConnection::connect(&database.owner_url).await.unwrap();
+    // Schemas and tables of later, as those of a rebuild.
+    sqlx::raw_sql("create table early (number int generated always as identity)").execute(&mut owner).await.unwrap();
+    let mut runtime = PgConnection::connect(&database.url).await.unwrap();
+    sqlx::raw_sql("insert into early default values; update early set number = default; delete from early")
+        .execute(&mut runtime)
+        .await
+        .unwrap();
+    for forbidden in [
+        "create table own (number int)",
+        "create schema own",
+        "create temporary table own (number int)",
+        "alter table early add column more int",
+        "truncate early",
+        "drop table early",
+        "set role postgres",
+    ] {
+        let error = sqlx::raw_sql(forbidden).execute(&mut runtime).await.err();
+        let error = error.unwrap_or_else(|| panic!("{} may: {forbidden}", service.database()));
+        assert_eq!(error.as_database_error().unwrap().code().as_deref(), Some("42501"), "{forbidden}: {error}");
+    }
 }
 
 #[tokio::test]

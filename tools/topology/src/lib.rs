@@ -75,9 +75,14 @@ pub const EMAIL: Service = Service {
 pub const SERVICES: [Service; 4] = [USER, ANALYTICS, CACHE, EMAIL];
 
 impl Service {
-    /// The name of its database and of the role that owns the database.
+    /// The name of its database, and of the role with which the service reads and writes it.
     pub fn database(&self) -> String {
         format!("waybill_{}", self.name)
+    }
+
+    /// The role that owns the database and its tables, and that migrates it.
+    pub fn owner(&self) -> String {
+        format!("{}_owner", self.database())
     }
 
     /// The setting that holds the URL of its database.

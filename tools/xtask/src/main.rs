@@ -76,6 +76,11 @@ enum Command {
         /// Names of patches in tests/seeded. Default: all.
         names: Vec<String>,
     },
+    /// Fill the databases with 100,000 and with a million users, and compare what each statement of
+    /// the services reads.
+    ///
+    /// Fails if one reads more than 1.5 times as much with ten times the users.
+    Size,
     /// Write docs/mistakes.md from the patches in tests/seeded.
     Mistakes,
     /// Update services/*/.sqlx, which describe the SQL queries so that the services compile without
@@ -119,6 +124,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Test { arguments, .. } => unless_terminated(commands::test::run(&arguments)).await,
         Command::Soak { minutes, seed } => unless_terminated(commands::soak::run(minutes, seed)).await,
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
+        Command::Size => unless_terminated(commands::size::run()).await,
         Command::Mistakes => commands::mistakes::run(),
         Command::Prepare { check } => {
             let mode = if check { prepare::Mode::Check } else { prepare::Mode::Update };

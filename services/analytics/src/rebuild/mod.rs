@@ -2,13 +2,16 @@
 //! the live model. When both contain the same events, one transaction compares them and swaps them.
 //!
 //! Why this is correct: the swap commits only while no process can write to the live model, and
-//! only if the rebuilt model contains every event of the live one. So the offsets that the live
+//! only if the rebuilt model contains every event of the live one. Nearly all of this is compared
+//! before, in a snapshot in which both models have the same events. So the offsets that the live
 //! groups have committed in Kafka are also correct for the new tables, and the groups simply
 //! continue. The new tables have the names of the old ones, so no process needs to be notified, not
 //! even a frozen one.
 
+mod compare;
 mod options;
 mod replays;
+mod session;
 mod swap;
 
 pub use options::Rebuild;
@@ -27,17 +30,8 @@ use sqlx::{ConnectOptions, Connection, PgConnection};
 
 use options::print_line;
 use replays::Replays;
+use session::{connect, execute, is_busy};
 
-/// Limits of the session that holds the lock and swaps. If the rebuild freezes during the swap,
-/// Postgres closes its session after 5 s; at any other point, after a minute.
-const SESSION_LIMITS: [(&str, &str); 4] = [
-    ("idle_session_timeout", "60s"),
-    ("idle_in_transaction_session_timeout", "5s"),
-    // Also limits how long readers wait while the swap waits for a lock.
-    ("lock_timeout", "2s"),
-    // Comparing large models takes long.
-    ("statement_timeout", "60s"),
-];
 /// The session that migrates has none of the limits above, but a frozen process must not keep the
 /// migration lock.
 const MIGRATION_LIMITS: (&str, &str) = ("idle_session_timeout", "15s");
@@ -66,17 +60,35 @@ pub async fn run(
     print_line(&format!("rebuilding in the schema {schema}"));
     fault::point("rebuild.created");
 
-    let rebuilt = database::pool(server.options([("search_path", &schema)]));
+    let rebuilt = database::pool(server.clone().options([("search_path", &schema)]));
     let mut replays = Replays::new(kafka, rebuilt)?;
     replays.require_history(options)?;
+    let mut compared = false;
     for _ in 0..SWAP_ATTEMPTS {
-        replays.catch_up(&mut live, Duration::from_secs(options.wait_seconds)).await?;
+        // The comparison may have taken long.
+        if !compared || !replays.few_are_left()? {
+            replays.catch_up(&mut live, Duration::from_secs(options.wait_seconds)).await?;
+        }
         fault::point("rebuild.caught_up");
-        match swap::swap(&mut live, &schema, &replays, options).await {
-            Err(error) if swap::is_busy(&error) => print_line(&format!("will retry the swap: {error:#}")),
-            done => return done,
+        let done = if compared {
+            swap::swap(&mut live, &schema, &replays, options).await
+        } else {
+            compare::compare(&mut live, &server, &schema, &replays, options).await
+        };
+        match done {
+            Ok(()) if compared => return Ok(()),
+            Ok(()) => {
+                compared = true;
+                fault::point("rebuild.compared");
+            }
+            Err(error) if is_busy(&error) => print_line(&format!("will retry the swap: {error:#}")),
+            Err(error) => {
+                compare::stop_recording(&mut live).await;
+                return Err(error);
+            }
         }
     }
+    compare::stop_recording(&mut live).await;
     bail!(
         "the live tables were locked by another session in {SWAP_ATTEMPTS} attempts: look for long transactions, then run this \
          again"
@@ -85,12 +97,12 @@ pub async fn run(
 
 /// Opens the session for all statements on the live model. It holds the lock, and only it can swap.
 async fn lock(server: &PgConnectOptions) -> anyhow::Result<PgConnection> {
-    let mut live = server.clone().options(SESSION_LIMITS).connect().await.context("cannot connect to the database")?;
+    let mut live = connect(server).await?;
     // Waits up to the lock time-out, because the session of a rebuild that was just killed ends a
     // little later.
     let locked = sqlx::query("select pg_advisory_lock($1)").bind(REBUILD_LOCK).execute(&mut live).await;
     if let Err(error) = locked.map_err(anyhow::Error::new) {
-        if swap::is_busy(&error) {
+        if is_busy(&error) {
             return Err(error.context("another rebuild is running: wait until it ends, or stop it"));
         }
         return Err(error);
@@ -111,11 +123,11 @@ async fn create_schema(
             .fetch_all(&mut *live)
             .await?;
     for schema in leftovers {
-        let dropped = swap::execute(live, format!("drop schema {schema} cascade")).await;
+        let dropped = execute(live, format!("drop schema {schema} cascade")).await;
         dropped.with_context(|| format!("cannot drop the schema {schema} of an earlier rebuild"))?;
     }
     let schema = format!("rebuild_{}", mint_id().simple());
-    swap::execute(live, format!("create schema {schema}")).await.context("cannot create the schema of the rebuild")?;
+    execute(live, format!("create schema {schema}")).await.context("cannot create the schema of the rebuild")?;
     let limits = [MIGRATION_LIMITS, ("search_path", &schema)];
     let mut connection = server.clone().options(limits).connect().await?;
     migrations.run(&mut connection).await.context("cannot create the tables of the rebuild")?;

@@ -74,10 +74,15 @@ impl Replays {
                 // lost session.
                 sqlx::query("select 1").execute(&mut *live).await.context("the live database does not answer")?;
             }
-            if self.users.remaining()? + self.emails.remaining()? <= REMAINDER {
+            if self.few_are_left()? {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether the events after the last catch-up can be applied while the live model is locked.
+    pub fn few_are_left(&self) -> anyhow::Result<bool> {
+        Ok(self.users.remaining()? + self.emails.remaining()? <= REMAINDER)
     }
 
     /// Applies the events that the live model has applied since the last catch-up.

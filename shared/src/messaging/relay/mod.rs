@@ -293,7 +293,8 @@ impl Term<'_> {
                  the service will not start again until the topic is replaced"
             );
             self.relay.metrics.topic_partitions_changed.get_or_create(&TopicLabels { topic: topic.to_owned() }).set(1);
-            let reason = format!("the topic to be replaced: it has {partitions} partitions instead of {}", declared.partitions);
+            let reason =
+                format!("the topic to be replaced: it has {partitions} partitions instead of {}", declared.partitions);
             self.relay.health.report(&format!("topic {topic}"), reason);
         }
     }

@@ -66,6 +66,9 @@ impl EnvelopeRow {
 /// Each topic is read by its own index range: the recursive part lists the topics with one index
 /// lookup each. So a million rows of an excluded topic cost one lookup. Rows of excluded keys and
 /// partitions are passed over.
+///
+/// The topic is compared by `between`. With `=` Postgres would know that the order by topic and id is
+/// the order by id, and could read the primary key past all rows of other topics.
 pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sqlx::Result<Vec<Row>> {
     let mut topics = vec![];
     let mut counts = vec![];
@@ -84,12 +87,12 @@ pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sql
          oldest as (
              select rows.* from topics cross join lateral (
                  select * from outbox
-                 where outbox.topic = topics.topic and aggregateid <> all ($2)
+                 where outbox.topic between topics.topic and topics.topic and aggregateid <> all ($2)
                      and not exists (
                          select from unnest($3::text[], $4::int[], $5::int[]) excluded (topic, partitions, partition)
                          where excluded.topic = outbox.topic
                              and outbox.key_hash % excluded.partitions = excluded.partition)
-                 order by id limit $6) as rows
+                 order by topic, id limit $6) as rows
              where topics.topic is not null and topics.topic <> all ($1)
              order by id limit $6)
          select id, topic, key_hash, event_id, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
@@ -116,7 +119,8 @@ pub async fn read_one(db: &mut PgConnection, probe: &Probe) -> sqlx::Result<Opti
          from outbox";
     let query = match probe {
         Probe::Topic(topic) => {
-            sqlx::query_as(AssertSqlSafe(format!("{columns} where topic = $1 order by id limit 1"))).bind(topic.clone())
+            let oldest = format!("{columns} where topic between $1 and $1 order by topic, id limit 1");
+            sqlx::query_as(AssertSqlSafe(oldest)).bind(topic.clone())
         }
         Probe::Key(_, row) => sqlx::query_as(AssertSqlSafe(format!("{columns} where id = $1"))).bind(*row),
     };

@@ -5,6 +5,7 @@ pub mod mistakes;
 pub mod prepare;
 mod report;
 pub mod seeded;
+pub mod size;
 pub mod soak;
 pub mod test;
 pub mod up;

@@ -9,8 +9,6 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
-use sqlx::migrate::Migrator;
-use sqlx::{Connection, PgConnection};
 use testbed::fetch::fetch;
 use testbed::postgres::{Durability, Postgres};
 use testbed::process::{Logs, Process, Scratch};
@@ -36,11 +34,11 @@ pub async fn run(mode: Mode) -> Result<ExitCode> {
     for service in topology::with_database() {
         let name = service.name;
         say(format_args!("Compiling the service {name} against its database …"));
-        let url = postgres.service_url(service);
-        migrate(service, &url).await?;
+        let database = postgres.database(service);
+        database.migrate(service).await?;
         let output = scratch.path().join(name);
         fs::create_dir(&output)?;
-        describe(service, &url, &output, &logs).await?;
+        describe(service, &database.url, &output, &logs).await?;
         let committed = folder_of(service).join(".sqlx");
         let old = read_files(&committed)?;
         let new = read_files(&output)?;
@@ -59,16 +57,6 @@ pub async fn run(mode: Mode) -> Result<ExitCode> {
 
 fn folder_of(service: Service) -> PathBuf {
     paths::root().join("services").join(service.name)
-}
-
-async fn migrate(service: Service, url: &str) -> Result<()> {
-    let name = service.name;
-    let migrations = paths::root().join("migrations").join(name);
-    let migrator =
-        Migrator::new(migrations.as_path()).await.with_context(|| format!("cannot read migrations/{name}"))?;
-    let mut connection = PgConnection::connect(url).await?;
-    migrator.run(&mut connection).await.with_context(|| format!("migrations/{name} fail"))?;
-    Ok(connection.close().await?)
 }
 
 /// Compiles the service with a database. Each query macro then writes a description of its query to
