@@ -5,9 +5,10 @@ use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use serde::{Deserialize, Serialize};
-use shared::platform::http::{IntoProblem, Unavailable};
+use shared::platform::problem::{INVALID_QUERY, IntoProblem, Unavailable, problem};
 use sqlx::PgPool;
-use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
 
 /// Buckets per answer: a year of days, or two weeks of hours.
 const BUCKETS_MAX: i32 = 400;
@@ -24,11 +25,9 @@ pub fn routes(db: PgPool) -> Router {
 struct Range {
     bucket: Bucket,
     /// RFC 3339, inclusive. Default: the first registration.
-    #[serde(default, with = "time::serde::rfc3339::option")]
-    from: Option<OffsetDateTime>,
+    from: Option<String>,
     /// RFC 3339, exclusive. Default: after the last registration.
-    #[serde(default, with = "time::serde::rfc3339::option")]
-    to: Option<OffsetDateTime>,
+    to: Option<String>,
 }
 
 #[derive(Deserialize, Clone, Copy)]
@@ -59,6 +58,8 @@ async fn registrations(
     range: Result<Query<Range>, QueryRejection>,
 ) -> Result<Json<Vec<Registrations>>, Error> {
     let Query(range) = range.map_err(Error::Malformed)?;
+    let from = range.from.map(|text| utc("from", &text)).transpose()?;
+    let to = range.to.map(|text| utc("to", &text)).transpose()?;
     let unit = match range.bucket {
         Bucket::Hour => "hour",
         Bucket::Day => "day",
@@ -83,8 +84,8 @@ async fn registrations(
                    and hour < date_add(start, ('1 ' || $1::text)::interval, 'UTC')) as "registrations!"
            from buckets, bounds where start is not null order by start desc"#,
         unit,
-        range.from,
-        range.to,
+        from,
+        to,
         BUCKETS_MAX,
     )
     .fetch_all(&db)
@@ -103,10 +104,19 @@ async fn funnel(State(db): State<PgPool>) -> Result<Json<Funnel>, Error> {
     Ok(Json(funnel.fetch_one(&db).await.map_err(Unavailable::from)?))
 }
 
+/// A time that can be said in UTC in the years 1 to 9999. Times that RFC 3339 allows with an offset
+/// may be outside.
+fn utc(field: &'static str, text: &str) -> Result<OffsetDateTime, Error> {
+    let time = OffsetDateTime::parse(text, &Rfc3339).ok().and_then(|time| time.checked_to_offset(UtcOffset::UTC));
+    time.filter(|time| (1..=9999).contains(&time.year())).ok_or(Error::InvalidTime { field })
+}
+
 #[derive(thiserror::Error, Debug)]
 enum Error {
     #[error(transparent)]
     Malformed(QueryRejection),
+    #[error("{field} is not a time")]
+    InvalidTime { field: &'static str },
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
 }
@@ -115,6 +125,12 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         match self {
             Self::Malformed(rejection) => rejection.into_problem().into_response(),
+            Self::InvalidTime { field } => {
+                let detail = format!(
+                    "{field}: it must be a time between the years 1 and 9999 in UTC, for example 2026-01-31T12:00:00Z"
+                );
+                problem(INVALID_QUERY, detail).into_response()
+            }
             Self::Unavailable(error) => error.into_response(),
         }
     }

@@ -11,10 +11,10 @@ use std::net::SocketAddr;
 use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
 use rebuild::Rebuild;
-use secrecy::{ExposeSecret, SecretString};
 use shared::messaging::{Inbox, Projection, Redrive, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
+use shared::platform::secret::{Secret, SecretSetting};
 use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -47,12 +47,18 @@ struct Config {
     /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8081")]
     http_addr: SocketAddr,
-    /// The service's own database:
-    /// postgres://waybill_analytics:password@host:port/waybill_analytics
-    #[arg(long, env, hide_env_values = true)]
-    analytics_database_url: SecretString,
+    #[command(flatten)]
+    database_url: Secret<DatabaseUrl>,
     #[command(flatten)]
     service: ServiceConfig,
+}
+
+struct DatabaseUrl;
+
+impl SecretSetting for DatabaseUrl {
+    const NAME: &'static str = "ANALYTICS_DATABASE_URL";
+    const HELP: &'static str =
+        "The service's own database: postgres://waybill_analytics:password@host:port/waybill_analytics";
 }
 
 #[tokio::main]
@@ -62,21 +68,21 @@ async fn main() -> anyhow::Result<()> {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
         Command::Database(DatabaseCommand::Migrate) => {
-            database::migrate(config.analytics_database_url.expose_secret(), &MIGRATIONS).await
+            database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
         Command::Rebuild(options) => {
-            rebuild::run(&config.service.kafka, &config.analytics_database_url, &MIGRATIONS, &options).await
+            rebuild::run(&config.service.kafka, config.database_url.expose(), &MIGRATIONS, &options).await
         }
     }
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("analytics", &config.service).await?;
-    let db = service.database(config.analytics_database_url.expose_secret(), &MIGRATIONS).await?;
+    let db = service.database(config.database_url.expose(), &MIGRATIONS).await?;
     service.consume(Inbox::new(db.clone(), Registered));
     service.consume(Inbox::new(db.clone(), Mailed));
     service.http(config.http_addr, http::routes(db)).await?;
@@ -84,7 +90,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = database::pool(config.analytics_database_url.expose_secret().parse()?);
+    let db = database::pool(config.database_url.expose().parse()?);
     let kafka = &config.service.kafka;
     redrive(kafka, &Inbox::new(db.clone(), Registered), &options).await?;
     redrive(kafka, &Inbox::new(db, Mailed), &options).await

@@ -4,72 +4,91 @@
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
-use problem_details::ProblemDetails;
 use serde::Deserialize;
 use serde_json::json;
 use shared::events::Profile;
-use shared::platform::http::{IntoProblem, problem};
-use tokio::time::{Duration, Instant, sleep};
+use shared::platform::preconditions::Preconditions;
+use shared::platform::problem::{INVALID_QUERY, IntoProblem, Kind, STORE_UNAVAILABLE, problem, retry_later};
+use shared::platform::settings::number;
+use tokio::time::Duration;
 use uuid::Uuid;
 
 use crate::view::{Lookup, View};
+use crate::waiters::{Ended, Waiters};
 
 /// How long a request waits for its `min_version`. Usually an event arrives within tens of
 /// milliseconds.
 const WAIT_LIMIT: Duration = Duration::from_secs(2);
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-pub fn routes(view: View) -> Router {
-    Router::new().route("/profiles/{id}", routing::get(profile)).with_state(view)
+const UNKNOWN_USER: Kind = Kind::new("unknown-user", StatusCode::NOT_FOUND);
+const VIEW_INCOMPLETE: Kind = Kind::new("view-incomplete", StatusCode::SERVICE_UNAVAILABLE);
+const VERSION_NOT_ARRIVED: Kind = Kind::new("version-not-arrived", StatusCode::SERVICE_UNAVAILABLE);
+const TOO_MANY_WAITERS: Kind = Kind::new("too-many-waiters", StatusCode::SERVICE_UNAVAILABLE);
+
+#[derive(Clone)]
+pub struct App {
+    pub view: View,
+    pub waiters: Waiters,
+}
+
+pub fn routes(app: App) -> Router {
+    Router::new().route("/profiles/{id}", routing::get(profile)).with_state(app)
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Freshness {
     /// The lowest version that the caller accepts. Default: any version.
-    #[serde(default)]
-    min_version: i64,
+    min_version: Option<String>,
 }
 
 async fn profile(
-    State(view): State<View>,
+    State(App { view, waiters }): State<App>,
     id: Result<Path<Uuid>, PathRejection>,
     freshness: Result<Query<Freshness>, QueryRejection>,
-) -> Result<Response, ProblemDetails> {
-    let Path(id) = id.map_err(IntoProblem::into_problem)?;
-    let Query(Freshness { min_version }) = freshness.map_err(IntoProblem::into_problem)?;
-    let deadline = Instant::now() + WAIT_LIMIT;
-    loop {
-        let found = view.find(id).await.map_err(|error| {
-            tracing::error!(error = %format!("{error:#}"), "Valkey does not answer");
-            problem(StatusCode::SERVICE_UNAVAILABLE, "the store of the cache does not answer; retry the request")
-        })?;
-        // An incomplete view may contain an older version than the service has returned before.
-        if found.complete && found.version >= min_version {
-            return Ok(answer(id, found));
+    preconditions: Preconditions,
+) -> Result<Response, Response> {
+    let Path(id) = id.map_err(|rejection| rejection.into_problem().into_response())?;
+    let Query(freshness) = freshness.map_err(|rejection| rejection.into_problem().into_response())?;
+    let min_version = freshness.min_version.as_deref().map_or(Ok(0), number(0..=i64::MAX));
+    let min_version =
+        min_version.map_err(|rule| problem(INVALID_QUERY, format!("min_version: {rule}")).into_response())?;
+    let found = view.find(id).await.map_err(|error| {
+        tracing::error!(error = %format!("{error:#}"), "Valkey does not answer");
+        no_answer()
+    })?;
+    if found.satisfies(min_version) {
+        return Ok(answer(id, &found, &preconditions));
+    }
+    if min_version == 0 {
+        return Err(retry_later(VIEW_INCOMPLETE, "the cache is being filled from the topic; retry the request"));
+    }
+    match waiters.wait(id, min_version, WAIT_LIMIT).await {
+        Ended::Found(found) => Ok(answer(id, &found, &preconditions)),
+        Ended::TooLate => {
+            let detail = "the cache does not have this version yet; if a command returned it, it will arrive; retry \
+                          the request";
+            Err(retry_later(VERSION_NOT_ARRIVED, detail))
         }
-        if min_version <= 0 {
-            return Ok(not_yet("the cache is being filled from the topic"));
+        Ended::TooMany => {
+            let detail = "too many requests wait for their min_version; retry the request";
+            Err(retry_later(TOO_MANY_WAITERS, detail))
         }
-        if Instant::now() >= deadline {
-            return Ok(not_yet("the cache does not have this version yet; if a command returned it, it will arrive"));
-        }
-        sleep(POLL_INTERVAL).await;
+        Ended::Failed => Err(no_answer()),
     }
 }
 
-fn answer(id: Uuid, Lookup { version, profile, .. }: Lookup) -> Response {
+fn answer(id: Uuid, Lookup { version, profile, .. }: &Lookup, preconditions: &Preconditions) -> Response {
     let Some(Profile { email, display_name }) = profile else {
-        return problem(StatusCode::NOT_FOUND, "no user has this id; it may have been deleted").into_response();
+        return problem(UNKNOWN_USER, "no user has this id; it may have been deleted").into_response();
     };
     let body = json!({ "id": id, "version": version, "email": email, "display_name": display_name });
-    ([(header::ETAG, format!("\"{version}\""))], Json(body)).into_response()
+    preconditions.answer_with(*version, Json(body))
 }
 
-fn not_yet(detail: &str) -> Response {
-    let problem = problem(StatusCode::SERVICE_UNAVAILABLE, format!("{detail}; retry the request"));
-    ([(header::RETRY_AFTER, HeaderValue::from_static("1"))], problem).into_response()
+fn no_answer() -> Response {
+    retry_later(STORE_UNAVAILABLE, "the store of the cache does not answer; retry the request")
 }

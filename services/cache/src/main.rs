@@ -6,14 +6,19 @@ mod http;
 mod readiness;
 mod valkey;
 mod view;
+mod waiters;
 
 use std::net::SocketAddr;
 
+use anyhow::ensure;
 use clap::{Parser, Subcommand};
 use shared::messaging::{Handler, list_dead_letters, redrive};
 use shared::platform::health::healthcheck;
+use shared::platform::secret::{Secret, SecretSetting};
+use shared::platform::settings::number;
 use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
 use view::View;
+use waiters::{Waiters, Waking};
 
 /// Answers queries for the current profile of a user.
 #[derive(Parser)]
@@ -37,12 +42,23 @@ struct Config {
     /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8082")]
     http_addr: SocketAddr,
-    /// Valkey, or another server with the protocol of Redis. It must not evict keys:
-    /// maxmemory-policy noeviction.
-    #[arg(long, env, default_value = "redis://localhost:6379")]
-    valkey_url: String,
+    #[command(flatten)]
+    valkey_url: Secret<ValkeyUrl>,
+    /// How many requests may wait for their `min_version` at the same time. Further ones are
+    /// answered with 503. Below HTTP_REQUESTS, so that other requests are still answered.
+    #[arg(long, env, default_value_t = 128, value_parser = number::<u32>(1..=65_535))]
+    max_waiters: u32,
     #[command(flatten)]
     service: ServiceConfig,
+}
+
+struct ValkeyUrl;
+
+impl SecretSetting for ValkeyUrl {
+    const NAME: &'static str = "VALKEY_URL";
+    const HELP: &'static str = "Valkey, or another server with the protocol of Redis: redis://user:password@host:port. It \
+                                must not evict keys: maxmemory-policy noeviction.";
+    const DEFAULT: Option<&'static str> = Some("redis://localhost:6379");
 }
 
 #[tokio::main]
@@ -55,17 +71,25 @@ async fn main() -> anyhow::Result<()> {
             list_dead_letters(&config.service.kafka, &[View::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => {
-            let view = View::new(&config.valkey_url, &config.service.kafka.topic_prefix)?;
+            let view = View::new(config.valkey_url.expose(), &config.service.kafka.topic_prefix)?;
             redrive(&config.service.kafka, &view, &options).await
         }
     }
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
-    let view = View::new(&config.valkey_url, &config.service.kafka.topic_prefix)?;
+    ensure!(
+        config.max_waiters < config.service.http.http_requests,
+        "MAX_WAITERS is {} and HTTP_REQUESTS {}: lower MAX_WAITERS, so that requests that do not wait are still answered",
+        config.max_waiters,
+        config.service.http.http_requests
+    );
+    let view = View::new(config.valkey_url.expose(), &config.service.kafka.topic_prefix)?;
     let mut service = Service::start("cache", &config.service).await?;
-    service.consume(view.clone());
+    let waiters = Waiters::new(config.max_waiters);
+    service.consume(Waking::new(view.clone(), waiters.clone()));
+    service.spawn("waiters", waiters.clone().run(view.clone()));
     service.spawn("readiness", readiness::watch(view.clone(), service.health()));
-    service.http(config.http_addr, http::routes(view)).await?;
+    service.http(config.http_addr, http::routes(http::App { view, waiters })).await?;
     service.run().await
 }

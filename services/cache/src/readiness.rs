@@ -14,9 +14,13 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// The component's name in `/readyz`.
 const COMPONENT: &str = "view";
 
-/// Asks what a query asks, once a second.
-pub async fn watch(view: View, health: Health) -> anyhow::Result<()> {
+/// Asks what a query asks, once a second. The process is not ready before the first answer.
+pub fn watch(view: View, health: Health) -> impl Future<Output = anyhow::Result<()>> {
     health.waiting(COMPONENT, "Valkey to answer");
+    ask(view, health)
+}
+
+async fn ask(view: View, health: Health) -> anyhow::Result<()> {
     loop {
         match view.find(Uuid::nil()).await {
             Ok(found) if found.complete => health.ready(COMPONENT),

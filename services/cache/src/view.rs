@@ -56,6 +56,14 @@ pub struct Lookup {
     pub profile: Option<Profile>,
 }
 
+impl Lookup {
+    /// Whether a caller that requires this version may see the entry. An incomplete view may
+    /// contain an older version than the service has returned before.
+    pub fn satisfies(&self, min_version: i64) -> bool {
+        self.complete && self.version >= min_version
+    }
+}
+
 impl View {
     /// Connects on first use.
     ///

@@ -5,7 +5,7 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use serde::Serialize;
-use shared::platform::http::{IntoProblem, Unavailable};
+use shared::platform::problem::{IntoProblem, Unavailable};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;

@@ -21,12 +21,13 @@ use clap::{Parser, Subcommand};
 use handlers::{Recipients, Welcome};
 use metrics::DeliveryMetrics;
 use operator::{RetryFailed, RetryUnknown, SendHeld};
-use secrecy::{ExposeSecret, SecretString};
 use sender::Sender;
 use shared::events::Topic;
 use shared::messaging::{Handler, Redrive, RelayConfig, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
+use shared::platform::secret::{Secret, SecretSetting};
+use shared::platform::settings::number;
 use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use smtp::Server;
 use sqlx::PgPool;
@@ -68,30 +69,36 @@ struct Config {
     /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8083")]
     http_addr: SocketAddr,
-    /// The service's own database: postgres://waybill_email:password@host:port/waybill_email
-    #[arg(long, env, hide_env_values = true)]
-    email_database_url: SecretString,
+    #[command(flatten)]
+    database_url: Secret<DatabaseUrl>,
     #[command(flatten)]
     smtp: smtp::SmtpConfig,
     /// How many mails this process sends at the same time.
-    #[arg(long, env, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, env, default_value_t = 2, value_parser = number::<u16>(1..=64))]
     senders: u16,
     /// How long a mail waits after its sender has died, in milliseconds, before another sender takes
     /// it over. A sender that works renews this lease, however long the mail server takes.
-    #[arg(long, env, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(1_000..=3_600_000))]
+    #[arg(long, env, default_value_t = 60_000, value_parser = number::<u64>(1_000..=3_600_000))]
     lease_ms: u64,
     /// The wait before the second attempt, in milliseconds. It doubles with each attempt, up to ten
     /// minutes.
-    #[arg(long, env, default_value_t = 1_000)]
+    #[arg(long, env, default_value_t = 1_000, value_parser = number::<u64>(10..=600_000))]
     backoff_ms: u64,
     /// A mail whose cause is older is held: it comes from a replayed history and not from a user
-    /// who waits. `email send-held` sends held mails.
-    #[arg(long, env, default_value_t = 72)]
+    /// who waits. `email send-held` sends held mails. At most ten years.
+    #[arg(long, env, default_value_t = 72, value_parser = number::<u32>(1..=87_600))]
     max_age_hours: u32,
     #[command(flatten)]
     relay: RelayConfig,
     #[command(flatten)]
     service: ServiceConfig,
+}
+
+struct DatabaseUrl;
+
+impl SecretSetting for DatabaseUrl {
+    const NAME: &'static str = "EMAIL_DATABASE_URL";
+    const HELP: &'static str = "The service's own database: postgres://waybill_email:password@host:port/waybill_email";
 }
 
 #[tokio::main]
@@ -101,7 +108,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
         Command::Database(DatabaseCommand::Migrate) => {
-            database::migrate(config.email_database_url.expose_secret(), &MIGRATIONS).await
+            database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
@@ -116,7 +123,7 @@ async fn main() -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("email", &config.service).await?;
     let server = Arc::new(Server::new(&config.smtp)?);
-    let db = service.database(config.email_database_url.expose_secret(), &MIGRATIONS).await?;
+    let db = service.database(config.database_url.expose(), &MIGRATIONS).await?;
     service.own_topics(&[Topic::EMAIL_EVENTS]);
     let wake = service.relay(&db, &config.relay);
     let metrics = DeliveryMetrics::register(&service.metrics());
@@ -155,7 +162,7 @@ async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
 impl Config {
     /// The database, for the subcommands.
     fn database(&self) -> anyhow::Result<PgPool> {
-        Ok(database::pool(self.email_database_url.expose_secret().parse()?))
+        Ok(database::pool(self.database_url.expose().parse()?))
     }
 
     fn welcome(&self, db: &PgPool, metrics: &DeliveryMetrics) -> Welcome {

@@ -16,6 +16,7 @@
 
 use std::time::Duration;
 
+use shared::platform::settings::number;
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -33,7 +34,7 @@ const BATCH: i64 = 5_000;
 pub struct SendHeld {
     /// Send mails whose cause is younger than this, for example of the four days during which this
     /// service was down.
-    #[arg(long)]
+    #[arg(long, value_parser = number::<u32>(1..=87_600))]
     younger_than_hours: Option<u32>,
     /// Send the mails of this user.
     #[arg(long)]
@@ -44,7 +45,7 @@ pub struct SendHeld {
 #[derive(clap::Args, Clone)]
 pub struct RetryFailed {
     /// Only mails that the server refused with this code, for example 554.
-    #[arg(long, value_parser = clap::value_parser!(i16).range(500..600))]
+    #[arg(long, value_parser = number::<i16>(500..=599))]
     code: Option<i16>,
     #[command(flatten)]
     which: Which,

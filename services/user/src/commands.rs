@@ -6,6 +6,7 @@
 
 use shared::events::{Profile, UserEvent, UserRef, UserState, mint_id};
 use shared::messaging::outbox;
+use shared::platform::preconditions::Preconditions;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -44,34 +45,40 @@ pub async fn register(tx: &mut PgConnection, profile: Profile) -> Result<User, E
     Ok(user)
 }
 
-/// `expected` is the version that the caller requires (`If-Match`); `None` accepts any version.
-pub async fn rename(tx: &mut PgConnection, id: Uuid, expected: Option<i64>, display_name: &str) -> Result<User, Error> {
+pub async fn rename(
+    tx: &mut PgConnection,
+    id: Uuid,
+    preconditions: &Preconditions,
+    display_name: &str,
+) -> Result<User, Error> {
+    lock(tx, id, preconditions).await?;
     let row = sqlx::query!(
-        r#"update users set version = version + 1, display_name = $3
-           where id = $1 and email is not null and version = coalesce($2, version)
+        r#"update users set version = version + 1, display_name = $2 where id = $1
            returning version, email as "email!", display_name as "display_name!""#,
         id,
-        expected,
         display_name,
     );
-    let Some(row) = row.fetch_optional(&mut *tx).await? else { return Err(why_unchanged(tx, id).await?) };
+    let row = row.fetch_one(&mut *tx).await?;
     let profile = Profile { email: row.email, display_name: row.display_name };
     let user = User { id, version: row.version, profile };
     publish_change(tx, &user, UserEvent::ProfileChanged).await?;
     Ok(user)
 }
 
-pub async fn change_email(tx: &mut PgConnection, id: Uuid, expected: Option<i64>, email: &str) -> Result<User, Error> {
+pub async fn change_email(
+    tx: &mut PgConnection,
+    id: Uuid,
+    preconditions: &Preconditions,
+    email: &str,
+) -> Result<User, Error> {
+    lock(tx, id, preconditions).await?;
     let row = sqlx::query!(
-        r#"update users set version = version + 1, email = $3
-           where id = $1 and email is not null and version = coalesce($2, version)
+        r#"update users set version = version + 1, email = $2 where id = $1
            returning version, email as "email!", display_name as "display_name!""#,
         id,
-        expected,
         email,
     );
-    let row = row.fetch_optional(&mut *tx).await.map_err(Error::address_taken)?;
-    let Some(row) = row else { return Err(why_unchanged(tx, id).await?) };
+    let row = row.fetch_one(&mut *tx).await.map_err(Error::address_taken)?;
     let profile = Profile { email: row.email, display_name: row.display_name };
     let user = User { id, version: row.version, profile };
     publish_change(tx, &user, UserEvent::EmailChanged).await?;
@@ -79,19 +86,17 @@ pub async fn change_email(tx: &mut PgConnection, id: Uuid, expected: Option<i64>
 }
 
 /// Erases the personal data in this database. The tombstone erases it in all other services. The
-/// row and its version stay.
-pub async fn erase(tx: &mut PgConnection, id: Uuid, expected: Option<i64>) -> Result<(), Error> {
+/// row and its version stay. Returns the version of the erasure.
+pub async fn erase(tx: &mut PgConnection, id: Uuid, preconditions: &Preconditions) -> Result<i64, Error> {
+    lock(tx, id, preconditions).await?;
     let version = sqlx::query_scalar!(
-        "update users set version = version + 1, email = null, display_name = null
-         where id = $1 and email is not null and version = coalesce($2, version)
-         returning version",
+        "update users set version = version + 1, email = null, display_name = null where id = $1 returning version",
         id,
-        expected,
     );
-    let Some(version) = version.fetch_optional(&mut *tx).await? else { return Err(why_unchanged(tx, id).await?) };
+    let version = version.fetch_one(&mut *tx).await?;
     outbox::publish(tx, id, version, &UserEvent::Deleted(UserRef { user_id: id })).await?;
     outbox::publish(tx, id, version, &UserState::Erased).await?;
-    Ok(())
+    Ok(version)
 }
 
 /// The numbers of records that [`republish`] wrote.
@@ -135,7 +140,10 @@ async fn publish_change(tx: &mut PgConnection, user: &User, fact: fn(UserRef) ->
     Ok(())
 }
 
-/// Why a command changed no row.
-async fn why_unchanged(tx: &mut PgConnection, id: Uuid) -> Result<Error, Error> {
-    find(tx, id).await.map(|user| Error::StaleVersion { current: user.version })
+/// Locks the user's row until the end of the transaction, and checks the caller's preconditions. A
+/// command that waited for the lock sees the version that the other one has made.
+async fn lock(tx: &mut PgConnection, id: Uuid, preconditions: &Preconditions) -> Result<(), Error> {
+    let version = sqlx::query_scalar!("select version from users where id = $1 and email is not null for update", id);
+    let current = version.fetch_optional(tx).await?.ok_or(Error::UnknownUser)?;
+    if preconditions.allow_change_of(Some(current)) { Ok(()) } else { Err(Error::StaleVersion { current }) }
 }

@@ -1,21 +1,25 @@
 //! The public API. A handler opens a transaction, calls a command, commits, and notifies the relay.
+//! Every command takes an `Idempotency-Key`, `If-Match` and `If-None-Match`.
 
 use axum::extract::rejection::{JsonRejection, PathRejection};
-use axum::extract::{Path, State};
+use axum::extract::{FromRequestParts, MatchedPath, Path, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
+use headers::HeaderMapExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use shared::events::{Profile, check_address};
 use shared::fault;
 use shared::messaging::Wake;
-use shared::platform::http::IntoProblem;
-use sqlx::PgPool;
+use shared::platform::preconditions::{self, Preconditions};
+use shared::platform::problem::IntoProblem;
+use sqlx::{PgPool, Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::commands::{self, User};
-use crate::idempotency::{self, Claimed, Hasher};
+use crate::idempotency::{self, Claim, Claimed, Hasher, Key};
 use crate::problem::Error;
 
 const DISPLAY_NAME_MAX: usize = 100;
@@ -43,13 +47,13 @@ struct Registration {
     display_name: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Renaming {
     display_name: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct NewAddress {
     email: String,
@@ -65,86 +69,142 @@ struct Accepted {
 type Body<T> = Result<Json<T>, JsonRejection>;
 type Id = Result<Path<Uuid>, PathRejection>;
 
-/// The user, the two events and the stored answer are one transaction. Crash before the commit:
-/// nothing is stored, and a retry with the same key registers the user. Crash after it: a retry
-/// with the same key gets the stored answer.
-async fn register(State(app): State<App>, headers: HeaderMap, body: Body<Registration>) -> Result<Response, Error> {
+/// What the head of a command says besides the user's id.
+struct Head {
+    preconditions: Preconditions,
+    key: Option<Key>,
+    /// The path and the preconditions as text. A repetition has the same.
+    target: Vec<String>,
+}
+
+impl FromRequestParts<App> for Head {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Error> {
+        let Ok(route) = MatchedPath::from_request_parts(parts, app).await else {
+            return Err(anyhow::anyhow!("a command was routed without a route").into());
+        };
+        let scope = format!("{} {}", parts.method, route.as_str());
+        let headers = &parts.headers;
+        let mut target = vec![parts.uri.path().to_owned()];
+        for name in preconditions::names() {
+            let lines = headers.get_all(name).into_iter().map(|line| String::from_utf8_lossy(line.as_bytes()));
+            target.extend(lines.map(|line| format!("{name}: {line}")));
+        }
+        Ok(Self { preconditions: Preconditions::of(headers), key: idempotency_key(headers, scope)?, target })
+    }
+}
+
+/// A command whose transaction is open.
+struct Begun {
+    tx: Transaction<'static, Postgres>,
+    claim: Option<Claim>,
+    wake: Wake,
+}
+
+/// The result of [`begin`].
+enum Beginning {
+    First(Begun),
+    /// The request was answered before, with this answer.
+    Repeated(Response),
+}
+
+/// Opens the transaction of a command, and claims its key.
+async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning, Error> {
+    let mut tx = app.db.begin().await?;
+    let mut claim = None;
+    if let Some(key) = &head.key {
+        let request = serde_json::to_vec(&(&head.target, body)).map_err(anyhow::Error::new)?;
+        match idempotency::claim(&mut tx, &app.idempotency, key, &request).await? {
+            Claimed::Answered(status, accepted) => return Ok(Beginning::Repeated(answer(status, accepted))),
+            Claimed::Free(free) => claim = Some(free),
+        }
+    }
+    Ok(Beginning::First(Begun { tx, claim, wake: app.wake.clone() }))
+}
+
+impl Begun {
+    /// The change, the events and the stored answer are one transaction. Crash before the commit:
+    /// nothing is stored, and a retry with the same key runs the command. Crash after it: a retry
+    /// with the same key gets the stored answer.
+    async fn commit(mut self, status: StatusCode, accepted: Accepted) -> Result<Response, Error> {
+        if let Some(claim) = self.claim {
+            idempotency::store(&mut self.tx, claim, status, &json!(accepted)).await?;
+        }
+        fault::point("user.before_commit");
+        self.tx.commit().await?;
+        fault::point("user.after_commit");
+        self.wake.notify();
+        Ok(answer(status, accepted))
+    }
+}
+
+async fn register(State(app): State<App>, head: Head, body: Body<Registration>) -> Result<Response, Error> {
     let Json(registration) = body.map_err(malformed)?;
     let profile = Profile {
         email: valid_email(&registration.email)?,
         display_name: valid_display_name(&registration.display_name)?,
     };
-    let key = idempotency_key(&headers)?;
-    let mut tx = app.db.begin().await?;
-    let mut claim = None;
-    if let Some(key) = key {
-        let request = serde_json::to_vec(&registration).map_err(anyhow::Error::new)?;
-        match idempotency::claim(&mut tx, &app.idempotency, key, &request).await? {
-            Claimed::Answered(status, accepted) => return Ok(answer(status, accepted)),
-            Claimed::Free(free) => claim = Some(free),
-        }
+    let mut command = match begin(&app, &head, &registration).await? {
+        Beginning::First(command) => command,
+        Beginning::Repeated(answer) => return Ok(answer),
+    };
+    if !head.preconditions.allow_change_of(None) {
+        return Err(Error::NothingToMatch);
     }
-    let user = commands::register(&mut tx, profile).await?;
-    if let Some(claim) = claim {
-        let stored = json!(Accepted { id: user.id, version: user.version });
-        idempotency::store(&mut tx, claim, StatusCode::CREATED, &stored).await?;
-    }
-    fault::point("user.before_commit");
-    tx.commit().await?;
-    fault::point("user.after_commit");
-    app.wake.notify();
-    Ok(answer(StatusCode::CREATED, Accepted { id: user.id, version: user.version }))
+    let user = commands::register(&mut command.tx, profile).await?;
+    command.commit(StatusCode::CREATED, Accepted { id: user.id, version: user.version }).await
 }
 
-async fn show(State(app): State<App>, id: Id) -> Result<Response, Error> {
+async fn show(State(app): State<App>, id: Id, preconditions: Preconditions) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
     let User { id, version, profile } = commands::find(&mut *app.db.acquire().await?, id).await?;
     let body = json!({ "id": id, "version": version, "email": profile.email, "display_name": profile.display_name });
-    Ok(([(header::ETAG, etag(version))], Json(body)).into_response())
+    Ok(preconditions.answer_with(version, Json(body)))
 }
 
-async fn rename(State(app): State<App>, id: Id, headers: HeaderMap, body: Body<Renaming>) -> Result<Response, Error> {
+async fn rename(State(app): State<App>, id: Id, head: Head, body: Body<Renaming>) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
     let Json(renaming) = body.map_err(malformed)?;
     let display_name = valid_display_name(&renaming.display_name)?;
-    let expected = if_match(&headers)?;
-    let mut tx = app.db.begin().await?;
-    let user = commands::rename(&mut tx, id, expected, &display_name).await?;
-    tx.commit().await?;
-    app.wake.notify();
-    Ok(answer(StatusCode::OK, Accepted { id, version: user.version }))
+    let mut command = match begin(&app, &head, &renaming).await? {
+        Beginning::First(command) => command,
+        Beginning::Repeated(answer) => return Ok(answer),
+    };
+    let user = commands::rename(&mut command.tx, id, &head.preconditions, &display_name).await?;
+    command.commit(StatusCode::OK, Accepted { id, version: user.version }).await
 }
 
-async fn change_email(
-    State(app): State<App>,
-    id: Id,
-    headers: HeaderMap,
-    body: Body<NewAddress>,
-) -> Result<Response, Error> {
+async fn change_email(State(app): State<App>, id: Id, head: Head, body: Body<NewAddress>) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
     let Json(address) = body.map_err(malformed)?;
     let email = valid_email(&address.email)?;
-    let expected = if_match(&headers)?;
-    let mut tx = app.db.begin().await?;
-    let user = commands::change_email(&mut tx, id, expected, &email).await?;
-    tx.commit().await?;
-    app.wake.notify();
-    Ok(answer(StatusCode::OK, Accepted { id, version: user.version }))
+    let mut command = match begin(&app, &head, &address).await? {
+        Beginning::First(command) => command,
+        Beginning::Repeated(answer) => return Ok(answer),
+    };
+    let user = commands::change_email(&mut command.tx, id, &head.preconditions, &email).await?;
+    command.commit(StatusCode::OK, Accepted { id, version: user.version }).await
 }
 
-async fn erase(State(app): State<App>, id: Id, headers: HeaderMap) -> Result<StatusCode, Error> {
+async fn erase(State(app): State<App>, id: Id, head: Head) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
-    let expected = if_match(&headers)?;
-    let mut tx = app.db.begin().await?;
-    commands::erase(&mut tx, id, expected).await?;
-    tx.commit().await?;
-    app.wake.notify();
-    Ok(StatusCode::NO_CONTENT)
+    let mut command = match begin(&app, &head, ()).await? {
+        Beginning::First(command) => command,
+        Beginning::Repeated(answer) => return Ok(answer),
+    };
+    let version = commands::erase(&mut command.tx, id, &head.preconditions).await?;
+    command.commit(StatusCode::NO_CONTENT, Accepted { id, version }).await
 }
 
 fn answer(status: StatusCode, accepted: Accepted) -> Response {
+    if status == StatusCode::NO_CONTENT {
+        return status.into_response();
+    }
     let location = format!("/users/{}", accepted.id);
-    let mut response = (status, [(header::ETAG, etag(accepted.version))], Json(accepted)).into_response();
+    let etag = preconditions::etag(accepted.version);
+    let mut response = (status, Json(accepted)).into_response();
+    response.headers_mut().typed_insert(etag);
     if status == StatusCode::CREATED {
         response.headers_mut().insert(header::LOCATION, location.parse().expect("a UUID is a valid header"));
     }
@@ -155,25 +215,14 @@ fn malformed(rejection: impl IntoProblem) -> Error {
     Error::Malformed(Box::new(rejection.into_problem()))
 }
 
-fn etag(version: i64) -> String {
-    format!("\"{version}\"")
-}
-
-/// The version that `If-Match` requires; `None` if the caller accepts any version.
-fn if_match(headers: &HeaderMap) -> Result<Option<i64>, Error> {
-    let Some(value) = headers.get(header::IF_MATCH) else { return Ok(None) };
-    let text = value.to_str().unwrap_or_default().trim();
-    if text == "*" {
-        return Ok(None);
+fn idempotency_key(headers: &HeaderMap, scope: String) -> Result<Option<Key>, Error> {
+    let mut lines = headers.get_all("idempotency-key").into_iter();
+    let Some(value) = lines.next() else { return Ok(None) };
+    if lines.next().is_some() {
+        return Err(Error::TwoKeys);
     }
-    let version = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).and_then(|text| text.parse().ok());
-    version.map(Some).ok_or(Error::Invalid { field: "If-Match", rule: "send the ETag of the user, for example \"3\"" })
-}
-
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Error> {
-    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     match value.to_str() {
-        Ok(key) if (1..=IDEMPOTENCY_KEY_MAX).contains(&key.len()) => Ok(Some(key)),
+        Ok(key) if (1..=IDEMPOTENCY_KEY_MAX).contains(&key.len()) => Ok(Some(Key { scope, text: key.to_owned() })),
         _ => Err(Error::Invalid {
             field: "Idempotency-Key",
             rule: "1 to 255 printable ASCII characters, for example a UUID",

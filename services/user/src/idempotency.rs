@@ -4,7 +4,6 @@
 use anyhow::ensure;
 use axum::http::StatusCode;
 use hmac::{Hmac, KeyInit, Mac};
-use secrecy::{ExposeSecret, SecretString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::Sha256;
@@ -28,8 +27,7 @@ pub struct Hasher(Hmac<Sha256>);
 impl Hasher {
     /// # Errors
     /// The secret is so short that an attacker could find it by trial.
-    pub fn new(secret: &SecretString) -> anyhow::Result<Self> {
-        let secret = secret.expose_secret();
+    pub fn new(secret: &str) -> anyhow::Result<Self> {
         ensure!(secret.len() >= 32, "IDEMPOTENCY_SECRET has {} characters, it needs at least 32", secret.len());
         Ok(Self(Hmac::new_from_slice(secret.as_bytes())?))
     }
@@ -53,6 +51,15 @@ pub enum Claimed<T> {
     Answered(StatusCode, T),
 }
 
+/// The value of the header, and what it applies to: one key on two routes is two keys. Once callers
+/// are authenticated, the caller belongs to the scope too.
+pub struct Key {
+    /// Method and route, such as `PATCH /users/{id}`.
+    pub scope: String,
+    /// Printable ASCII.
+    pub text: String,
+}
+
 /// Claims `key` for `request` within the caller's transaction. A second request with the same key
 /// waits at the insert for the commit of the first, for at most `lock_timeout`. If the first fails
 /// or its process dies, its claim is rolled back and the second one proceeds. A key is free again
@@ -60,10 +67,10 @@ pub enum Claimed<T> {
 pub async fn claim<T: DeserializeOwned>(
     tx: &mut PgConnection,
     hasher: &Hasher,
-    key: &str,
+    key: &Key,
     request: &[u8],
 ) -> Result<Claimed<T>, Error> {
-    let key = hasher.hash("key:", key.as_bytes());
+    let key = hasher.hash("key:", format!("{}\n{}", key.scope, key.text).as_bytes());
     let request = hasher.hash("request:", request);
     let claimed = sqlx::query!(
         "insert into idempotency_keys as stored (key, request) values ($1, $2)

@@ -13,11 +13,12 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use republish::Republish;
-use secrecy::{ExposeSecret, SecretString};
 use shared::events::Topic;
 use shared::messaging::RelayConfig;
 use shared::platform::database;
 use shared::platform::health::healthcheck;
+use shared::platform::secret::{Secret, SecretSetting};
+use shared::platform::settings::number;
 use shared::service::{self, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -49,22 +50,34 @@ struct Config {
     /// Address of the public API.
     #[arg(long, env, default_value = "127.0.0.1:8080")]
     http_addr: SocketAddr,
-    /// The service's own database: postgres://waybill_user:password@host:port/waybill_user
-    #[arg(long, env, hide_env_values = true)]
-    user_database_url: SecretString,
-    /// The key of the hashes of idempotent requests: at least 32 random characters, the same on
-    /// every replica. A new key invalidates all stored answers.
-    #[arg(long, env, hide_env_values = true)]
-    idempotency_secret: SecretString,
-    /// How often each partition of user.state.v1 gets a record, in milliseconds. Kafka does not
-    /// compact a partition without new records, so erased addresses would remain in it. Default:
-    /// one day, which is also how long a segment stays open.
-    #[arg(long, env, default_value_t = 86_400_000, value_parser = clap::value_parser!(u64).range(1..))]
+    #[command(flatten)]
+    database_url: Secret<DatabaseUrl>,
+    #[command(flatten)]
+    idempotency_secret: Secret<IdempotencySecret>,
+    /// How often each partition of user.state.v1 gets a record, in milliseconds: at most a week.
+    /// Kafka does not compact a partition without new records, so erased addresses would remain in
+    /// it. Default: one day, which is also how long a segment stays open.
+    #[arg(long, env, default_value_t = 86_400_000, value_parser = number::<u64>(100..=604_800_000))]
     heartbeat_interval_ms: u64,
     #[command(flatten)]
     relay: RelayConfig,
     #[command(flatten)]
     service: ServiceConfig,
+}
+
+struct DatabaseUrl;
+
+impl SecretSetting for DatabaseUrl {
+    const NAME: &'static str = "USER_DATABASE_URL";
+    const HELP: &'static str = "The service's own database: postgres://waybill_user:password@host:port/waybill_user";
+}
+
+struct IdempotencySecret;
+
+impl SecretSetting for IdempotencySecret {
+    const NAME: &'static str = "IDEMPOTENCY_SECRET";
+    const HELP: &'static str = "The key of the hashes of idempotent requests: at least 32 random characters, the same on \
+                                every replica. A new key invalidates all stored answers.";
 }
 
 #[tokio::main]
@@ -74,19 +87,19 @@ async fn main() -> anyhow::Result<()> {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
         Command::Database(DatabaseCommand::Migrate) => {
-            database::migrate(config.user_database_url.expose_secret(), &MIGRATIONS).await
+            database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
         Command::Republish(options) => {
-            let db = database::pool(config.user_database_url.expose_secret().parse()?);
+            let db = database::pool(config.database_url.expose().parse()?);
             republish::republish(&db, &options).await
         }
     }
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
-    let idempotency = idempotency::Hasher::new(&config.idempotency_secret)?;
+    let idempotency = idempotency::Hasher::new(config.idempotency_secret.expose())?;
     let mut service = Service::start("user", &config.service).await?;
-    let db = service.database(config.user_database_url.expose_secret(), &MIGRATIONS).await?;
+    let db = service.database(config.database_url.expose(), &MIGRATIONS).await?;
     service.own_topics(&[Topic::USER_EVENTS, Topic::USER_STATE]);
     let wake = service.relay(&db, &config.relay);
     service.spawn("idempotency expiry", idempotency::expire(db.clone()));

@@ -1,9 +1,16 @@
 //! All errors of requests, as problem documents (RFC 9457).
 
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use problem_details::ProblemDetails;
-use shared::platform::http::{Unavailable, internal_error, problem};
+use shared::platform::problem::{Kind, PRECONDITION_FAILED, Unavailable, internal_error, problem, retry_later};
+
+const INVALID_FIELD: Kind = Kind::new("invalid-field", StatusCode::UNPROCESSABLE_ENTITY);
+const REPEATED_IDEMPOTENCY_KEY: Kind = Kind::new("repeated-idempotency-key", StatusCode::BAD_REQUEST);
+const IDEMPOTENCY_KEY_REUSED: Kind = Kind::new("idempotency-key-reused", StatusCode::UNPROCESSABLE_ENTITY);
+const UNKNOWN_USER: Kind = Kind::new("unknown-user", StatusCode::NOT_FOUND);
+const ADDRESS_TAKEN: Kind = Kind::new("address-taken", StatusCode::CONFLICT);
+const BUSY: Kind = Kind::new("busy", StatusCode::CONFLICT);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -12,11 +19,16 @@ pub enum Error {
     Malformed(Box<ProblemDetails>),
     #[error("{field}: {rule}")]
     Invalid { field: &'static str, rule: &'static str },
+    #[error("two Idempotency-Keys")]
+    TwoKeys,
     #[error("no such user")]
     UnknownUser,
     #[error("the address belongs to another user")]
     AddressTaken,
-    /// `If-Match` requires another version than the current one.
+    /// `If-Match` on a request that creates a user.
+    #[error("no version to match")]
+    NothingToMatch,
+    /// The preconditions do not allow a change of the current version.
     #[error("the user has another version")]
     StaleVersion { current: i64 },
     #[error("the Idempotency-Key was used for another request")]
@@ -55,32 +67,31 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         match self {
             Self::Malformed(problem) => problem.into_response(),
-            Self::Invalid { field, rule } => {
-                problem(StatusCode::UNPROCESSABLE_ENTITY, format!("{field}: {rule}")).into_response()
+            Self::Invalid { field, rule } => problem(INVALID_FIELD, format!("{field}: {rule}")).into_response(),
+            Self::TwoKeys => {
+                problem(REPEATED_IDEMPOTENCY_KEY, "Idempotency-Key: send this header once").into_response()
             }
-            Self::UnknownUser => {
-                problem(StatusCode::NOT_FOUND, "no user has this id; it may have been deleted").into_response()
-            }
+            Self::UnknownUser => problem(UNKNOWN_USER, "no user has this id; it may have been deleted").into_response(),
             Self::AddressTaken => {
                 let detail = "email: a user with this address is already registered; use another address";
-                problem(StatusCode::CONFLICT, detail).into_response()
+                problem(ADDRESS_TAKEN, detail).into_response()
+            }
+            Self::NothingToMatch => {
+                let detail = "this request creates a user, so no version can match: send it without If-Match";
+                problem(PRECONDITION_FAILED, detail).into_response()
             }
             Self::StaleVersion { current } => {
                 let detail = format!(
                     "the user now has version {current}: read it again, then repeat the change with If-Match: \"{current}\""
                 );
-                problem(StatusCode::PRECONDITION_FAILED, detail).into_response()
+                problem(PRECONDITION_FAILED, detail).into_response()
             }
             Self::KeyReused => {
                 let detail =
                     "Idempotency-Key: this key was used for another request; use a new key for each new request";
-                problem(StatusCode::UNPROCESSABLE_ENTITY, detail).into_response()
+                problem(IDEMPOTENCY_KEY_REUSED, detail).into_response()
             }
-            Self::Busy => {
-                let detail = "another request is changing the same user or key; retry the request";
-                ([(header::RETRY_AFTER, HeaderValue::from_static("1"))], problem(StatusCode::CONFLICT, detail))
-                    .into_response()
-            }
+            Self::Busy => retry_later(BUSY, "another request is changing the same user or key; retry the request"),
             Self::Unavailable(error) => error.into_response(),
             Self::Internal(error) => {
                 tracing::error!(error = %format!("{error:#}"), "cannot answer a request");

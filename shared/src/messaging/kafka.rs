@@ -7,6 +7,8 @@ use clap::Args;
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfig;
 
+use crate::platform::settings::number;
+
 /// The Kafka cluster, and how topics are named on it.
 #[derive(Args, Clone, Debug)]
 pub struct KafkaConfig {
@@ -23,12 +25,12 @@ pub struct KafkaConfig {
     /// How long a handler may take for one batch, in milliseconds, before the batch is retried
     /// later. Keep it well above the time-out of a database statement (5000). If a consumer hangs
     /// for five times as long, Kafka assigns its partitions to another one.
-    #[arg(long, env, default_value_t = 60_000, value_parser = clap::value_parser!(u64).range(2_000..=600_000))]
+    #[arg(long, env, default_value_t = 60_000, value_parser = number::<u64>(2_000..=600_000))]
     pub handle_timeout_ms: u64,
     /// Replicas of each topic that the service creates. Default: the brokers'
     /// `default.replication.factor`. A record is acknowledged when more than half of the replicas
     /// have it. Existing topics do not change.
-    #[arg(long, env, value_parser = clap::value_parser!(i16).range(1..))]
+    #[arg(long, env, value_parser = number::<i16>(1..=100))]
     pub kafka_replication_factor: Option<i16>,
 }
 

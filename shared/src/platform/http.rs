@@ -1,20 +1,24 @@
 //! What every public HTTP route gets: a request id, a span in the caller's trace, a latency metric,
-//! a time limit, a size limit, and errors as problem documents (RFC 9457).
+//! limits of time, size and number, and errors as problem documents.
+
+use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::body::{self, Body, HttpBody};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use problem_details::ProblemDetails;
+use http_body_util::LengthLimitError;
+use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant, timeout};
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tracing::{Instrument, field::Empty};
+use uuid::Uuid;
 
-use super::database;
 use super::metrics::{Metrics, RequestLabels};
+use super::problem::{self, internal_error, problem, retry_later};
 use super::telemetry::{self, TraceContext};
 
 /// Longer than every time-out of the database, so that its error, which is more specific, comes
@@ -23,91 +27,86 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes. The largest valid body holds an address and a name.
 const BODY_LIMIT: usize = 16 * 1024;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Characters. Longer than the ids of common proxies and tracers.
+const REQUEST_ID_MAX: usize = 128;
+
+/// What the layers of a public port need.
+#[derive(Clone)]
+pub(crate) struct Layers {
+    pub metrics: Metrics,
+    /// The setting TRUST_TRACE_CONTEXT.
+    pub trust_trace_context: bool,
+    /// How long a caller may take to send a body.
+    pub body_timeout: Duration,
+    /// How many requests are handled at the same time.
+    pub requests: usize,
+    /// Cancelled when the process is about to stop.
+    pub draining: CancellationToken,
+}
 
 /// Adds to a service's routes what every public route gets.
-pub(crate) fn layered(routes: Router, metrics: Metrics, trust_trace_context: bool) -> Router {
-    routes
-        .fallback(async || problem(StatusCode::NOT_FOUND, "no such resource"))
+pub(crate) fn layered(routes: Router, layers: &Layers) -> Router {
+    let requests = Arc::new(Semaphore::new(layers.requests));
+    let routes = routes
+        .fallback(async || problem(problem::NO_SUCH_RESOURCE, "no such resource"))
         .method_not_allowed_fallback(async || {
-            problem(StatusCode::METHOD_NOT_ALLOWED, "the resource does not support this method")
+            problem(problem::METHOD_NOT_ALLOWED, "the resource does not support this method")
         })
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(middleware::from_fn_with_state(requests, limited))
+        .layer(middleware::from_fn_with_state(layers.body_timeout, with_whole_body));
+    observed_by(routes, layers)
+}
+
+/// The routes of connections beyond the limit: each request is answered with 503.
+pub(crate) fn overloaded() -> Router {
+    Router::new().fallback(async || ([(header::CONNECTION, "close")], too_many("connections")))
+}
+
+/// Adds the span, the metric and the id of each request. A panic is answered with 500.
+pub(crate) fn observed_by(routes: Router, layers: &Layers) -> Router {
+    let routes = routes
         .layer(CatchPanicLayer::custom(|_| internal_error().into_response()))
-        .layer(middleware::from_fn_with_state(Observer { metrics, trust_trace_context }, observed))
-        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
-        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+        .layer(middleware::from_fn_with_state(layers.clone(), observed));
+    identified(routes, layers.draining.clone())
 }
 
-/// A problem document. The title is the status' name; `detail` says what the caller can do.
-pub fn problem(status: StatusCode, detail: impl Into<String>) -> ProblemDetails {
-    ProblemDetails::from_status_code(status).with_detail(detail)
+/// Gives every request an id: that of the caller, if it is usable, or a new one. The answer carries
+/// it in `x-request-id`, and every log line of the request in its span. While the process drains,
+/// answers also ask callers to close the connection.
+pub(crate) fn identified(routes: Router, draining: CancellationToken) -> Router {
+    routes.layer(middleware::from_fn_with_state(draining, identify))
 }
 
-/// The answer to a request that failed because of a bug. The caller of this function logs the
-/// cause; the answer does not show it.
-pub fn internal_error() -> ProblemDetails {
-    problem(StatusCode::INTERNAL_SERVER_ERROR, "internal error; retry the request (use an Idempotency-Key)")
+#[derive(Clone)]
+struct RequestId(HeaderValue);
+
+async fn identify(State(draining): State<CancellationToken>, mut request: Request, next: Next) -> Response {
+    let id = request_id(request.headers());
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let mut response = next.run(request).await;
+    response.headers_mut().insert(REQUEST_ID, id);
+    if draining.is_cancelled() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
-/// A request failed because the database refused a statement or did not answer. Answers 503 with
-/// `Retry-After`.
-#[derive(Debug, thiserror::Error)]
-#[error("the database does not answer")]
-pub struct Unavailable(#[from] sqlx::Error);
-
-impl IntoResponse for Unavailable {
-    /// Logs the cause. The message of a database error may quote values, so only its code is
-    /// logged.
-    fn into_response(self) -> Response {
-        database::report(&self.0);
-        match self.0 {
-            sqlx::Error::Database(error) => {
-                tracing::error!(code = error.code().as_deref(), "the database refused a statement");
-            }
-            error => tracing::error!(%error, "the database does not answer"),
-        }
-        let problem = problem(StatusCode::SERVICE_UNAVAILABLE, "the database does not answer; retry the request");
-        ([(header::RETRY_AFTER, HeaderValue::from_static("1"))], problem).into_response()
+/// The caller's id if it is one line of 1 to 128 visible ASCII characters: it is written to the
+/// log.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let mut lines = headers.get_all(REQUEST_ID).into_iter();
+    let usable = |id: &&HeaderValue| {
+        let bytes = id.as_bytes();
+        (1..=REQUEST_ID_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    match (lines.next().filter(usable), lines.next()) {
+        (Some(id), None) => id.clone(),
+        _ => HeaderValue::try_from(Uuid::new_v4().to_string()).expect("a UUID is a valid header"),
     }
 }
 
-/// Turns an axum rejection into a problem document whose detail names the field and the rule.
-pub trait IntoProblem {
-    fn into_problem(self) -> ProblemDetails;
-}
-
-impl IntoProblem for JsonRejection {
-    fn into_problem(self) -> ProblemDetails {
-        let detail = match self.status() {
-            StatusCode::UNSUPPORTED_MEDIA_TYPE => "send the body with content-type: application/json".to_owned(),
-            StatusCode::PAYLOAD_TOO_LARGE => format!("the body may have at most {BODY_LIMIT} bytes"),
-            StatusCode::BAD_REQUEST => format!("the body is not JSON: {}", cause(&self.body_text())),
-            _ => format!("the body does not have the required form: {}", cause(&self.body_text())),
-        };
-        problem(self.status(), detail)
-    }
-}
-
-/// axum's message without its first words, which name our Rust types.
-fn cause(text: &str) -> &str {
-    text.split_once(": ").map_or(text, |(_, cause)| cause)
-}
-
-impl IntoProblem for PathRejection {
-    fn into_problem(self) -> ProblemDetails {
-        problem(StatusCode::NOT_FOUND, "no such resource: the id in the path is not a UUID")
-    }
-}
-
-impl IntoProblem for QueryRejection {
-    fn into_problem(self) -> ProblemDetails {
-        problem(StatusCode::BAD_REQUEST, self.body_text())
-    }
-}
-
-/// The span, the metric and the time limit of a request. A request that exceeds the limit may have
-/// taken effect, as after any lost answer. With an `Idempotency-Key` it is safe to retry.
-async fn observed(State(observer): State<Observer>, request: Request, next: Next) -> Response {
+/// The span and the metric of a request.
+async fn observed(State(layers): State<Layers>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("none", MatchedPath::as_str).to_owned(); // never the path, which contains what users type
@@ -115,16 +114,18 @@ async fn observed(State(observer): State<Observer>, request: Request, next: Next
     // create series.
     let known = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::HEAD, Method::OPTIONS];
     let method = known.iter().find(|known| *known == request.method()).map_or("other", Method::as_str).to_owned();
+    let id = request.extensions().get::<RequestId>().and_then(|RequestId(id)| id.to_str().ok()).unwrap_or_default();
     let span = tracing::error_span!(
         "request",
         "otel.kind" = "server",
         http.request.method = %method,
         http.route = %route,
         http.response.status_code = Empty,
+        request.id = %id,
         trace.id = Empty,
     );
     let caller = trace_context(request.headers());
-    if observer.trust_trace_context {
+    if layers.trust_trace_context {
         telemetry::continue_from(&span, &caller);
     } else {
         // Text that a stranger chose must not reach the outbox, where it would be kept with the
@@ -132,26 +133,78 @@ async fn observed(State(observer): State<Observer>, request: Request, next: Next
         telemetry::continue_from(&span, &TraceContext::default());
         telemetry::link(&span, &TraceContext { tracestate: None, ..caller });
     }
-    let response = timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await.unwrap_or_else(|_| {
-        problem(StatusCode::SERVICE_UNAVAILABLE, "the request took too long; retry it").into_response()
-    });
+    let response = next.run(request).instrument(span.clone()).await;
     let status = response.status().as_u16();
     span.record("http.response.status_code", status);
     span.in_scope(|| tracing::debug!("request answered"));
     let labels = RequestLabels { method, route, status };
-    observer.metrics.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
+    layers.metrics.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
     response
-}
-
-/// What [`observed`] needs.
-#[derive(Clone)]
-struct Observer {
-    metrics: Metrics,
-    /// The setting TRUST_TRACE_CONTEXT.
-    trust_trace_context: bool,
 }
 
 fn trace_context(headers: &HeaderMap) -> TraceContext {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     TraceContext { traceparent: text("traceparent"), tracestate: text("tracestate") }
+}
+
+/// Reads the whole body before the request is handled. A slow caller occupies its connection, and
+/// none of the places for requests.
+async fn with_whole_body(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let too_large =
+        || problem(problem::BODY_TOO_LARGE, format!("the body may have at most {BODY_LIMIT} bytes")).into_response();
+    if body.size_hint().lower() > BODY_LIMIT as u64 {
+        return too_large();
+    }
+    match timeout(limit, body::to_bytes(body, BODY_LIMIT)).await {
+        Ok(Ok(body)) => next.run(Request::from_parts(parts, Body::from(body))).await,
+        Ok(Err(error)) if std::error::Error::source(&error).is_some_and(|source| source.is::<LengthLimitError>()) => {
+            too_large()
+        }
+        Ok(Err(_)) => {
+            problem(problem::BODY_INCOMPLETE, "the body ended early or is not chunked correctly").into_response()
+        }
+        Err(_) => {
+            let detail = format!("the body did not arrive within {limit:?}; send the request again");
+            ([(header::CONNECTION, "close")], problem(problem::BODY_TOO_SLOW, detail)).into_response()
+        }
+    }
+}
+
+/// Limits how many requests are handled at the same time, and for how long. A request that exceeds
+/// the time may have taken effect, as after any lost answer. With an `Idempotency-Key` it is safe
+/// to retry.
+async fn limited(State(requests): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+    let Ok(_place) = requests.try_acquire() else { return too_many("requests") };
+    let answer = timeout(REQUEST_TIMEOUT, next.run(request)).await;
+    answer.unwrap_or_else(|_| problem(problem::TOOK_TOO_LONG, "the request took too long; retry it").into_response())
+}
+
+fn too_many(what: &str) -> Response {
+    retry_later(problem::OVERLOADED, format!("the service has too many {what}; retry the request"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_keeps_the_id_of_its_caller_unless_it_is_unusable() {
+        let id_of = |lines: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(REQUEST_ID, HeaderValue::from_bytes(line.as_bytes()).unwrap());
+            }
+            request_id(&headers).to_str().unwrap().to_owned()
+        };
+        let longest = "a".repeat(REQUEST_ID_MAX);
+        for usable in ["abc-1", &longest] {
+            assert_eq!(id_of(&[usable]), usable);
+        }
+        assert_eq!(id_of(&[]).len(), 36, "a UUID");
+        assert_eq!(id_of(&["a", "b"]).len(), 36, "a UUID for two lines");
+        for unusable in ["", "a b", "é", &format!("{longest}a")] {
+            assert_eq!(id_of(&[unusable]).len(), 36, "a UUID for {unusable:?}");
+        }
+    }
 }

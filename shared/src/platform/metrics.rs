@@ -61,6 +61,10 @@ pub type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
     pub http_requests: Histograms<RequestLabels>,
+    pub http_connections_refused: Counter,
+    pub trace_spans_ended: Counter,
+    pub trace_spans_exported: Counter,
+    pub trace_exports_failed: Counter,
     pub events_consumed: Family<ConsumedLabels, Counter>,
     pub event_age: Histograms<GroupLabels>,
     pub consumer_retries: Family<GroupLabels, Counter>,
@@ -83,6 +87,10 @@ impl Default for Metrics {
         let metrics = Self {
             registry: Arc::default(),
             http_requests: Family::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS)),
+            http_connections_refused: Counter::default(),
+            trace_spans_ended: Counter::default(),
+            trace_spans_exported: Counter::default(),
+            trace_exports_failed: Counter::default(),
             events_consumed: Family::default(),
             event_age: Family::new_with_constructor(|| Histogram::new(AGE_BUCKETS)),
             consumer_retries: Family::default(),
@@ -100,6 +108,11 @@ impl Default for Metrics {
             relay_rounds: Family::default(),
         };
         metrics.register("http_request_duration_seconds", "Time to answer a request", &metrics.http_requests);
+        metrics.register(
+            "http_connections_refused",
+            "Connections to the public port beyond HTTP_CONNECTIONS",
+            &metrics.http_connections_refused,
+        );
         metrics.register(
             "events_consumed",
             "Records that a consumer group finished, by outcome",
@@ -122,12 +135,23 @@ impl Default for Metrics {
             &metrics.consumer_breaker_open,
         );
         metrics.register("dead_letters_open", "Dead letters that are not settled yet", &metrics.dead_letters_open);
+        metrics.register_traces();
         metrics.register_outbox();
         metrics
     }
 }
 
 impl Metrics {
+    fn register_traces(&self) {
+        self.register("trace_spans_ended", "Spans that should be exported to the collector", &self.trace_spans_ended);
+        self.register("trace_spans_exported", "Spans that the collector has accepted", &self.trace_spans_exported);
+        self.register(
+            "trace_exports_failed",
+            "Batches of spans that the collector did not accept",
+            &self.trace_exports_failed,
+        );
+    }
+
     /// The metrics of a service that has an outbox.
     fn register_outbox(&self) {
         self.register("outbox_rows", "Outbox rows that are not published yet", &self.outbox_rows);

@@ -1,7 +1,13 @@
 //! What any process needs, whether it handles events or not.
 
-pub mod database;
-pub mod health;
-pub mod http;
+pub mod settings;
+pub mod secret;
 pub mod metrics;
+mod traces;
 pub mod telemetry;
+pub mod health;
+pub mod database;
+pub mod problem;
+pub mod preconditions;
+pub mod http;
+pub mod server;

@@ -9,7 +9,6 @@ use clap::{Args, ValueEnum};
 use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{TraceContextExt, TraceId, TracerProvider};
 use opentelemetry::{Context, KeyValue};
-use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
@@ -18,6 +17,8 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
+use super::metrics::Metrics;
+use super::traces;
 use crate::events::Envelope;
 
 /// The modules that log each handled event at the level debug.
@@ -43,7 +44,7 @@ pub struct TelemetryConfig {
     pub log_format: LogFormat,
     /// The collector for traces, by OTLP over gRPC, for example http://localhost:4317. Without it
     /// traces are dropped.
-    #[arg(long, env)]
+    #[arg(long, env, hide_env_values = true)]
     pub otel_exporter_otlp_endpoint: Option<String>,
 }
 
@@ -88,16 +89,15 @@ impl TraceContext {
 ///
 /// # Errors
 /// The OTLP endpoint is not a URL, or RUST_LOG is not a valid filter.
-pub(crate) fn init(service: &'static str, config: &TelemetryConfig) -> anyhow::Result<SdkTracerProvider> {
+pub(crate) fn init(
+    service: &'static str,
+    config: &TelemetryConfig,
+    metrics: &Metrics,
+) -> anyhow::Result<SdkTracerProvider> {
     let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
     let mut provider = SdkTracerProvider::builder().with_resource(resource);
     if let Some(endpoint) = &config.otel_exporter_otlp_endpoint {
-        let exporter = SpanExporter::builder()
-            .with_tonic()
-            .with_endpoint(endpoint)
-            .build()
-            .context("OTEL_EXPORTER_OTLP_ENDPOINT is not a URL such as http://localhost:4317")?;
-        provider = provider.with_batch_exporter(exporter);
+        provider = provider.with_span_processor(traces::processor(endpoint, metrics)?);
     }
     let provider = provider.build();
     let filter = config.filter(service)?;

@@ -1,10 +1,13 @@
 //! The settings of every service. Doc comments are the manual: `--help` prints them.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use clap::Args;
 
 use crate::messaging::{BreakerConfig, KafkaConfig};
+use crate::platform::server::HttpConfig;
+use crate::platform::settings::number;
 use crate::platform::telemetry::TelemetryConfig;
 
 /// Settings that every service has. Each can be given as a flag or as an environment variable.
@@ -14,13 +17,42 @@ pub struct ServiceConfig {
     #[arg(long, env, default_value = "127.0.0.1:9080")]
     pub admin_addr: SocketAddr,
     #[command(flatten)]
+    pub http: HttpConfig,
+    /// How long the process keeps serving after SIGTERM, in milliseconds. From then on /readyz
+    /// answers 503. It must be longer than a load balancer needs to notice that and to stop sending
+    /// requests. 0 if there is no load balancer.
+    #[arg(long, env, default_value_t = 3_000, value_parser = number::<u64>(0..=600_000))]
+    pub drain_ms: u64,
+    /// How long tasks may take to finish their work in progress after that, in milliseconds. The
+    /// process then exits without them. A supervisor must wait two seconds longer than DRAIN_MS and
+    /// SHUTDOWN_MS together before it kills the process.
+    #[arg(long, env, default_value_t = 8_000, value_parser = number::<u64>(1_000..=900_000))]
+    pub shutdown_ms: u64,
+    #[command(flatten)]
     pub telemetry: TelemetryConfig,
     /// Consumers per consumer group in this process. Consumers beyond the topic's partition count
     /// stay idle.
-    #[arg(long, env, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, env, default_value_t = 1, value_parser = number::<u16>(1..=64))]
     pub consumers: u16,
     #[command(flatten)]
     pub breaker: BreakerConfig,
     #[command(flatten)]
     pub kafka: KafkaConfig,
+}
+
+impl ServiceConfig {
+    /// # Errors
+    /// Two settings contradict each other.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.http.check()?;
+        self.breaker.check()
+    }
+
+    pub(crate) fn drain(&self) -> Duration {
+        Duration::from_millis(self.drain_ms)
+    }
+
+    pub(crate) fn shutdown(&self) -> Duration {
+        Duration::from_millis(self.shutdown_ms)
+    }
 }

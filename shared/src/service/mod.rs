@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use anyhow::Context;
 use axum::Router;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use prometheus_client::metrics::counter::Counter;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnectOptions;
@@ -20,23 +21,28 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Duration, timeout};
+use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
 use crate::messaging::{self, Consumer, ConsumerSetup, Handler, Relay, RelayConfig, Wake};
 use crate::platform::health::{self, Health};
+use crate::platform::http::Layers;
 use crate::platform::metrics::Metrics;
+use crate::platform::server::Server;
 use crate::platform::{database, http, telemetry};
 
-/// How long tasks may take to finish their work in progress after a stop signal. Container
-/// platforms allow 10 s in total.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
+/// Connections to the admin port: those of probes, of a collector of metrics, and of people.
+const ADMIN_CONNECTIONS: usize = 64;
+/// How much earlier than SHUTDOWN_MS a port closes the connections whose request is not answered.
+const CLOSE_BEFORE_SHUTDOWN: Duration = Duration::from_millis(500);
 /// How long the export of the last spans may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// The component of `/readyz` that waits until `main` has started all tasks, including the public
 /// port.
 const START: &str = "start";
+/// The component of `/readyz` that waits for the end of the process.
+const STOP: &str = "stop";
 
 /// A running process and its tasks.
 pub struct Service {
@@ -44,6 +50,9 @@ pub struct Service {
     config: ServiceConfig,
     health: Health,
     metrics: Metrics,
+    /// Cancelled by SIGTERM. The process is not ready any more, and still serves.
+    draining: CancellationToken,
+    /// Cancelled when the process stops.
     stop: CancellationToken,
     /// Changes with each SIGUSR1.
     resumed: watch::Sender<()>,
@@ -63,21 +72,28 @@ impl Service {
     /// Installs telemetry and opens the admin port.
     ///
     /// # Errors
-    /// The admin port is in use, or a telemetry setting is invalid.
+    /// The admin port is in use, a telemetry setting is invalid, or two settings contradict each
+    /// other.
     pub async fn start(name: &'static str, config: &ServiceConfig) -> anyhow::Result<Self> {
-        let traces = telemetry::init(name, &config.telemetry)?;
+        config.check()?;
+        let metrics = Metrics::default();
+        let traces = telemetry::init(name, &config.telemetry, &metrics)?;
         let mut service = Self {
             name,
             config: config.clone(),
             health: Health::default(),
-            metrics: Metrics::default(),
+            metrics,
+            draining: CancellationToken::new(),
             stop: CancellationToken::new(),
             resumed: watch::Sender::new(()),
             tasks: JoinSet::new(),
             traces,
         };
         service.health.waiting(START, "all tasks of the process to start");
-        let admin = health::router(service.health.clone(), service.metrics.clone());
+        let routes = health::router(service.health.clone(), service.metrics.clone());
+        let routes = http::identified(routes, service.draining.clone());
+        let overloaded = http::identified(http::overloaded(), service.draining.clone());
+        let admin = service.server(routes, overloaded, ADMIN_CONNECTIONS, Counter::default());
         service.listen("ADMIN_ADDR", config.admin_addr, admin).await?;
         service.watch_signals()?;
         Ok(service)
@@ -160,8 +176,30 @@ impl Service {
     /// # Errors
     /// The port is in use.
     pub async fn http(&mut self, addr: SocketAddr, routes: Router) -> anyhow::Result<()> {
-        let routes = http::layered(routes, self.metrics.clone(), self.config.telemetry.trust_trace_context);
-        self.listen("HTTP_ADDR", addr, routes).await
+        let limits = &self.config.http;
+        let layers = Layers {
+            metrics: self.metrics.clone(),
+            trust_trace_context: self.config.telemetry.trust_trace_context,
+            body_timeout: limits.read_timeout(),
+            requests: limits.http_requests as usize,
+            draining: self.draining.clone(),
+        };
+        let connections = limits.http_connections as usize;
+        let routes = http::layered(routes, &layers);
+        let overloaded = http::observed_by(http::overloaded(), &layers);
+        let server = self.server(routes, overloaded, connections, self.metrics.http_connections_refused.clone());
+        self.listen("HTTP_ADDR", addr, server).await
+    }
+
+    fn server(&self, routes: Router, overloaded: Router, connections: usize, refused: Counter) -> Server {
+        Server {
+            routes,
+            overloaded,
+            connections,
+            read_timeout: self.config.http.read_timeout(),
+            shutdown: self.config.shutdown() - CLOSE_BEFORE_SHUTDOWN,
+            refused,
+        }
     }
 
     /// Runs a task of the service. The task is cancelled when the process stops; it must not end
@@ -197,8 +235,8 @@ impl Service {
         self.health.clone()
     }
 
-    /// Runs until SIGTERM, SIGINT or the end of a task. Then waits until every task has finished
-    /// its work in progress.
+    /// Runs until a stop signal or the end of a task. Then waits until every task has finished its
+    /// work in progress, for at most SHUTDOWN_MS.
     ///
     /// # Errors
     /// A task failed or ended early. The process then exits with a non-zero status, and its
@@ -213,7 +251,7 @@ impl Service {
         }
         let early = early.filter(|_| !self.stop.is_cancelled());
         self.stop.cancel();
-        let drained = timeout(SHUTDOWN_TIMEOUT, async { while self.tasks.join_next().await.is_some() {} }).await;
+        let drained = timeout(self.config.shutdown(), async { while self.tasks.join_next().await.is_some() {} }).await;
         // A collector that does not answer must not delay the exit.
         let _ = self.traces.shutdown_with_timeout(FLUSH_TIMEOUT);
         let result = match early {
@@ -241,37 +279,46 @@ impl Service {
         self.tasks.spawn_blocking(move || (name, task()));
     }
 
-    async fn listen(&mut self, setting: &str, addr: SocketAddr, routes: Router) -> anyhow::Result<()> {
+    async fn listen(&mut self, setting: &str, addr: SocketAddr, server: Server) -> anyhow::Result<()> {
         let listener = TcpListener::bind(addr)
             .await
             .with_context(|| format!("cannot listen on {addr}: set {setting} to a free address"))?;
-        let stop = self.stop.clone();
-        self.spawn_draining(setting, async move {
-            axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await?;
-            Ok(())
-        });
+        self.spawn_draining(setting, server.run(listener, self.stop.clone()));
         Ok(())
     }
 
-    /// SIGTERM and SIGINT stop the process. SIGUSR1 resumes the consumers whose breaker is open. It
-    /// never ends a process, not even one without consumers.
+    /// SIGTERM stops the process after DRAIN_MS, a second signal or SIGINT at once. SIGUSR1 resumes
+    /// the consumers whose breaker is open. It never ends a process, not even one without
+    /// consumers.
     fn watch_signals(&mut self) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut resume = signal(SignalKind::user_defined1())?;
         let stop = self.stop.clone();
+        let draining = self.draining.clone();
+        let health = self.health.clone();
         let resumed = self.resumed.clone();
+        let drain = self.config.drain();
         self.spawn_draining("signals", async move {
             loop {
                 tokio::select! {
                     _ = terminate.recv() => break,
-                    _ = interrupt.recv() => break,
-                    () = stop.cancelled() => break,
+                    _ = interrupt.recv() => stop.cancel(),
+                    () = stop.cancelled() => return Ok(()),
                     _ = resume.recv() => {
                         tracing::info!("SIGUSR1: resuming the consumers whose breaker is open");
                         resumed.send_replace(());
                     }
                 }
+            }
+            tracing::info!(drain_ms = drain.as_millis(), "SIGTERM: not ready any more, and stopping soon");
+            health.waiting(STOP, "the process to stop");
+            draining.cancel();
+            tokio::select! {
+                () = sleep(drain) => {}
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                () = stop.cancelled() => {}
             }
             stop.cancel();
             Ok(())

@@ -149,6 +149,12 @@ impl Processes {
         self.process(service).resume_consumers();
     }
 
+    /// SIGTERM, without waiting for the end.
+    pub fn terminate(&mut self, service: Service) {
+        self.stopped.insert(service.name);
+        self.process(service).terminate();
+    }
+
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self, service: Service) {
         self.stopped.insert(service.name);

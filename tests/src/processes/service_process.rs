@@ -61,6 +61,11 @@ impl ServiceProcess {
         self.running.until_ready().await.unwrap();
     }
 
+    /// SIGTERM, without waiting for the end.
+    pub fn terminate(&mut self) {
+        self.running.process.signal_terminate();
+    }
+
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self) {
         self.running.stop().await;

@@ -54,4 +54,16 @@ async fn analytics_counts_registrations_per_hour_and_per_day_within_a_range() {
         assert_eq!(answer.status.as_u16(), 400, "{malformed}: {answer:?}");
         assert_eq!(answer.content_type.as_deref(), Some("application/problem+json"), "{malformed}: {answer:?}");
     }
+    // In UTC the first three are in the years 10000 and 0.
+    for time in ["9999-12-31T23:59:59.9999999-05:00", "0001-01-01T00:00:00%2B01:00", "0000-06-01T00:00:00Z", "x", ""] {
+        for field in ["from", "to"] {
+            let answer =
+                system.users.get(ANALYTICS, &format!("/registrations?bucket=day&{field}={time}")).await.unwrap();
+            assert_eq!(answer.status.as_u16(), 400, "{field}={time}: {answer:?}");
+            let detail = answer.body["detail"].as_str().unwrap();
+            assert!(detail.starts_with(&format!("{field}: ")), "{field}={time}: {detail}");
+        }
+    }
+    let widest = "bucket=day&from=0001-01-01T00:00:00Z&to=9999-12-31T23:59:59.9999999Z";
+    assert_eq!(query_registrations(&system, widest).await, buckets(&days));
 }

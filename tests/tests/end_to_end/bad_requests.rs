@@ -71,6 +71,10 @@ impl Requests {
             ("address that is not ASCII", self.register("ädä@example.com", "Ada")),
             ("address taken", self.register(&self.own_address, "Ada")),
             ("key too long", self.register("eve@example.com", "Eve").header("idempotency-key", "k".repeat(256))),
+            (
+                "two keys",
+                self.register("eve@example.com", "Eve").header("idempotency-key", "a").header("idempotency-key", "b"),
+            ),
             ("key reused", self.register("eve@example.com", "Eve").header("idempotency-key", "used")),
         ]
     }
@@ -89,6 +93,9 @@ impl Requests {
             ("erasure of a stale version", stale(self.request(Method::DELETE, &known))),
             ("change to a taken address", self.change_email(&self.other_address)),
             ("malformed If-Match", self.rename(&known).header("if-match", "1")),
+            ("rename of a version that the caller excludes", self.rename(&known).header("if-none-match", "*")),
+            ("registration with If-Match", self.register("eve@example.com", "Eve").header("if-match", "*")),
+            ("read of a stale version", stale(self.request(Method::GET, &known))),
             ("method not allowed", self.request(Method::PUT, &known)),
             ("unknown path", self.request(Method::GET, "/accounts")),
         ]

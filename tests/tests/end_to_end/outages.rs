@@ -175,6 +175,12 @@ async fn every_service_stays_ready_for_its_own_requests_while_kafka_is_down() {
         };
         eventually(&format!("/status of {} names Kafka", service.name), waits_for_kafka).await;
     }
+    assert_eq!(system.users.post(&address(), None).await.unwrap().status, StatusCode::CREATED);
+    eventually("/status of user names the relay", async || {
+        let (ok, body) = system.processes.status(USER).await?;
+        (!ok && body["waiting_for"]["outbox relay"].as_str()?.contains("to publish events")).then_some(())
+    })
+    .await;
     for service in SERVICES {
         assert_eq!(system.processes.admin(service).is_ready().await, Some(true), "{}", service.name);
     }

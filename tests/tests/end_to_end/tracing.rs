@@ -10,7 +10,7 @@ use tests::otlp::{Otlp, Span};
 use tests::record::Record;
 use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE};
 use tests::users::address;
-use tests::{System, eventually_eq};
+use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
 
@@ -178,6 +178,30 @@ async fn a_malformed_traceparent_is_ignored() {
         let what = format!("the spans of the trace that was started for {traceparent}");
         eventually_eq(&what, spans_of_a_registration("no parent"), spans).await;
     }
+}
+
+/// A collector that accepts connections and answers nothing. The service says once that traces are
+/// lost, counts every batch, and works as usual.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_does_not_answer_is_reported_once_and_counted() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut system = System::empty().await;
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    system.processes.set("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint);
+    system.processes.set("OTEL_EXPORTER_OTLP_TIMEOUT", "200");
+    system.processes.set("OTEL_BSP_SCHEDULE_DELAY", "100");
+    system.processes.start(&[USER]).await;
+    let metric = async |name: &str| system.processes.metric(USER, name, &[]).await.unwrap_or(0.0);
+    eventually("three batches were lost", async || {
+        system.users.register().await;
+        (metric("trace_exports_failed_total").await >= 3.0).then_some(())
+    })
+    .await;
+    assert_eq!(metric("trace_spans_exported_total").await, 0.0);
+    assert!(metric("trace_spans_ended_total").await >= 3.0);
+    let log = system.processes.log(USER);
+    let reports = log.lines().filter(|line| line.contains("the collector does not accept traces")).count();
+    assert_eq!(reports, 1, "{log}");
 }
 
 /// The content of the log line about a handled event.

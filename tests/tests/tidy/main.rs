@@ -6,6 +6,8 @@
 
 mod declared;
 mod imports;
+mod problems;
+mod settings;
 mod tree;
 
 use std::path::PathBuf;

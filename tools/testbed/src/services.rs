@@ -64,6 +64,8 @@ impl Instance {
         let mut command = process::command(programs.join(name));
         command.env("HTTP_ADDR", format!("127.0.0.1:{}", self.http));
         command.env("ADMIN_ADDR", format!("127.0.0.1:{}", self.admin));
+        // No load balancer is in front of the service.
+        command.env("DRAIN_MS", "0");
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         if logs.on_terminal() && std::env::var_os("LOG_FORMAT").is_none() {
             command.env("LOG_FORMAT", "pretty");

@@ -19,7 +19,6 @@ pub use options::Rebuild;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use secrecy::{ExposeSecret, SecretString};
 use shared::events::mint_id;
 use shared::fault;
 use shared::messaging::KafkaConfig;
@@ -48,13 +47,12 @@ const SWAP_ATTEMPTS: u32 = 10;
 /// can swap. Later writes go to a schema that no process reads, or that was dropped.
 pub async fn run(
     kafka: &KafkaConfig,
-    database_url: &SecretString,
+    database_url: &str,
     migrations: &Migrator,
     options: &Rebuild,
 ) -> anyhow::Result<()> {
-    let url = database_url.expose_secret();
     let server: PgConnectOptions =
-        url.parse().context("the database URL is not postgres://user:password@host:port/name")?;
+        database_url.parse().context("the database URL is not postgres://user:password@host:port/name")?;
     let mut live = lock(&server).await?;
     let schema = create_schema(&mut live, &server, migrations).await?;
     print_line(&format!("rebuilding in the schema {schema}"));

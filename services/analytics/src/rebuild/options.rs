@@ -1,5 +1,7 @@
 //! The options of `analytics rebuild`, and its output.
 
+use shared::platform::settings::number;
+
 /// The subcommand `rebuild`.
 #[derive(clap::Args, Clone)]
 pub struct Rebuild {
@@ -11,7 +13,7 @@ pub struct Rebuild {
     #[arg(long)]
     pub accept_lost_history: bool,
     /// How long to wait until the running service has read as far as the rebuild, in seconds.
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = number::<u64>(0..=86_400))]
     pub wait_seconds: u64,
 }
 

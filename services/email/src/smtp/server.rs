@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::ValueEnum;
@@ -12,7 +12,8 @@ use lettre::Address;
 use lettre::message::Mailbox;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
-use secrecy::{ExposeSecret, SecretString};
+use shared::platform::secret::{OptionalSecret, Secret, SecretSetting};
+use shared::platform::settings::number;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -30,7 +31,7 @@ pub struct SmtpConfig {
     #[arg(long, env, default_value = "localhost")]
     smtp_host: String,
     /// Port of the mail server. Usually 587 with `starttls`, 465 with `implicit`, 25 with `none`.
-    #[arg(long, env, default_value_t = 1025, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env, default_value_t = 1025, value_parser = number::<u16>(1..=65_535))]
     smtp_port: u16,
     /// How the connection is encrypted. With `starttls` and `implicit` the server's certificate must
     /// be valid for SMTP_HOST, and no mail is sent without encryption.
@@ -41,14 +42,21 @@ pub struct SmtpConfig {
     #[arg(long, env)]
     smtp_ca_file: Option<PathBuf>,
     /// User name, if the server requires a login (AUTH PLAIN or LOGIN).
-    #[arg(long, env, requires = "smtp_password")]
+    #[arg(long, env)]
     smtp_user: Option<String>,
-    /// Password of SMTP_USER.
-    #[arg(long, env, hide_env_values = true, requires = "smtp_user")]
-    smtp_password: Option<SecretString>,
+    #[command(flatten)]
+    smtp_password: OptionalSecret<SmtpPassword>,
     /// Sender of the mails. Its domain is also the domain of the Message-IDs.
     #[arg(long, env, default_value = "Waybill <waybill@waybill.example>")]
     pub mail_from: Mailbox,
+}
+
+#[derive(Clone)]
+pub struct SmtpPassword;
+
+impl SecretSetting for SmtpPassword {
+    const NAME: &'static str = "SMTP_PASSWORD";
+    const HELP: &'static str = "Password of SMTP_USER.";
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -70,7 +78,7 @@ pub struct Server {
 
 struct Login {
     user: String,
-    password: SecretString,
+    password: Secret<SmtpPassword>,
 }
 
 struct Tls {
@@ -84,10 +92,15 @@ impl Server {
     /// Reads the certificates.
     ///
     /// # Errors
-    /// SMTP_CA_FILE cannot be read, or SMTP_HOST cannot be the name in a certificate.
+    /// SMTP_CA_FILE cannot be read, SMTP_HOST cannot be the name in a certificate, or one of
+    /// SMTP_USER and SMTP_PASSWORD is missing.
     pub fn new(config: &SmtpConfig) -> anyhow::Result<Self> {
-        let login = config.smtp_user.clone().zip(config.smtp_password.clone());
-        let login = login.map(|(user, password)| Login { user, password });
+        let login = match (&config.smtp_user, config.smtp_password.get()) {
+            (Some(user), Some(password)) => Some(Login { user: user.clone(), password: password.clone() }),
+            (Some(_), None) => bail!("SMTP_USER is set: set SMTP_PASSWORD or SMTP_PASSWORD_FILE too"),
+            (None, Some(_)) => bail!("SMTP_PASSWORD is set: set SMTP_USER too"),
+            (None, None) => None,
+        };
         let tls = match config.smtp_tls {
             SmtpTls::None => None,
             tls => Some(Tls::new(config, tls == SmtpTls::Implicit)?),
@@ -157,7 +170,7 @@ impl Server {
 impl Login {
     /// RFC 4616 and the older LOGIN. The first one that the server offers is used.
     async fn authenticate(&self, session: &mut Session, extensions: &Extensions) -> Result<(), Failure> {
-        let password = self.password.expose_secret();
+        let password = self.password.expose();
         if extensions.auth_plain {
             let credentials = STANDARD.encode(format!("\0{}\0{password}", self.user));
             session.command(&format!("AUTH PLAIN {credentials}")).await?;

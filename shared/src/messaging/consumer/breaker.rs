@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 use anyhow::ensure;
 use clap::Args;
 
+use crate::platform::settings::number;
+
 /// When a consumer pauses because it rejects too many records; see `docs/operations.md`.
 #[derive(Args, Clone, Debug)]
 pub struct BreakerConfig {
@@ -15,17 +17,32 @@ pub struct BreakerConfig {
     #[arg(long, env, default_value_t = 0.5, value_parser = share)]
     pub breaker_share: f64,
     /// How many of the last records are considered.
-    #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env, default_value_t = 200, value_parser = number::<u16>(1..=10_000))]
     pub breaker_window: u16,
     /// Rejections required before it pauses, so that a few bad records on a quiet topic do not trip
     /// it. At most BREAKER_WINDOW.
-    #[arg(long, env, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env, default_value_t = 50, value_parser = number::<u16>(1..=10_000))]
     pub breaker_minimum: u16,
 }
 
 fn share(text: &str) -> Result<f64, &'static str> {
-    let share: f64 = text.parse().map_err(|_| "not a number")?;
-    if share > 0.0 && share <= 1.0 { Ok(share) } else { Err("a share is above 0 and at most 1, for example 0.5") }
+    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or("it must be a number above 0 and at most 1, for example 0.5")
+}
+
+impl BreakerConfig {
+    /// # Errors
+    /// The settings contradict each other: the breaker could never open.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.breaker_minimum <= self.breaker_window,
+            "BREAKER_MINIMUM is {} but BREAKER_WINDOW is only {}, so the breaker would never open: lower BREAKER_MINIMUM, or \
+             switch the breaker off with BREAKER_SHARE=1",
+            self.breaker_minimum,
+            self.breaker_window
+        );
+        Ok(())
+    }
 }
 
 /// Which of the last records of one consumer were rejected. It starts empty, so a process that is
@@ -38,17 +55,8 @@ pub(super) struct Breaker {
 }
 
 impl Breaker {
-    /// # Errors
-    /// The settings contradict each other: the breaker could never open.
-    pub fn new(rules: &BreakerConfig) -> anyhow::Result<Self> {
-        ensure!(
-            rules.breaker_minimum <= rules.breaker_window,
-            "BREAKER_MINIMUM is {} but BREAKER_WINDOW is only {}, so the breaker would never open: lower BREAKER_MINIMUM, or \
-             switch the breaker off with BREAKER_SHARE=1",
-            rules.breaker_minimum,
-            rules.breaker_window
-        );
-        Ok(Self { rules: rules.clone(), window: VecDeque::new(), rejected: 0 })
+    pub fn new(rules: &BreakerConfig) -> Self {
+        Self { rules: rules.clone(), window: VecDeque::new(), rejected: 0 }
     }
 
     /// A record was handled or skipped.
@@ -95,7 +103,7 @@ mod tests {
 
     fn breaker(share: f64, window: u16, minimum: u16) -> Breaker {
         let rules = BreakerConfig { breaker_share: share, breaker_window: window, breaker_minimum: minimum };
-        Breaker::new(&rules).unwrap()
+        Breaker::new(&rules)
     }
 
     fn after(mut breaker: Breaker, records: impl IntoIterator<Item = bool>) -> Breaker {
@@ -145,7 +153,7 @@ mod tests {
     #[test]
     fn settings_with_which_the_breaker_could_never_open_are_an_error() {
         let rules = BreakerConfig { breaker_share: 0.5, breaker_window: 5, breaker_minimum: 6 };
-        let error = Breaker::new(&rules).err().unwrap().to_string();
+        let error = rules.check().unwrap_err().to_string();
         assert!(error.contains("BREAKER_MINIMUM") && error.contains("BREAKER_SHARE=1"), "{error}");
     }
 

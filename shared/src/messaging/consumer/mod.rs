@@ -59,7 +59,7 @@ impl<H: Handler> Consumer<H> {
     /// differs from its declaration.
     pub fn run(setup: ConsumerSetup<H>) -> anyhow::Result<()> {
         let runtime = Runtime::current();
-        let breaker = Breaker::new(&setup.breaker)?;
+        let breaker = Breaker::new(&setup.breaker);
         let dead_letters = DeadLetterWriter::new(&setup.kafka, H::GROUP, H::Event::TOPIC.kind)?;
         let topics = setup.stop.run_until_cancelled(setup.prepare_topics(&dead_letters));
         let Some(prepared) = runtime.block_on(topics) else { return Ok(()) };

@@ -127,6 +127,11 @@ impl Process {
         self.signal(Signal::SIGSTOP);
     }
 
+    /// Sends SIGTERM.
+    pub fn signal_terminate(&mut self) {
+        self.signal(Signal::SIGTERM);
+    }
+
     /// Sends SIGUSR1, whose meaning depends on the program.
     pub fn signal_user1(&mut self) {
         self.signal(Signal::SIGUSR1);

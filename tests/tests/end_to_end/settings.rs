@@ -1,0 +1,145 @@
+//! Settings that a service refuses, and secrets, which it never shows.
+
+use tests::System;
+use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
+
+/// A setting, a refused value, and its range.
+const OUT_OF_RANGE: [(Service, &str, &str, &str); 26] = [
+    (EMAIL, "--max-age-hours", "99999999", "from 1 to 87600"),
+    (EMAIL, "--max-age-hours", "4294967295", "from 1 to 87600"),
+    (EMAIL, "--max-age-hours", "0", "from 1 to 87600"),
+    (EMAIL, "--lease-ms", "300000000000000000", "from 1000 to 3600000"),
+    (EMAIL, "--lease-ms", "0", "from 1000 to 3600000"),
+    (EMAIL, "--backoff-ms", "0", "from 10 to 600000"),
+    (EMAIL, "--backoff-ms", "300000000000000000000", "from 10 to 600000"),
+    (EMAIL, "--senders", "0", "from 1 to 64"),
+    (USER, "--heartbeat-interval-ms", "0", "from 100 to 604800000"),
+    (USER, "--heartbeat-interval-ms", "18446744073709551615", "from 100 to 604800000"),
+    (USER, "--outbox-poll-ms", "0", "from 10 to 600000"),
+    (USER, "--drain-ms", "600001", "from 0 to 600000"),
+    (USER, "--drain-ms", "soon", "from 0 to 600000"),
+    (USER, "--shutdown-ms", "0", "from 1000 to 900000"),
+    (USER, "--http-connections", "0", "from 1 to 65536"),
+    (USER, "--http-requests", "4294967296", "from 1 to 65536"),
+    (USER, "--http-read-timeout-ms", "0", "from 100 to 600000"),
+    (CACHE, "--max-waiters", "0", "from 1 to 65535"),
+    (CACHE, "--consumers", "65", "from 1 to 64"),
+    (CACHE, "--handle-timeout-ms", "1", "from 2000 to 600000"),
+    (CACHE, "--kafka-replication-factor", "0", "from 1 to 100"),
+    (ANALYTICS, "--breaker-window", "0", "from 1 to 10000"),
+    (ANALYTICS, "--breaker-minimum", "65536", "from 1 to 10000"),
+    (ANALYTICS, "--breaker-share", "1.5", "above 0 and at most 1"),
+    (ANALYTICS, "--breaker-share", "half", "above 0 and at most 1"),
+    (ANALYTICS, "--breaker-share", "NaN", "above 0 and at most 1"),
+];
+
+/// The error of a program that must not start.
+async fn refused(system: &System, service: Service, arguments: &[&str]) -> String {
+    match system.processes.run(service, arguments).await {
+        Err(error) => error.to_string(),
+        Ok(output) => panic!("{} started with {arguments:?}: {output}", service.name),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_number_out_of_range_is_refused_at_start_with_the_setting_and_the_range() {
+    let system = System::empty().await;
+    for (service, setting, value, range) in OUT_OF_RANGE {
+        let error = refused(&system, service, &[setting, value]).await;
+        assert!(error.contains(setting) && error.contains(range), "{setting} {value}: {error}");
+    }
+    for (service, subcommand, flag, range) in [
+        (EMAIL, "send-held", "--younger-than-hours", "from 1 to 87600"),
+        (ANALYTICS, "rebuild", "--wait-seconds", "from 0 to 86400"),
+    ] {
+        for value in ["99999999", "-1", "4294967296"] {
+            let error = refused(&system, service, &[subcommand, &format!("{flag}={value}")]).await;
+            assert!(error.contains(flag) && error.contains(range), "{flag} {value}: {error}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_that_contradict_each_other_are_refused_at_start() {
+    let system = System::empty().await;
+    for (service, settings, names) in [
+        (USER, ["--http-connections=10", "--http-requests=11"], ["HTTP_CONNECTIONS", "HTTP_REQUESTS"]),
+        (CACHE, ["--http-requests=10", "--max-waiters=10"], ["HTTP_REQUESTS", "MAX_WAITERS"]),
+        (CACHE, ["--breaker-window=10", "--breaker-minimum=11"], ["BREAKER_WINDOW", "BREAKER_MINIMUM"]),
+    ] {
+        let error = refused(&system, service, &settings).await;
+        assert!(names.iter().all(|name| error.contains(name)), "{settings:?}: {error}");
+    }
+}
+
+/// The secrets of every service, by the names of their variables.
+const SECRETS: [(Service, &str); 5] = [
+    (USER, "USER_DATABASE_URL"),
+    (USER, "IDEMPOTENCY_SECRET"),
+    (EMAIL, "EMAIL_DATABASE_URL"),
+    (ANALYTICS, "ANALYTICS_DATABASE_URL"),
+    (CACHE, "VALKEY_URL"),
+];
+
+/// `--help` names each secret and shows no value. `ps` shows flags, so a secret has none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_is_not_in_the_help_and_has_no_flag() {
+    let mut system = System::empty().await;
+    for (_, name) in SECRETS {
+        system.processes.set(name, "redis://user:hunter2-hunter2-hunter2-hunter2@localhost:1/");
+    }
+    for service in SERVICES {
+        for help in [&["--help"][..], &["-h"], &["serve", "--help"], &["healthcheck", "--help"]] {
+            let text = system.processes.run(service, help).await.unwrap();
+            assert!(!text.contains("hunter2"), "{} {help:?}: {text}", service.name);
+        }
+    }
+    for (service, name) in SECRETS {
+        let help = system.processes.run(service, &["--help"]).await.unwrap();
+        assert!(help.contains(name) && help.contains("_FILE"), "{help}");
+        let flag = format!("--{}", name.to_lowercase().replace('_', "-"));
+        let error = refused(&system, service, &[&flag, "hunter3"]).await;
+        assert!(error.contains("unexpected argument"), "{error}");
+    }
+}
+
+/// A secret that cannot be used is named, and not shown.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_error_of_a_malformed_secret_does_not_show_it() {
+    let mut system = System::empty().await;
+    let urls = ["postgres://ada:hunter2@localhost:port/db", "redis://ada:hunter2@localhost:port", "hunter2"];
+    for (service, name) in SECRETS {
+        let usable = system.processes.setting(name).to_owned();
+        let malformed = if name.ends_with("_URL") { &urls[..] } else { &["hunter2"] };
+        for value in malformed {
+            system.processes.set(name, value);
+            let error = refused(&system, service, &[]).await;
+            assert!(!error.contains("hunter2"), "{name}: {error}");
+        }
+        system.processes.set(name, &usable);
+    }
+}
+
+/// A secret comes from a file, too. Both at once are refused, and no error shows a value.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_comes_from_its_variable_or_from_a_file() {
+    let mut system = System::empty().await;
+    let file = system.processes.file("secret");
+    let path = file.to_str().unwrap().to_owned();
+    for (service, name) in [(USER, "USER_DATABASE_URL"), (CACHE, "VALKEY_URL")] {
+        let value = system.processes.setting(name).to_owned();
+        std::fs::write(&file, format!("{value}\n")).unwrap();
+        let from_file = format!("{name}_FILE");
+        system.processes.set(&from_file, &path);
+        let error = refused(&system, service, &[]).await;
+        assert!(error.contains(&format!("both {name} and {name}_FILE are set")) && !error.contains(&value), "{error}");
+        system.processes.start_with(service, &[(name, "")]).await;
+        system.processes.set(&from_file, "");
+        system.processes.set(name, "");
+    }
+    let error = refused(&system, USER, &[]).await;
+    assert!(error.contains("set USER_DATABASE_URL or USER_DATABASE_URL_FILE"), "{error}");
+    system.processes.set("USER_DATABASE_URL_FILE", "/nowhere/secret");
+    let error = refused(&system, USER, &[]).await;
+    assert!(error.contains("USER_DATABASE_URL_FILE") && error.contains("/nowhere/secret"), "{error}");
+}
