@@ -40,6 +40,9 @@ create table deliveries (
     -- When the event that caused the mail happened. Mails of a replayed history are recognised by
     -- it.
     requested_at timestamptz not null,
+    -- That event and its chain, which the events about the mail continue.
+    causationid uuid,
+    correlationid uuid,
     -- The trace of that event, which the mail and its own events continue.
     traceparent text,
     tracestate text,

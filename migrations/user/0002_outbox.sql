@@ -19,6 +19,11 @@ create table outbox (
     -- Null is a tombstone. The limit is below the 1 MiB that a broker accepts, so that a larger
     -- event fails here, where the caller gets the error.
     payload bytea check (octet_length(payload) <= 900000),
+    -- The ids of what directly caused the event and of the command at the beginning of the chain, and
+    -- who gave that command. UUIDs that we make, so no text of a caller is kept with a fact.
+    causationid uuid,
+    correlationid uuid,
+    actor uuid,
     -- W3C trace context of the request that caused the event.
     traceparent text,
     tracestate text,

@@ -34,6 +34,13 @@ const HEADERS: [(&str, &str); 10] = [
     ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
 ];
 
+/// Headers that were added after the first release.
+const CAUSE: [(&str, &str); 3] = [
+    ("ce_causationid", "01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a04"),
+    ("ce_correlationid", "01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a05"),
+    ("ce_actor", "01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a06"),
+];
+
 fn user() -> UserRef {
     UserRef { user_id: USER }
 }
@@ -180,6 +187,21 @@ fn an_envelope_of_the_first_release_is_read_and_added_headers_are_ignored() {
         }
     }
     assert_eq!(parse(&newer), Ok(first));
+}
+
+/// T42: the ids of the cause are written as they were read. Older readers ignore them.
+#[test]
+fn an_envelope_with_a_cause_is_read_and_written_unchanged() {
+    let mut headers = headers();
+    let trace = headers.pop().unwrap();
+    headers.extend(CAUSE.map(|(name, value)| (name.to_owned(), Some(value.as_bytes().to_vec()))));
+    headers.push(trace);
+    let envelope = parse(&headers).unwrap();
+    let ids = [envelope.cause.causation, envelope.cause.correlation, envelope.cause.actor];
+    assert_eq!(ids.map(|id| id.unwrap().to_string()), CAUSE.map(|(_, value)| value.to_owned()));
+    let written = envelope.headers().into_iter();
+    let written: Vec<_> = written.map(|(name, value)| (name.to_owned(), Some(value.into_bytes()))).collect();
+    assert_eq!(written, headers);
 }
 
 /// One damage to bytes.

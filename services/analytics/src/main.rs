@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
 use rebuild::Rebuild;
-use shared::messaging::{Inbox, Projection, Redrive, list_dead_letters, redrive};
+use shared::messaging::{Inbox, Projection, Redrive, dead_letter, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
@@ -69,6 +69,9 @@ async fn main() -> anyhow::Result<()> {
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
+        }
+        Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
+            dead_letter(config.service.admin_addr, &options).await
         }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP], options)

@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 
 use anyhow::ensure;
 use clap::{Parser, Subcommand};
-use shared::messaging::{Handler, list_dead_letters, redrive};
+use shared::messaging::{Handler, dead_letter, list_dead_letters, redrive};
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::number;
@@ -67,6 +67,9 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
+            dead_letter(config.service.admin_addr, &options).await
+        }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[View::GROUP], options)
         }

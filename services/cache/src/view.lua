@@ -12,11 +12,8 @@ local function less(a, b)
     return #a < #b or (#a == #b and a < b)
 end
 
-if ARGV[1] ~= '' then
-    if (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
-        return false
-    end
-    redis.call('SET', KEYS[1], ARGV[2])
+if ARGV[1] ~= '' and (redis.call('GET', KEYS[1]) or '0') ~= ARGV[1] then
+    return false
 end
 
 local applied, duplicate, stale = 0, 0, 0
@@ -31,6 +28,12 @@ for i = 3, #KEYS do
     else
         stale = stale + 1
     end
+end
+
+-- After the profiles: an error in the middle of a script undoes nothing, and a record before the
+-- position is never read again.
+if ARGV[1] ~= '' then
+    redis.call('SET', KEYS[1], ARGV[2])
 end
 
 -- A call without records marks the end of the partition: on this server the view is complete up to

@@ -138,6 +138,15 @@ impl Handler for View {
 
     const GROUP: &'static str = "cache.profiles";
 
+    /// Writes a key that expires at once: a server that is full or read-only answers to reads.
+    async fn dependency_works(&self) -> bool {
+        let mut set = redis::cmd("SET");
+        set.arg(format!("{}probe", self.prefix)).arg("").arg("PX").arg(1);
+        let done: Result<(), _> =
+            self.valkey.request(async |mut server| set.query_async(&mut server.connection).await).await;
+        done.is_ok()
+    }
+
     /// One atomic script per partition. Crash between two of them: the batch comes again, the first
     /// script finds a later position, and the handler asks to resume from there.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {

@@ -199,6 +199,10 @@ impl Handler for Waking {
 
     const GROUP: &'static str = View::GROUP;
 
+    async fn dependency_works(&self) -> bool {
+        self.view.dependency_works().await
+    }
+
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let outcome = self.view.handle(batch).await?;
         for record in batch {

@@ -17,7 +17,7 @@
 
 use std::time::Duration;
 
-use shared::events::{Delivery, EmailEvent, Undelivered, mint_id};
+use shared::events::{Cause, Delivery, EmailEvent, Undelivered, mint_id};
 use shared::messaging::outbox;
 use sqlx::postgres::types::PgInterval;
 use sqlx::{PgConnection, PgPool};
@@ -47,6 +47,8 @@ pub struct Claim {
     pub attempt: i32,
     refusals: i32,
     unknowns: i32,
+    causationid: Option<Uuid>,
+    correlationid: Option<Uuid>,
     pub traceparent: Option<String>,
     pub tracestate: Option<String>,
     pub email: String,
@@ -89,8 +91,8 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
                        order by first.due_at limit 1) due
                  left join recipients r using (user_id)) next
            where d.id = next.id
-           returning d.id, d.user_id, d.template, d.status, d.attempt, d.refusals, d.unknowns, d.traceparent,
-               d.tracestate, next.email as "email?""#,
+           returning d.id, d.user_id, d.template, d.status, d.attempt, d.refusals, d.unknowns, d.causationid,
+               d.correlationid, d.traceparent, d.tracestate, next.email as "email?""#,
         token,
         interval(rules.lease),
         interval(rules.max_age),
@@ -105,6 +107,8 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
             attempt: row.attempt,
             refusals: row.refusals,
             unknowns: row.unknowns,
+            causationid: row.causationid,
+            correlationid: row.correlationid,
             traceparent: row.traceparent,
             tracestate: row.tracestate,
             email,
@@ -144,7 +148,7 @@ pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     );
     let version = ended.fetch_optional(&mut *tx).await?;
     if let Some(version) = version {
-        outbox::publish(&mut tx, claim.id, version.into(), &EmailEvent::Sent(claim.delivery())).await?;
+        outbox::publish(&mut tx, claim.cause(), claim.id, version.into(), &EmailEvent::Sent(claim.delivery())).await?;
     }
     tx.commit().await?;
     Ok(version.is_some())
@@ -165,7 +169,7 @@ pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<
     let version = ended.fetch_optional(&mut *tx).await?;
     if let Some(version) = version {
         let event = EmailEvent::Failed(Undelivered { delivery: claim.delivery(), smtp_code });
-        outbox::publish(&mut tx, claim.id, version.into(), &event).await?;
+        outbox::publish(&mut tx, claim.cause(), claim.id, version.into(), &event).await?;
     }
     tx.commit().await?;
     Ok(version.is_some())
@@ -243,6 +247,10 @@ impl Claim {
     /// Whether a delivery with one more refusal that is not about its recipient has failed.
     pub fn is_last_refusal(&self) -> bool {
         self.refusals + 1 >= MAX_REFUSALS
+    }
+
+    fn cause(&self) -> Cause {
+        Cause { causation: self.causationid, correlation: self.correlationid, actor: None }
     }
 
     fn delivery(&self) -> Delivery {

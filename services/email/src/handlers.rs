@@ -8,9 +8,10 @@
 
 use std::collections::BTreeMap;
 
-use shared::events::{UserEvent, UserState, mint_id};
+use shared::events::{Cause, UserEvent, UserState, mint_id};
 use shared::fault;
 use shared::messaging::{Failure, Handler, Outcome, Record};
+use shared::platform::database;
 use shared::platform::telemetry::TraceContext;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
@@ -35,6 +36,10 @@ impl Handler for Welcome {
     type Event = UserEvent;
 
     const GROUP: &'static str = "email.welcome";
+
+    async fn dependency_works(&self) -> bool {
+        database::is_writable(&self.db).await
+    }
 
     /// One transaction. Crash before the commit: the batch comes again. Crash after it: the batch
     /// comes again and changes nothing. Users are locked in the order of their ids, as in
@@ -92,17 +97,22 @@ struct Intents {
     users: Vec<Uuid>,
     versions: Vec<i64>,
     requested_at: Vec<OffsetDateTime>,
+    causations: Vec<Option<Uuid>>,
+    correlations: Vec<Option<Uuid>>,
     traceparents: Vec<Option<String>>,
     tracestates: Vec<Option<String>>,
 }
 
 impl Intents {
     fn add(&mut self, user: Uuid, record: &Record<UserEvent>) {
+        let cause = Cause::event(&record.envelope);
         let trace = TraceContext::of(&record.envelope);
         self.ids.push(mint_id());
         self.users.push(user);
         self.versions.push(record.envelope.version);
         self.requested_at.push(record.envelope.time);
+        self.causations.push(cause.causation);
+        self.correlations.push(cause.correlation);
         self.traceparents.push(trace.traceparent);
         self.tracestates.push(trace.tracestate);
     }
@@ -116,14 +126,17 @@ impl Intents {
 async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> sqlx::Result<u64> {
     let stored = sqlx::query_scalar!(
         r#"insert into deliveries
-               (id, user_id, template, version, status, due_at, requested_at, traceparent, tracestate)
-           select intent.id, intent.user_id, $7, intent.version, state.status,
-               case state.status when 'pending' then now() end, intent.requested_at, intent.traceparent, intent.tracestate
-           from unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::timestamptz[], $5::text[], $6::text[])
-               as intent (id, user_id, version, requested_at, traceparent, tracestate)
+               (id, user_id, template, version, status, due_at, requested_at, causationid, correlationid, traceparent,
+                tracestate)
+           select intent.id, intent.user_id, $9, intent.version, state.status,
+               case state.status when 'pending' then now() end, intent.requested_at, intent.causationid,
+               intent.correlationid, intent.traceparent, intent.tracestate
+           from unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::timestamptz[], $5::uuid[], $6::uuid[], $7::text[],
+                       $8::text[])
+               as intent (id, user_id, version, requested_at, causationid, correlationid, traceparent, tracestate)
            join recipients r using (user_id)
            cross join lateral (select case when r.email is null and r.version > 0 then 'cancelled'
-                                   when intent.requested_at <= now() - $8::interval then 'held'
+                                   when intent.requested_at <= now() - $10::interval then 'held'
                                    when r.email is null then 'unaddressed'
                                    else 'pending' end as status) state
            on conflict (user_id, template, version) do nothing
@@ -132,6 +145,8 @@ async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> s
         &intents.users,
         &intents.versions,
         &intents.requested_at,
+        &intents.causations as &[Option<Uuid>],
+        &intents.correlations as &[Option<Uuid>],
         &intents.traceparents as &[Option<String>],
         &intents.tracestates as &[Option<String>],
         mail::WELCOME.name,
@@ -179,6 +194,10 @@ impl Handler for Recipients {
     type Event = UserState;
 
     const GROUP: &'static str = "email.recipients";
+
+    async fn dependency_works(&self) -> bool {
+        database::is_writable(&self.db).await
+    }
 
     /// One transaction. A crash before or after its commit is harmless, because the highest version
     /// wins. Users are written, and so locked, in the order of their ids, as in [`Welcome`], and

@@ -23,7 +23,7 @@ use metrics::DeliveryMetrics;
 use operator::{RetryFailed, RetryUnknown, SendHeld};
 use sender::Sender;
 use shared::events::Topic;
-use shared::messaging::{Handler, Redrive, RelayConfig, list_dead_letters, redrive};
+use shared::messaging::{Handler, Redrive, RelayConfig, dead_letter, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
@@ -33,9 +33,9 @@ use smtp::Server;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 
-/// How long a stopping sender waits for the server's answer to a mail. The rest of the time for the
-/// shutdown is for the record of the result.
-const LAST_ANSWER: Duration = Duration::from_secs(6);
+/// The part of SHUTDOWN_MS that a stopping sender needs to record how a mail ended. It waits for the
+/// server's answer for the rest.
+const RECORD_LIMIT: Duration = Duration::from_secs(2);
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/email");
 
@@ -110,6 +110,9 @@ async fn main() -> anyhow::Result<()> {
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
+        Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
+            dead_letter(config.service.admin_addr, &options).await
+        }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
             list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
         }
@@ -142,7 +145,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         wake,
         metrics,
         stop: service.stopping(),
-        last_answer: LAST_ANSWER,
+        last_answer: Duration::from_millis(config.service.shutdown_ms).saturating_sub(RECORD_LIMIT),
     };
     for number in 0..config.senders {
         service.spawn_draining(&format!("sender {number}"), sender.clone().run());

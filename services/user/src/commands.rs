@@ -4,7 +4,7 @@
 //! Crash before the caller's commit: neither the change nor the events exist. Crash after it: all
 //! of them exist.
 
-use shared::events::{Profile, UserEvent, UserRef, UserState, mint_id};
+use shared::events::{Cause, Profile, UserEvent, UserRef, UserState, mint_id};
 use shared::messaging::outbox;
 use shared::platform::preconditions::Preconditions;
 use sqlx::PgConnection;
@@ -94,8 +94,9 @@ pub async fn erase(tx: &mut PgConnection, id: Uuid, preconditions: &Precondition
         id,
     );
     let version = version.fetch_one(&mut *tx).await?;
-    outbox::publish(tx, id, version, &UserEvent::Deleted(UserRef { user_id: id })).await?;
-    outbox::publish(tx, id, version, &UserState::Erased).await?;
+    let cause = Cause::command();
+    outbox::publish(tx, cause, id, version, &UserEvent::Deleted(UserRef { user_id: id })).await?;
+    outbox::publish(tx, cause, id, version, &UserState::Erased).await?;
     Ok(version)
 }
 
@@ -115,6 +116,7 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
         "select id, version, email, display_name from users where id = any($1) order by id for update",
         users
     );
+    let cause = Cause::command();
     let mut republished = Republished::default();
     for row in rows.fetch_all(&mut *tx).await? {
         let profile = row.email.zip(row.display_name).map(|(email, display_name)| Profile { email, display_name });
@@ -128,15 +130,16 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
                 UserState::Erased
             }
         };
-        outbox::publish(tx, row.id, row.version, &state).await?;
+        outbox::publish(tx, cause, row.id, row.version, &state).await?;
     }
     Ok(republished)
 }
 
 /// Publishes one fact and one state record, both with the user's version.
 async fn publish_change(tx: &mut PgConnection, user: &User, fact: fn(UserRef) -> UserEvent) -> Result<(), Error> {
-    outbox::publish(tx, user.id, user.version, &fact(UserRef { user_id: user.id })).await?;
-    outbox::publish(tx, user.id, user.version, &UserState::Current(user.profile.clone())).await?;
+    let cause = Cause::command();
+    outbox::publish(tx, cause, user.id, user.version, &fact(UserRef { user_id: user.id })).await?;
+    outbox::publish(tx, cause, user.id, user.version, &UserState::Current(user.profile.clone())).await?;
     Ok(())
 }
 

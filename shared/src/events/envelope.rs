@@ -2,8 +2,8 @@
 //! record's value is the data, unwrapped. Sources: CloudEvents 1.0.2, its Kafka protocol binding
 //! §3.2, its sequence extension and its distributed tracing extension.
 
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
 use uuid::Uuid;
 
 use super::DecodeError;
@@ -13,6 +13,11 @@ const SPEC_VERSION: &str = "1.0";
 /// change needs a new event type or a new major version.
 const SCHEMA_MAJOR: &str = "1";
 const JSON: &str = "application/json";
+/// The length of a `traceparent` of version 00: `00-<trace id>-<span id>-<flags>`.
+const TRACEPARENT_LENGTH: usize = 55;
+/// The longest `tracestate` (bytes) and its most members, as W3C Trace Context requires.
+const TRACESTATE_MAX_LENGTH: usize = 512;
+const TRACESTATE_MAX_MEMBERS: usize = 32;
 
 /// Identity and origin of an event. Every guarantee depends on these attributes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,9 +36,40 @@ pub struct Envelope {
     /// When the event happened, by the producer's clock. For people and reports; nothing is ordered
     /// by it.
     pub time: OffsetDateTime,
+    pub cause: Cause,
     /// The W3C trace context of the request that caused the event.
     pub traceparent: Option<String>,
     pub tracestate: Option<String>,
+}
+
+/// What caused an event. All fields are ids that our services make, so they can be kept permanently
+/// with a fact: never the text that a caller sent. An absent field is unknown: another program
+/// wrote the event.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cause {
+    /// The id of the command or of the event whose handling caused this event.
+    pub causation: Option<Uuid>,
+    /// The id of the command at the beginning of the chain. All events that follow from one request
+    /// have the same.
+    pub correlation: Option<Uuid>,
+    /// Who gave the command: a UUID, or a keyed hash in the form of a UUID (version 8). The type
+    /// allows no name, address or other text of a token.
+    pub actor: Option<Uuid>,
+}
+
+impl Cause {
+    /// The cause of the events of a new command.
+    pub fn command() -> Self {
+        let command = mint_id();
+        Self { causation: Some(command), correlation: Some(command), actor: None }
+    }
+
+    /// The cause of the events that a service publishes because of this one. Nobody gave a command
+    /// for them, so they have no actor. An event without a correlation id begins a chain.
+    pub fn event(envelope: &Envelope) -> Self {
+        let correlation = envelope.cause.correlation.unwrap_or(envelope.id);
+        Self { causation: Some(envelope.id), correlation: Some(correlation), actor: None }
+    }
 }
 
 /// A new id. It is a UUIDv7, so ids that are created one after another are adjacent in an index.
@@ -63,6 +99,9 @@ impl Envelope {
             ("ce_sequence", self.version.to_string()),
             ("content-type", JSON.to_owned()),
         ];
+        let Cause { causation, correlation, actor } = self.cause;
+        let ids = [("ce_causationid", causation), ("ce_correlationid", correlation), ("ce_actor", actor)];
+        headers.extend(ids.into_iter().filter_map(|(name, id)| Some((name, id?.to_string()))));
         headers.extend(self.traceparent.clone().map(|value| ("traceparent", value)));
         headers.extend(self.tracestate.clone().map(|value| ("tracestate", value)));
         headers
@@ -79,7 +118,7 @@ impl Envelope {
         if headers.required("ce_specversion")? != SPEC_VERSION {
             return Err(DecodeError::new("ce_specversion", "not 1.0"));
         }
-        if headers.optional("content-type")?.is_some_and(|value| !value.starts_with(JSON)) {
+        if headers.optional("content-type")?.is_some_and(|value| !is_json(value)) {
             return Err(DecodeError::new("content-type", "not application/json"));
         }
         let schema = headers.optional("ce_dataschema")?;
@@ -87,19 +126,68 @@ impl Envelope {
             return Err(DecodeError::new("ce_dataschema", "a major version that this release cannot read"));
         }
         let key = key.ok_or(DecodeError::new("key", "missing"))?;
+        let (traceparent, tracestate) = trace_context(headers.lenient("traceparent"), headers.lenient("tracestate"));
+        // An attribute that no effect depends on is no reason to reject an event. If it is
+        // malformed, it is treated as absent.
+        let id = |name| headers.lenient(name).and_then(|value| Uuid::try_parse(value).ok());
         Ok(Self {
             id: headers.uuid("ce_id")?,
             kind: headers.required("ce_type")?.to_owned(),
             source: headers.required("ce_source")?.to_owned(),
             key: Uuid::try_parse_ascii(key).map_err(|_| DecodeError::new("key", "not a UUID"))?,
             version: headers.version("ce_sequence")?,
-            time: OffsetDateTime::parse(headers.required("ce_time")?, &Rfc3339)
-                .map_err(|_| DecodeError::new("ce_time", "not an RFC 3339 time"))?,
-            // A malformed trace context is treated as absent: it is no reason to reject an event.
-            traceparent: headers.optional("traceparent").ok().flatten().map(str::to_owned),
-            tracestate: headers.optional("tracestate").ok().flatten().map(str::to_owned),
+            time: headers.time("ce_time")?,
+            cause: Cause {
+                causation: id("ce_causationid"),
+                correlation: id("ce_correlationid"),
+                actor: id("ce_actor"),
+            },
+            traceparent: traceparent.map(str::to_owned),
+            tracestate: tracestate.map(str::to_owned),
         })
     }
+}
+
+/// The same time in UTC. `None` if its year in UTC is not between 1 and 9999. Another year cannot be
+/// written as RFC 3339, and computing with it can overflow.
+pub fn in_utc(time: OffsetDateTime) -> Option<OffsetDateTime> {
+    time.checked_to_offset(UtcOffset::UTC).filter(|utc| (1..=9999).contains(&utc.year()))
+}
+
+/// A `traceparent` and its `tracestate` without what is malformed: a trace context comes from other
+/// programs, and any text in it would be stored with the events. A `tracestate` has no meaning
+/// without a `traceparent`.
+pub(crate) fn trace_context<'a>(
+    traceparent: Option<&'a str>,
+    tracestate: Option<&'a str>,
+) -> (Option<&'a str>, Option<&'a str>) {
+    let Some(traceparent) = traceparent.filter(|text| is_traceparent(text)) else { return (None, None) };
+    (Some(traceparent), tracestate.filter(|text| is_tracestate(text)))
+}
+
+fn is_traceparent(text: &str) -> bool {
+    let hexadecimal = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    text.len() == TRACEPARENT_LENGTH
+        && text.bytes().enumerate().all(|(index, byte)| match index {
+            2 | 35 | 52 => byte == b'-',
+            _ => hexadecimal(byte),
+        })
+}
+
+fn is_tracestate(text: &str) -> bool {
+    let is_member = |member: &str| {
+        let (key, value) = member.trim().split_once('=').unwrap_or_default();
+        !key.is_empty() && !value.is_empty()
+    };
+    text.len() <= TRACESTATE_MAX_LENGTH
+        && text.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic())
+        && text.split(',').count() <= TRACESTATE_MAX_MEMBERS
+        && text.split(',').all(is_member)
+}
+
+/// Whether a media type is JSON. Media types are not case-sensitive and may have parameters.
+fn is_json(media_type: &str) -> bool {
+    media_type.split(';').next().is_some_and(|essence| essence.trim().eq_ignore_ascii_case(JSON))
 }
 
 struct Headers<'a>(&'a [(&'a str, Option<&'a [u8]>)]);
@@ -115,6 +203,11 @@ impl<'a> Headers<'a> {
         std::str::from_utf8(bytes).map(Some).map_err(|_| DecodeError::new(name, "not UTF-8"))
     }
 
+    /// As [`Headers::optional`], for an attribute whose errors are ignored.
+    fn lenient(&self, name: &'static str) -> Option<&'a str> {
+        self.optional(name).ok().flatten()
+    }
+
     fn required(&self, name: &'static str) -> Result<&'a str, DecodeError> {
         match self.optional(name)? {
             Some(value) if !value.is_empty() => Ok(value),
@@ -124,6 +217,12 @@ impl<'a> Headers<'a> {
 
     fn uuid(&self, name: &'static str) -> Result<Uuid, DecodeError> {
         Uuid::try_parse(self.required(name)?).map_err(|_| DecodeError::new(name, "not a UUID"))
+    }
+
+    fn time(&self, name: &'static str) -> Result<OffsetDateTime, DecodeError> {
+        let time = OffsetDateTime::parse(self.required(name)?, &Rfc3339)
+            .map_err(|_| DecodeError::new(name, "not an RFC 3339 time"))?;
+        in_utc(time).ok_or(DecodeError::new(name, "not between the years 1 and 9999 in UTC"))
     }
 
     fn version(&self, name: &'static str) -> Result<i64, DecodeError> {
@@ -146,6 +245,7 @@ mod tests {
             key: mint_id(),
             version: 1,
             time: now(),
+            cause: Cause { actor: Some(mint_id()), ..Cause::command() },
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
             tracestate: None,
         }
@@ -175,6 +275,75 @@ mod tests {
             assert_eq!(parse(Some(&key), &headers), Err(DecodeError::new(name, "given twice")));
         }
         assert_eq!(parse(None, &envelope.headers()), Err(DecodeError::new("key", "missing")));
+    }
+
+    fn parsed_with(header: &'static str, value: &str) -> Result<Envelope, DecodeError> {
+        let envelope = envelope();
+        let mut headers = envelope.headers();
+        headers.retain(|(name, _)| *name != header);
+        headers.push((header, value.to_owned()));
+        parse(Some(&envelope.key.to_string()), &headers)
+    }
+
+    #[test]
+    fn a_malformed_trace_context_is_treated_as_absent() {
+        let valid = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(parsed_with("traceparent", valid).unwrap().traceparent.as_deref(), Some(valid));
+        let long = "a".repeat(100_000);
+        for malformed in ["", "nonsense", &valid.to_uppercase(), &format!("{valid}\0"), &format!("{valid}-1"), &long] {
+            let envelope = parsed_with("traceparent", malformed).unwrap();
+            assert_eq!((envelope.traceparent, envelope.tracestate), (None, None), "{malformed}");
+        }
+        assert_eq!(parsed_with("tracestate", "a=1, b=2").unwrap().tracestate.as_deref(), Some("a=1, b=2"));
+        let many = ["a=1"; TRACESTATE_MAX_MEMBERS + 1].join(",");
+        for malformed in ["", "a=1\0", "nonsense", "=", "é=1", &format!("a={long}"), &many] {
+            let envelope = parsed_with("tracestate", malformed).unwrap();
+            assert!(envelope.traceparent.is_some() && envelope.tracestate.is_none(), "{malformed}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_cause_is_treated_as_absent() {
+        for header in ["ce_causationid", "ce_correlationid", "ce_actor"] {
+            let cause = parsed_with(header, "ada@example.com").unwrap().cause;
+            let ids = [cause.causation, cause.correlation, cause.actor];
+            assert_eq!(ids.iter().flatten().count(), 2, "{header}");
+        }
+    }
+
+    #[test]
+    fn an_event_follows_from_another_event_of_the_same_command() {
+        let first = envelope();
+        let command = first.cause.correlation;
+        assert_eq!(Cause::event(&first), Cause { causation: Some(first.id), correlation: command, actor: None });
+        let foreign = Envelope { cause: Cause::default(), ..first };
+        assert_eq!(Cause::event(&foreign).correlation, Some(foreign.id));
+    }
+
+    #[test]
+    fn media_types_are_compared_as_such() {
+        for json in ["application/json", "Application/JSON; charset=UTF-8", "application/json;charset=utf-8"] {
+            assert!(parsed_with("content-type", json).is_ok(), "{json}");
+        }
+        for other in ["application/jsonp", "application/json-seq", "text/json", "application/avro", ""] {
+            assert_eq!(parsed_with("content-type", other).unwrap_err().field, "content-type", "{other}");
+        }
+    }
+
+    #[test]
+    fn a_time_has_a_year_between_1_and_9999_in_utc() {
+        for time in ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999999Z", "9999-12-31T23:59:59-00:00"] {
+            assert!(parsed_with("ce_time", time).is_ok(), "{time}");
+        }
+        let extremes = [
+            "0000-01-01T00:00:00+01:00",
+            "0000-12-31T23:59:59Z",
+            "0001-01-01T00:00:00+00:01",
+            "9999-12-31T23:59:59.9999999-05:00",
+        ];
+        for time in extremes {
+            assert_eq!(parsed_with("ce_time", time).unwrap_err().field, "ce_time", "{time}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use uuid::Uuid;
 
 /// A topic as its owner declares it. The owner creates the topic, and exits with an error if an
-/// existing one differs.
+/// existing one would lose records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topic {
     /// The logical name. On the broker the configured prefix is in front of it.
@@ -13,7 +13,8 @@ pub struct Topic {
     pub aggregate: &'static str,
     /// The number of partitions. Records of one key are ordered because they are always in one
     /// partition. The number never changes for [`Kind::State`]: after a change, a tombstone would
-    /// go to another partition than the value that it should erase.
+    /// go to another partition than the value that it should erase. A topic of facts may have more,
+    /// because their effects commute.
     pub partitions: i32,
     /// Determines the retention and the meaning of a null value.
     pub kind: Kind,
@@ -54,9 +55,16 @@ impl Topic {
     /// producer whose clock is ahead. The envelope carries the time of the event.
     pub const fn settings(&self) -> &'static [(&'static str, &'static str)] {
         match self.kind {
-            Kind::Facts => &[BROKER_TIME, ("cleanup.policy", "delete"), ("retention.ms", "-1")],
+            Kind::Facts => &[
+                BROKER_TIME,
+                COMPLETE_LEADERS,
+                ("cleanup.policy", "delete"),
+                ("retention.ms", "-1"),
+                ("retention.bytes", "-1"),
+            ],
             Kind::State => &[
                 BROKER_TIME,
+                COMPLETE_LEADERS,
                 ("cleanup.policy", "compact"),
                 // 7 days: the longest time until an erased value is compacted away.
                 ("max.compaction.lag.ms", "604800000"),
@@ -82,6 +90,8 @@ pub fn key_hash(key: Uuid) -> i32 {
 }
 
 const BROKER_TIME: (&str, &str) = ("message.timestamp.type", "LogAppendTime");
+/// A broker that lacks acknowledged records never becomes the leader of a partition.
+const COMPLETE_LEADERS: (&str, &str) = ("unclean.leader.election.enable", "false");
 
 /// MurmurHash2 in 32 bits with Kafka's seed. The text of a UUID has 36 bytes, so the algorithm's
 /// step for a last word of fewer than four bytes is left out.

@@ -33,6 +33,13 @@ pub trait Handler: Send + Sync + 'static {
         async { Ok(None) }
     }
 
+    /// Whether the handler's dependency answers and can be written to. The consumer asks this after
+    /// a batch has failed several times: if the dependency works, one of the records is the cause.
+    /// `false`: it is not known, and the whole batch is retried.
+    fn dependency_works(&self) -> impl Future<Output = bool> + Send {
+        async { false }
+    }
+
     /// Called when the consumer reaches the end of a partition, and every second while it stays
     /// there.
     fn caught_up(&self, _end: EndOfPartition) -> impl Future<Output = Result<(), Failure>> + Send {
@@ -107,6 +114,49 @@ impl Failure {
         }
     }
 
+    /// Whether the failure says that the dependency is down or busy, and nothing about a record: no
+    /// answer; connection lost (SQLSTATE class 08), read-only (25006), rolled back because of other
+    /// transactions (40), out of resources (53), locked (55P03), shut down (57P), or a system error
+    /// (58).
+    pub(super) fn is_outage(&self) -> bool {
+        let Self::Retry(error) = self else { return false };
+        error.chain().any(|cause| {
+            if cause.is::<OneByOneTooLong>() {
+                return true;
+            }
+            match cause.downcast_ref::<sqlx::Error>() {
+                None => false,
+                Some(sqlx::Error::Database(error)) => error.code().is_none_or(|code| {
+                    ["08", "25006", "40", "53", "55P03", "57P", "58"].iter().any(|class| code.starts_with(class))
+                }),
+                Some(
+                    sqlx::Error::Io(_)
+                    | sqlx::Error::Tls(_)
+                    | sqlx::Error::Protocol(_)
+                    | sqlx::Error::PoolTimedOut
+                    | sqlx::Error::PoolClosed
+                    | sqlx::Error::WorkerCrashed,
+                ) => true,
+                Some(_) => false,
+            }
+        })
+    }
+
+    /// The failure as text, without the message of a database: it may quote values.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::Retry(error) => {
+                let code = error.chain().find_map(|cause| {
+                    let database = cause.downcast_ref::<sqlx::Error>()?.as_database_error()?;
+                    Some(format!("SQLSTATE {}", database.code().as_deref().unwrap_or("unknown")))
+                });
+                code.unwrap_or_else(|| format!("{error:#}"))
+            }
+            Self::Reject(reason) => (*reason).to_owned(),
+            Self::Resume => "the handler has another position".to_owned(),
+        }
+    }
+
     /// Whether the call took too long: it exceeded our time limit, or the statement time-out of
     /// Postgres (SQLSTATE 57014). With fewer records a call may be fast enough.
     fn took_too_long(&self) -> bool {
@@ -142,6 +192,11 @@ pub(super) async fn call<H: Handler>(
 #[error("the handler did not finish within {0:?}")]
 struct TookTooLong(Duration);
 
+/// The records of a batch that were not tried one by one within the time limit.
+#[derive(Debug, thiserror::Error)]
+#[error("handling records one by one takes too long; the rest is retried later")]
+pub(super) struct OneByOneTooLong;
+
 /// What [`deliver`] needs to know from its caller: the consumer, a redrive or a replay.
 pub(super) trait Delivery {
     type Event: Event;
@@ -154,14 +209,18 @@ pub(super) trait Delivery {
     async fn reject(&mut self, record: &Record<Self::Event>, reason: String) -> Result<(), Self::Error>;
 }
 
-/// Whether the records of a call that took too long are tried one by one.
+/// When records are tried one by one, so that one of them does not delay the others.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum SplitSlow {
-    Yes,
-    No,
+pub(super) enum Split {
+    /// After a call in which a record was rejected.
+    Rejected,
+    /// Also after a call that took too long.
+    Slow,
+    /// From the beginning, because the batch has failed several times.
+    Failing,
 }
 
-/// Hands records to a handler: first all at once, then one by one if a record was rejected. The SQL
+/// Hands records to a handler: first all at once, then one by one if [`Split`] says so. The SQL
 /// error of one record rolls back the whole transaction, so every record is tried again.
 ///
 /// # Errors
@@ -170,16 +229,18 @@ pub(super) enum SplitSlow {
 pub(super) async fn deliver<D: Delivery>(
     delivery: &mut D,
     records: &mut [Record<D::Event>],
-    split_slow: SplitSlow,
+    split: Split,
 ) -> Result<(), D::Error> {
     if records.is_empty() {
         return Ok(());
     }
-    match delivery.attempt(records).await {
-        Ok(()) => return Ok(()),
-        Err(failure) if failure.rejection().is_some() => {}
-        Err(failure) if failure.took_too_long() && split_slow == SplitSlow::Yes => {}
-        Err(failure) => return Err(failure.into()),
+    if split != Split::Failing {
+        match delivery.attempt(records).await {
+            Ok(()) => return Ok(()),
+            Err(failure) if failure.rejection().is_some() => {}
+            Err(failure) if failure.took_too_long() && split == Split::Slow => {}
+            Err(failure) => return Err(failure.into()),
+        }
     }
     for record in records {
         match delivery.attempt(slice::from_mut(record)).await {
@@ -191,4 +252,24 @@ pub(super) async fn deliver<D: Delivery>(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A value that cannot be decoded is the same each time. A server that does not answer is not.
+    #[test]
+    fn an_outage_is_not_the_fault_of_a_record() {
+        let outages = [sqlx::Error::PoolTimedOut, sqlx::Error::PoolClosed, sqlx::Error::WorkerCrashed];
+        for error in outages {
+            assert!(Failure::from(error).is_outage());
+        }
+        assert!(Failure::from(OneByOneTooLong).is_outage());
+        let decoding = [sqlx::Error::Decode("not a date".into()), sqlx::Error::RowNotFound];
+        for error in decoding {
+            assert!(!Failure::from(error).is_outage());
+        }
+        assert!(!Failure::Reject("never").is_outage());
+    }
 }

@@ -12,6 +12,7 @@ use super::handler::{Failure, Handler, Outcome};
 use super::record::Record;
 use crate::events::Event;
 use crate::fault;
+use crate::platform::database;
 
 /// Folds events into tables. It uses no clock and no random numbers, so a rebuild from the same
 /// events gives the same tables.
@@ -54,6 +55,10 @@ impl<P: Projection> Handler for Inbox<P> {
     type Event = P::Event;
 
     const GROUP: &'static str = P::GROUP;
+
+    async fn dependency_works(&self) -> bool {
+        database::is_writable(&self.db).await
+    }
 
     /// The ids and the effects are one transaction. Crash before the commit: neither is stored, and
     /// the batch comes again. Crash after it: the batch comes again, and every id is known. A

@@ -27,6 +27,11 @@ pub struct KafkaConfig {
     /// for five times as long, Kafka assigns its partitions to another one.
     #[arg(long, env, default_value_t = 60_000, value_parser = number::<u64>(2_000..=600_000))]
     pub handle_timeout_ms: u64,
+    /// How often a consumer commits its offsets, in milliseconds. It also commits when it loses a
+    /// partition and when it stops. After a crash the records since the last commit are delivered
+    /// again, which changes nothing.
+    #[arg(long, env, default_value_t = 1_000, value_parser = number::<u32>(100..=60_000))]
+    pub offset_commit_ms: u32,
     /// Replicas of each topic that the service creates. Default: the brokers'
     /// `default.replication.factor`. A record is acknowledged when more than half of the replicas
     /// have it. Existing topics do not change.
@@ -35,8 +40,8 @@ pub struct KafkaConfig {
 }
 
 /// The longest time between two polls, in handler time-outs. A turn of the consumer's loop takes at
-/// most about three of them: one for the whole batch and, if its records are then tried one by one,
-/// two more.
+/// most about four of them: one for the whole batch, two more if its records are then tried one by
+/// one, and one for a record that blocks its partition.
 const HANDLE_TIMEOUTS_PER_POLL: u32 = 5;
 
 impl KafkaConfig {

@@ -2,6 +2,7 @@
 //! [`inbox`] → [`dead_letters`]. [`replay`] reads a topic again from its beginning.
 
 mod kafka;
+mod errors;
 pub mod outbox;
 mod topics;
 mod relay;
@@ -12,10 +13,10 @@ mod dead_letters;
 mod consumer;
 mod replay;
 
-pub use consumer::BreakerConfig;
-pub(crate) use consumer::{Consumer, ConsumerSetup};
-pub(crate) use dead_letters::count_open_dead_letters;
+pub(crate) use consumer::{BlockedRecords, Consumer, ConsumerSetup};
+pub use consumer::{BreakerConfig, DeadLetterRecord, dead_letter};
 pub use dead_letters::{ListDeadLetters, Redrive, list_dead_letters, redrive};
+pub(crate) use dead_letters::{count_open_dead_letters, declared_topic as dead_letter_topic};
 pub use handler::{EndOfPartition, Failure, Handler, Outcome};
 pub use inbox::{Inbox, Projection};
 pub use kafka::KafkaConfig;
@@ -23,4 +24,4 @@ pub use record::{Coordinates, Record};
 pub(crate) use relay::{Relay, listen as listen_for_wake};
 pub use relay::{RelayConfig, Wake};
 pub use replay::Replay;
-pub(crate) use topics::ensure as ensure_topics;
+pub(crate) use topics::{Declared, ensure as ensure_topics, watch as watch_topics};

@@ -4,12 +4,13 @@
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use crate::events::{self, Event};
+use crate::events::{self, Cause, Event};
 use crate::platform::database::bounded;
 use crate::platform::telemetry;
 
 /// Writes `event` about the aggregate `key` to the outbox, within the caller's transaction, and
-/// returns the event's id. `version` is the aggregate's version after this command; it comes from
+/// returns the event's id. `cause` is new for a command, and for a handler it is the event that it
+/// handles. `version` is the aggregate's version after this command; it comes from
 /// the row that the same transaction changed. Call [`Wake::notify`](super::Wake::notify) after the
 /// commit, not before it: the relay could not see the row yet.
 ///
@@ -19,15 +20,21 @@ use crate::platform::telemetry;
 /// # Errors
 /// The insert failed, and with it the caller's transaction. SQLSTATE 23514: the event is larger
 /// than Kafka accepts.
-pub async fn publish<E: Event>(tx: &mut PgConnection, key: Uuid, version: i64, event: &E) -> sqlx::Result<Uuid> {
+pub async fn publish<E: Event>(
+    tx: &mut PgConnection,
+    cause: Cause,
+    key: Uuid,
+    version: i64,
+    event: &E,
+) -> sqlx::Result<Uuid> {
     let event_id = events::mint_id();
     let (kind, payload) = event.encode();
     let trace = telemetry::current();
     sqlx::query(
         "insert into outbox
-             (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, traceparent, tracestate,
-              occurred_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+             (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid, correlationid,
+              actor, traceparent, tracestate, occurred_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
     )
     .bind(event_id)
     .bind(E::TOPIC.name)
@@ -37,6 +44,9 @@ pub async fn publish<E: Event>(tx: &mut PgConnection, key: Uuid, version: i64, e
     .bind(version)
     .bind(kind)
     .bind(payload)
+    .bind(cause.causation)
+    .bind(cause.correlation)
+    .bind(cause.actor)
     .bind(trace.traceparent)
     .bind(trace.tracestate)
     .bind(events::now())

@@ -83,6 +83,7 @@ impl<E: Event> Record<E> {
             key,
             version,
             time: crate::events::now(),
+            cause: crate::events::Cause::command(),
             traceparent: None,
             tracestate: None,
         };

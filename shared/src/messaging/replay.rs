@@ -16,7 +16,8 @@ use tokio::task::block_in_place;
 use uuid::Uuid;
 
 use super::consumer::{BATCH_BYTES, BATCH_RECORDS};
-use super::handler::{self, Delivery, Failure, SplitSlow};
+use super::errors::{Class, class};
+use super::handler::{self, Delivery, Failure, Split};
 use super::inbox::{self, Inbox, Projection};
 use super::kafka::{KafkaConfig, create};
 use super::record::{Coordinates, Record};
@@ -74,7 +75,7 @@ impl<P: Projection> Replay<P> {
             beginning: Offsets::new(),
             next_offsets: Offsets::new(),
         };
-        for partition in 0..P::Event::TOPIC.partitions {
+        for partition in 0..replay.partitions()? {
             replay.beginning.insert(partition, replay.watermarks(partition)?.0);
         }
         replay.next_offsets.clone_from(&replay.beginning);
@@ -143,6 +144,16 @@ impl<P: Projection> Replay<P> {
         self.beginning.keys().map(|partition| Ok((*partition, self.watermarks(*partition)?.1))).collect()
     }
 
+    /// How many partitions the topic has. A topic of facts may have more than declared.
+    fn partitions(&self) -> anyhow::Result<i32> {
+        let metadata = block_in_place(|| self.consumer.fetch_metadata(Some(&self.topic), KAFKA_TIMEOUT));
+        let metadata = metadata.with_context(|| format!("cannot get the partitions of {} from Kafka", self.topic))?;
+        let topic = metadata.topics().first().context("Kafka sent no metadata of the topic")?;
+        let partitions = topic.partitions().len();
+        ensure!(partitions > 0, "the topic {} does not exist, or this service may not read it", self.topic);
+        Ok(i32::try_from(partitions)?)
+    }
+
     fn watermarks(&self, partition: i32) -> anyhow::Result<(i64, i64)> {
         block_in_place(|| self.consumer.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT))
             .with_context(|| format!("cannot get the first and last offset of {} from Kafka", self.topic))
@@ -192,6 +203,9 @@ impl<P: Projection> Replay<P> {
                 Some(Err(error)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AutoOffsetReset) => {
                     bail!("Kafka deleted records of {} while they were read: {error}", self.topic)
                 }
+                Some(Err(error)) if class(&error) != Class::Transport => {
+                    bail!("Kafka refuses to send records of {}: {error}", self.topic)
+                }
                 Some(Err(error)) => tracing::debug!(topic = self.topic, %error, "cannot read the topic; will retry"),
                 None if batch.is_empty() => {}
                 None => break,
@@ -210,8 +224,8 @@ impl<P: Projection> Replay<P> {
         let known = inbox::known(live, P::GROUP, ids).await.context("cannot read the inbox of the live model")?;
         records.retain(|record| events == Events::All || known.contains(&record.envelope.id));
         let mut delivery = ReplayBatch { copy: &self.copy, limit: self.limit, rejected: vec![] };
-        let split_slow = if records.len() > 1 { SplitSlow::Yes } else { SplitSlow::No };
-        let delivered = handler::deliver(&mut delivery, &mut records, split_slow).await;
+        let split = if records.len() > 1 { Split::Slow } else { Split::Rejected };
+        let delivered = handler::deliver(&mut delivery, &mut records, split).await;
         delivered.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("cannot write to the copy's database"),
             Failure::Reject(_) | Failure::Resume => {

@@ -1,4 +1,5 @@
-//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`.
+//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`. The messaging layer adds
+//! `/dead-letters`.
 //!
 //! `/livez` does not check any dependency, because a restart would not repair the database.
 //! `/readyz` is for load balancers: whether this process can answer its own public requests.
@@ -16,7 +17,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Duration, timeout};
@@ -135,25 +136,47 @@ async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
 /// # Errors
 /// The service does not answer, or it waits for something; then the message says for what.
 pub async fn healthcheck(admin_addr: SocketAddr) -> anyhow::Result<()> {
+    match ask(admin_addr, "GET", "/status", None, HEALTHCHECK_TIMEOUT).await? {
+        (200, _) => Ok(()),
+        (_, body) => bail!("the service runs, and waits: {body}"),
+    }
+}
+
+/// Sends a request to the admin port of the running service. Returns the status and the body.
+///
+/// # Errors
+/// The service does not answer in time, or not with HTTP.
+pub(crate) async fn ask(
+    admin_addr: SocketAddr,
+    method: &str,
+    path: &str,
+    body: Option<&Value>,
+    limit: Duration,
+) -> anyhow::Result<(u16, String)> {
     let mut addr = admin_addr;
     if addr.ip().is_unspecified() {
         addr.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
     }
-    let answer = timeout(HEALTHCHECK_TIMEOUT, async {
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let request = format!(
+        "{method} {path} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let answer = timeout(limit, async {
         let mut stream = TcpStream::connect(addr).await?;
-        stream.write_all(b"GET /status HTTP/1.0\r\n\r\n").await?;
+        stream.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.map(|_| answer)
     });
     let answer = answer
         .await
-        .with_context(|| format!("{addr} did not answer within {HEALTHCHECK_TIMEOUT:?}"))?
+        .with_context(|| format!("{addr} did not answer within {limit:?}"))?
         .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))?;
-    match answer.split_once("\r\n\r\n") {
-        Some((head, _)) if head.contains(" 200 ") => Ok(()),
-        Some((_, body)) => bail!("the service runs, and waits: {body}"),
-        None => bail!("{addr} did not answer with HTTP: check ADMIN_ADDR"),
-    }
+    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    });
+    parsed.with_context(|| format!("{addr} did not answer with HTTP: check ADMIN_ADDR"))
 }
 
 #[cfg(test)]

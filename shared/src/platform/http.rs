@@ -20,6 +20,7 @@ use uuid::Uuid;
 use super::metrics::{Metrics, RequestLabels};
 use super::problem::{self, internal_error, problem, retry_later};
 use super::telemetry::{self, TraceContext};
+use crate::events;
 
 /// Longer than every time-out of the database, so that its error, which is more specific, comes
 /// first.
@@ -143,8 +144,9 @@ async fn observed(State(layers): State<Layers>, request: Request, next: Next) ->
 }
 
 fn trace_context(headers: &HeaderMap) -> TraceContext {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    TraceContext { traceparent: text("traceparent"), tracestate: text("tracestate") }
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let (traceparent, tracestate) = events::trace_context(text("traceparent"), text("tracestate"));
+    TraceContext { traceparent: traceparent.map(str::to_owned), tracestate: tracestate.map(str::to_owned) }
 }
 
 /// Reads the whole body before the request is handled. A slow caller occupies its connection, and

@@ -44,6 +44,22 @@ pub struct PartitionLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct WaitLabels {
+    pub group: String,
+    pub topic: String,
+    pub partition: i32,
+    /// `failing_record`, `not_read` or `open_transaction`.
+    pub reason: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RefusalLabels {
+    pub group: String,
+    /// The name of Kafka's error code.
+    pub code: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct RoundLabels {
     /// `published` or `failed`.
     pub outcome: &'static str,
@@ -69,6 +85,8 @@ pub struct Metrics {
     pub event_age: Histograms<GroupLabels>,
     pub consumer_retries: Family<GroupLabels, Counter>,
     pub consumer_lag: Family<PartitionLabels, Gauge>,
+    pub consumer_partition_waits: Family<WaitLabels, Gauge>,
+    pub consumer_refusals: Family<RefusalLabels, Counter>,
     pub consumer_breaker_open: Family<GroupLabels, Gauge>,
     pub dead_letters_open: Family<GroupLabels, Gauge>,
     pub outbox_rows: Gauge,
@@ -79,6 +97,7 @@ pub struct Metrics {
     pub outbox_blocked_keys: Gauge,
     pub relay_leader: Gauge,
     pub topic_partitions_changed: Family<TopicLabels, Gauge>,
+    pub topic_settings_changed: Family<TopicLabels, Gauge>,
     pub relay_rounds: Family<RoundLabels, Counter>,
 }
 
@@ -95,6 +114,8 @@ impl Default for Metrics {
             event_age: Family::new_with_constructor(|| Histogram::new(AGE_BUCKETS)),
             consumer_retries: Family::default(),
             consumer_lag: Family::default(),
+            consumer_partition_waits: Family::default(),
+            consumer_refusals: Family::default(),
             consumer_breaker_open: Family::default(),
             dead_letters_open: Family::default(),
             outbox_rows: Gauge::default(),
@@ -105,6 +126,7 @@ impl Default for Metrics {
             outbox_blocked_keys: Gauge::default(),
             relay_leader: Gauge::default(),
             topic_partitions_changed: Family::default(),
+            topic_settings_changed: Family::default(),
             relay_rounds: Family::default(),
         };
         metrics.register("http_request_duration_seconds", "Time to answer a request", &metrics.http_requests);
@@ -113,28 +135,7 @@ impl Default for Metrics {
             "Connections to the public port beyond HTTP_CONNECTIONS",
             &metrics.http_connections_refused,
         );
-        metrics.register(
-            "events_consumed",
-            "Records that a consumer group finished, by outcome",
-            &metrics.events_consumed,
-        );
-        metrics.register(
-            "event_age_seconds",
-            "Time from an event to its effect, by the clocks of two services",
-            &metrics.event_age,
-        );
-        metrics.register("consumer_retries", "Batches that failed and are retried later", &metrics.consumer_retries);
-        metrics.register(
-            "consumer_lag",
-            "Records of the partition that the group has not handled yet",
-            &metrics.consumer_lag,
-        );
-        metrics.register(
-            "consumer_breaker_open",
-            "Consumers that are paused because they rejected too many records",
-            &metrics.consumer_breaker_open,
-        );
-        metrics.register("dead_letters_open", "Dead letters that are not settled yet", &metrics.dead_letters_open);
+        metrics.register_consumers();
         metrics.register_traces();
         metrics.register_outbox();
         metrics
@@ -150,6 +151,43 @@ impl Metrics {
             "Batches of spans that the collector did not accept",
             &self.trace_exports_failed,
         );
+    }
+
+    /// The metrics of a service that consumes or owns topics.
+    fn register_consumers(&self) {
+        self.register("events_consumed", "Records that a consumer group finished, by outcome", &self.events_consumed);
+        self.register(
+            "event_age_seconds",
+            "Time from an event to its effect, by the clocks of two services",
+            &self.event_age,
+        );
+        self.register("consumer_retries", "Batches that failed and are retried later", &self.consumer_retries);
+        self.register(
+            "consumer_lag",
+            "Records of the partition that the group has not handled yet, to the end of the log",
+            &self.consumer_lag,
+        );
+        self.register(
+            "consumer_partition_waits",
+            "1 if the records of a partition wait although its consumer works, by reason",
+            &self.consumer_partition_waits,
+        );
+        self.register(
+            "consumer_refusals",
+            "Requests of consumers that Kafka refused, by error code",
+            &self.consumer_refusals,
+        );
+        self.register(
+            "consumer_breaker_open",
+            "Consumers that are paused because they rejected too many records",
+            &self.consumer_breaker_open,
+        );
+        self.register(
+            "topic_settings_changed",
+            "Differences between a topic and its declaration",
+            &self.topic_settings_changed,
+        );
+        self.register("dead_letters_open", "Dead letters that are not settled yet", &self.dead_letters_open);
     }
 
     /// The metrics of a service that has an outbox.

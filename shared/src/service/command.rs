@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 
-use crate::messaging::{ListDeadLetters, Redrive};
+use crate::messaging::{DeadLetterRecord, ListDeadLetters, Redrive};
 
 /// Subcommands of every service.
 #[derive(Subcommand, Clone, Copy, Debug)]
@@ -26,6 +26,8 @@ pub enum DatabaseCommand {
 /// Subcommands of a service that consumes events.
 #[derive(Subcommand, Clone, Debug)]
 pub enum ConsumerCommand {
+    /// Dead-letter a record that fails and blocks its partition. Asks the running service.
+    DeadLetter(DeadLetterRecord),
     /// List the open dead letters.
     DeadLetters(ListDeadLetters),
     /// Hand the open dead letters to their handlers again.

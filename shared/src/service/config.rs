@@ -13,7 +13,8 @@ use crate::platform::telemetry::TelemetryConfig;
 /// Settings that every service has. Each can be given as a flag or as an environment variable.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
-    /// Address of /livez, /readyz, /status and /metrics. Keep it off the public network.
+    /// Address of /livez, /readyz, /status, /metrics, and /dead-letters for the subcommand
+    /// `dead-letter`. Keep it off the public network: it has no authentication.
     #[arg(long, env, default_value = "127.0.0.1:9080")]
     pub admin_addr: SocketAddr,
     #[command(flatten)]

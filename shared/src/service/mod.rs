@@ -25,7 +25,7 @@ use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
-use crate::messaging::{self, Consumer, ConsumerSetup, Handler, Relay, RelayConfig, Wake};
+use crate::messaging::{self, BlockedRecords, Consumer, ConsumerSetup, Declared, Handler, Relay, RelayConfig, Wake};
 use crate::platform::health::{self, Health};
 use crate::platform::http::Layers;
 use crate::platform::metrics::Metrics;
@@ -56,6 +56,8 @@ pub struct Service {
     stop: CancellationToken,
     /// Changes with each SIGUSR1.
     resumed: watch::Sender<()>,
+    /// The records that block partitions of this process.
+    blocked_records: BlockedRecords,
     tasks: JoinSet<(String, anyhow::Result<()>)>,
     traces: SdkTracerProvider,
 }
@@ -86,11 +88,13 @@ impl Service {
             draining: CancellationToken::new(),
             stop: CancellationToken::new(),
             resumed: watch::Sender::new(()),
+            blocked_records: BlockedRecords::default(),
             tasks: JoinSet::new(),
             traces,
         };
         service.health.waiting(START, "all tasks of the process to start");
         let routes = health::router(service.health.clone(), service.metrics.clone());
+        let routes = routes.merge(service.blocked_records.clone().routes());
         let routes = http::identified(routes, service.draining.clone());
         let overloaded = http::identified(http::overloaded(), service.draining.clone());
         let admin = service.server(routes, overloaded, ADMIN_CONNECTIONS, Counter::default());
@@ -112,14 +116,17 @@ impl Service {
         Ok(db)
     }
 
-    /// Creates the topics that this service owns, or checks that they are as declared. Runs in the
-    /// background.
+    /// Creates the topics that this service owns, or checks that they are as declared. Then watches
+    /// them. Runs in the background.
     pub fn own_topics(&mut self, topics: &'static [Topic]) {
         let kafka = self.config.kafka.clone();
+        let health = self.health.clone();
+        let metrics = self.metrics.clone();
         self.spawn("topics", async move {
-            messaging::ensure_topics(&kafka, topics).await?;
+            let topics: Vec<Declared> = topics.iter().map(|topic| Declared::of(&kafka, topic)).collect();
+            messaging::ensure_topics(&kafka, &topics).await?;
             tracing::info!("the topics of this service exist as declared");
-            std::future::pending().await
+            messaging::watch_topics(&kafka, &topics, &health, &metrics).await
         });
     }
 
@@ -154,6 +161,7 @@ impl Service {
                 kafka: self.config.kafka.clone(),
                 breaker: self.config.breaker.clone(),
                 resumed: self.resumed.subscribe(),
+                blocked_records: self.blocked_records.clone(),
                 health: self.health.clone(),
                 metrics: self.metrics.clone(),
                 stop: self.stop.clone(),
@@ -163,6 +171,14 @@ impl Service {
             self.health.report(&setup.component("group"), "its thread to start");
             self.thread(format!("{group} consumer {number}"), move || Consumer::run(setup));
         }
+        let kafka = self.config.kafka.clone();
+        let health = self.health.clone();
+        let metrics = self.metrics.clone();
+        self.spawn(&format!("{group} dead-letter topic"), async move {
+            let topic = [messaging::dead_letter_topic(&kafka, group)];
+            messaging::ensure_topics(&kafka, &topic).await?;
+            messaging::watch_topics(&kafka, &topic, &health, &metrics).await
+        });
         let kafka = self.config.kafka.clone();
         let metrics = self.metrics.clone();
         let stop = self.stop.clone();

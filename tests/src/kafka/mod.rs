@@ -121,6 +121,18 @@ impl Kafka {
         producer.abort_transaction(TIMEOUT).unwrap();
     }
 
+    /// Writes a record in a transaction and leaves it open, as a program that hangs does.
+    pub async fn leave_transaction_open(&self, topic: &str, draft: &Draft) -> OpenTransaction {
+        self.note_written(draft);
+        let mut client = self.client();
+        client.set("transactional.id", self.prefixed("foreign")).set("transaction.timeout.ms", "600000");
+        let producer: FutureProducer = client.create().unwrap();
+        producer.init_transactions(TIMEOUT).unwrap();
+        producer.begin_transaction().unwrap();
+        producer.send(future_record(draft, &self.prefixed(topic)), TIMEOUT).await.unwrap();
+        OpenTransaction(producer)
+    }
+
     /// Writes a record that client libraries refuse to send, byte by byte, and waits for Kafka's
     /// answer: partition and offset. Works on a system with one broker.
     pub async fn write_bytes(
@@ -153,6 +165,20 @@ impl Kafka {
         let mut client = ClientConfig::new();
         client.set("bootstrap.servers", &self.address).set("broker.address.family", "v4");
         client
+    }
+}
+
+/// A transaction of another program.
+pub struct OpenTransaction(FutureProducer);
+
+impl OpenTransaction {
+    pub fn commit(self) {
+        self.0.commit_transaction(TIMEOUT).unwrap();
+    }
+
+    /// Readers never see its records.
+    pub fn abort(self) {
+        self.0.abort_transaction(TIMEOUT).unwrap();
     }
 }
 

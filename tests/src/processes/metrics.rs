@@ -45,6 +45,30 @@ impl Processes {
         self.metric(service_of(group), name, &[&format!("group=\"{group}\"")]).await
     }
 
+    /// How many partitions of a group wait for a reason.
+    pub async fn waiting_partitions(&self, group: &str, reason: &str) -> usize {
+        let labels = [&*format!("group=\"{group}\""), &*format!("reason=\"{reason}\"")];
+        self.metric(service_of(group), "consumer_partition_waits", &labels).await.unwrap_or(0.0) as usize
+    }
+
+    /// The components of a service whose reports contain `text`, after waiting until there is one.
+    pub async fn until_reported(&self, service: Service, text: &str) -> Vec<String> {
+        let what = format!("{} reports {text:?}", service.name);
+        eventually(&what, async || {
+            let (_, body) = self.admin(service).status().await?;
+            let reported = body["waiting_for"].as_object()?;
+            let named = reported.iter().filter(|(_, reason)| reason.as_str().unwrap_or_default().contains(text));
+            Some(named.map(|(component, _)| component.clone()).collect::<Vec<_>>()).filter(|named| !named.is_empty())
+        })
+        .await
+    }
+
+    /// Waits until `/status` of a service reports nothing.
+    pub async fn until_nothing_reported(&self, service: Service) {
+        let what = format!("{} reports nothing", service.name);
+        eventually(&what, async || self.admin(service).status().await?.0.then_some(())).await;
+    }
+
     /// How many records of a group the running process has counted under an outcome.
     pub async fn counted(&self, group: &str, outcome: &str) -> f64 {
         let labels = [&*format!("group=\"{group}\""), &*format!("outcome=\"{outcome}\"")];

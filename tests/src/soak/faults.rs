@@ -6,7 +6,10 @@ use std::time::Duration;
 use fastrand::Rng;
 use testbed::smtp_sink::{Fault as MailFault, Stage};
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
+use uuid::Uuid;
 
+use crate::record::Draft;
+use crate::services::USER_EVENTS;
 use crate::system::System;
 use crate::waiting::POLL;
 
@@ -33,6 +36,8 @@ pub enum Fault {
     SecondCopy(Service),
     KillKafka,
     FreezeKafka(Duration),
+    /// Another program holds a transaction open in the topic of facts for this time.
+    OpenTransaction(Duration),
     KillPostgres,
     /// Valkey loses its data.
     KillValkey,
@@ -76,7 +81,7 @@ impl Fault {
     pub fn any(random: &mut Rng) -> Self {
         let service = SERVICES[random.usize(..SERVICES.len())];
         let time = if random.bool() { SHORT } else { LONG };
-        match random.u8(..14) {
+        match random.u8(..15) {
             0 => Self::Kill(service),
             1 => Self::Restart(service),
             2 | 3 => {
@@ -93,6 +98,7 @@ impl Fault {
             10 => Self::RestoreValkey(SHORT),
             11 => Self::DemoteValkey(SHORT),
             12 => Self::ReadOnlyPostgres(SHORT),
+            13 => Self::OpenTransaction(time),
             _ => match random.u8(..5) {
                 0 => Self::SlowMail(time),
                 1 => Self::RefuseMail(time),
@@ -118,6 +124,12 @@ impl Fault {
                 system.components().kafka.process.freeze();
                 tokio::time::sleep(time).await;
                 system.components().kafka.process.thaw();
+            }
+            Self::OpenTransaction(time) => {
+                let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1);
+                let transaction = system.kafka.leave_transaction_open(USER_EVENTS, &fact).await;
+                tokio::time::sleep(time).await;
+                transaction.abort();
             }
             Self::KillPostgres => system.components().postgres.restart().await.unwrap(),
             Self::KillValkey => system.components().redis.restart().await.unwrap(),
@@ -165,6 +177,7 @@ impl fmt::Display for Fault {
             Self::SecondCopy(service) => write!(f, "SecondCopy {}", service.name),
             Self::KillKafka => write!(f, "KillKafka"),
             Self::FreezeKafka(time) => write!(f, "FreezeKafka for {time:?}"),
+            Self::OpenTransaction(time) => write!(f, "OpenTransaction for {time:?}"),
             Self::KillPostgres => write!(f, "KillPostgres"),
             Self::KillValkey => write!(f, "KillValkey"),
             Self::FlushValkey => write!(f, "FlushValkey"),

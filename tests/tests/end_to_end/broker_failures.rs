@@ -2,8 +2,8 @@
 
 use tests::checker::{Outcome, Request};
 use tests::load::{Answers, Load};
-use tests::services::USER_EVENTS;
-use tests::{DEADLINE, System};
+use tests::services::{TOPICS, USER_EVENTS, dead_letters_of, groups};
+use tests::{DEADLINE, System, eventually};
 use tokio::time::timeout;
 
 /// Registrations that must be accepted during each fault.
@@ -38,6 +38,46 @@ async fn any_one_of_three_brokers_can_be_killed_frozen_or_restarted() {
     let answered = load.end().await;
     assert_eq!(unsuccessful_writes(&answered), Vec::<String>::new(), "writes that did not succeed");
     judge.check_with(&mut system, &answered).await;
+}
+
+/// T14, I3: Kafka's own default lets one replica acknowledge a record, which is lost with that
+/// replica. The services create their topics so that most replicas must have it. When one of three
+/// is left, it refuses records.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_three_replicas_acknowledges_nothing_alone() {
+    const NOT_ENOUGH_REPLICAS: [i16; 2] = [19, 20];
+    let mut system = System::empty_on_three_brokers().await;
+    let brokers = ["--entity-type", "brokers", "--entity-default"];
+    let change = ["--alter", "--add-config", "min.insync.replicas=1"];
+    let arguments: Vec<&str> = brokers.iter().chain(&change).copied().collect();
+    system.broker(1).tool("kafka.admin.ConfigCommand", &arguments).await.unwrap();
+    system.processes.start_all().await;
+    let letters = groups().map(dead_letters_of);
+    for topic in TOPICS.map(str::to_owned).into_iter().chain(letters) {
+        let (settings, replicas) = system.kafka.topic_settings(&topic).await;
+        let in_sync = settings.get("min.insync.replicas").map(String::as_str);
+        assert_eq!((in_sync, replicas), (Some("2"), 3), "{topic}");
+    }
+
+    system.kafka.until_in_sync().await;
+    let leader = system.kafka.leader_of(USER_EVENTS, 0).await;
+    for id in [1, 2, 3].into_iter().filter(|id| *id != leader) {
+        system.broker(id).stop().await;
+    }
+    let address = system.broker(leader).address();
+    let topic = system.kafka.prefixed(USER_EVENTS);
+    eventually("the last replica refuses a record", async || {
+        match tests::kafka::append_at(address.clone(), topic.clone(), 0, LATE).await {
+            Ok(offset) => panic!("one replica has acknowledged a record alone, at offset {offset}"),
+            Err(code) => NOT_ENOUGH_REPLICAS.contains(&code).then_some(()),
+        }
+    })
+    .await;
+    for id in [1, 2, 3].into_iter().filter(|id| *id != leader) {
+        system.broker(id).spawn_again().unwrap();
+    }
+    system.kafka.until_in_sync().await;
+    system.users.register().await;
 }
 
 /// SIGKILL. Every record that the leader acknowledged is on another broker too.

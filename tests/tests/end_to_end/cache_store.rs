@@ -15,7 +15,7 @@ use uuid::Uuid;
 /// How long Kafka is down: longer than several checks of the consumer.
 const OUTAGE: Duration = Duration::from_secs(5);
 
-/// T47, I8: Valkey comes back from a snapshot that is older than a change and an erasure. Kafka is
+/// T50, I8: Valkey comes back from a snapshot that is older than a change and an erasure. Kafka is
 /// down, so the cache cannot know what has changed. It answers 503 until it does.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_does_not_answer_from_a_restored_snapshot() {
@@ -37,7 +37,7 @@ async fn the_cache_does_not_answer_from_a_restored_snapshot() {
     assert_refilled(&system, renamed, erased, unchanged).await;
 }
 
-/// T47, I8: a replica that lags is promoted.
+/// T50, I8: a replica that lags is promoted.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_does_not_answer_from_a_replica_that_lagged_when_it_was_promoted() {
     let (mut system, mut kafka) = with_own_kafka().await;
@@ -61,7 +61,7 @@ async fn the_cache_does_not_answer_from_a_replica_that_lagged_when_it_was_promot
     assert_refilled(&system, renamed, erased, unchanged).await;
 }
 
-/// T48, I8: the connection stays on a node that became a replica. New connections lead to the new
+/// T51, I8: the connection stays on a node that became a replica. New connections lead to the new
 /// master.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_leaves_a_node_that_was_demoted() {

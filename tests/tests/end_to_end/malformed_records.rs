@@ -25,6 +25,7 @@ const LARGE: usize = 1_047_500;
 const SECRET: &str = "ada.lovelace@secret.example";
 const INCOMPLETE: &str = "data: incomplete JSON";
 const OTHER_TYPE: &str = "data: JSON that does not match its type: a field is missing or has another type";
+const EXTREME_TIME: &str = "ce_time: not between the years 1 and 9999 in UTC";
 const NEWER_SCHEMA: &str = "ce_dataschema: a major version that this release cannot read";
 
 /// A record, and the reason of its dead letter. `None`: it does not become a dead letter.
@@ -94,6 +95,35 @@ async fn a_record_with_a_header_name_that_is_not_utf8_is_dead_lettered() {
     assert!(!system.processes.has_ended(ANALYTICS));
 }
 
+/// T42, I11: an older release reads an event that only a newer one knows, in a roll-out that deploys
+/// the writer first. It is skipped and counted, and the log says where the first one is. If the group
+/// is set back to it, nothing happens twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_of_a_newer_release_is_skipped_counted_and_logged_once() {
+    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let fact = |kind| Draft::user_event(kind, Uuid::now_v7(), 1).on(PARTITION);
+    let kinds = ["user.registered", "user.promoted", "user.promoted", "user.registered"];
+    let written = system.kafka.write_all(USER_EVENTS, &kinds.map(fact)).await;
+    system.users.until_counted(2, 0).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+    let skipped = async || system.processes.counted(ANALYTICS_USERS, "skipped").await;
+    eventually_eq("skipped records", 2.0, skipped).await;
+    let (_, offset) = written[1];
+    let log = system.processes.log(ANALYTICS);
+    let mut lines = log.lines().filter(|line| line.contains("does not know the type of an event"));
+    let line = lines.next().unwrap();
+    let coordinates = format!("{}-{PARTITION}-{offset}", system.kafka.prefixed(USER_EVENTS));
+    assert!(line.contains(&coordinates) && line.contains(ANALYTICS_USERS), "{line}");
+    assert_eq!(lines.next(), None, "the second record is logged too");
+
+    system.processes.stop(ANALYTICS).await;
+    system.kafka.commit(ANALYTICS_USERS, PARTITION, offset);
+    system.processes.start(&[ANALYTICS]).await;
+    eventually_eq("skipped records", 2.0, async || system.processes.counted(ANALYTICS_USERS, "skipped").await).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+    system.users.until_counted(2, 0).await;
+}
+
 /// T30 T16, I9 I13: The cache stores its own position and moves it with the good records of a
 /// batch. If it is killed before it writes the letter of a bad record, it must read that record
 /// again.
@@ -111,6 +141,52 @@ async fn a_cache_killed_before_it_writes_a_dead_letter_reads_the_record_again() 
         system.users.until_cached(id, 1).await;
     }
     system.kafka.until_dead_letters(CACHE_PROFILES, &bad_at).await;
+}
+
+/// T30, I11: what is unusual or malformed in a header on which no effect depends is no reason to
+/// reject a record: a trace context, the ids of the cause, the spelling of the media type. The
+/// first and the last time that an event may have break no query.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_with_unusual_headers_take_effect() {
+    let system = System::start().await;
+    let long = vec![b'a'; 100_000];
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let ends_in_nul = format!("{trace}\0");
+    let headers: [&[(&str, &[u8])]; 9] = [
+        &[("traceparent", ends_in_nul.as_bytes())],
+        &[("traceparent", &long)],
+        &[("traceparent", trace.as_bytes()), ("tracestate", b"a=1\0")],
+        &[("traceparent", trace.as_bytes()), ("tracestate", &long)],
+        &[("traceparent", b"\xff\xfe"), ("ce_causationid", b"\xff"), ("ce_correlationid", SECRET.as_bytes())],
+        &[("content-type", b"Application/JSON; charset=UTF-8")],
+        &[("content-type", b"application/json;charset=utf-8")],
+        &[("ce_time", b"0001-01-01T00:00:00Z")],
+        &[("ce_time", b"9999-12-31T23:59:59.9999999Z")],
+    ];
+    let users = headers.map(|_| Uuid::now_v7());
+    for (user, headers) in users.iter().zip(headers) {
+        let with_headers = |draft: Draft| {
+            headers.iter().fold(draft.on(PARTITION), |draft, (name, value)| draft.replace_header(name, value))
+        };
+        system.kafka.write(USER_STATE, &with_headers(Draft::user_state(*user, 1, Some(&address())))).await;
+        // A mail for an event of the year 1 would be held.
+        let is_old = headers.iter().any(|(name, value)| *name == "ce_time" && value.starts_with(b"0001"));
+        let fact = with_headers(Draft::user_event("user.registered", *user, 1));
+        system.kafka.write(USER_EVENTS, &fact).await;
+        if !is_old {
+            system.users.until_mailed(*user).await;
+        }
+        system.users.until_cached(*user, 1).await;
+    }
+    let count = users.len() as i64;
+    system.users.until_counted(count, count - 1).await;
+    for bucket in ["day", "hour"] {
+        let answer = system.users.get(ANALYTICS, &format!("/registrations?bucket={bucket}")).await.unwrap();
+        assert_eq!(answer.status.as_u16(), 200, "{bucket}: {answer:?}");
+    }
+    for group in FACT_GROUPS.into_iter().chain(STATE_GROUPS) {
+        assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
+    }
 }
 
 fn bad_facts() -> Vec<Case> {
@@ -151,6 +227,9 @@ fn bad_on_every_topic(good: impl Fn() -> Draft) -> Vec<Case> {
         (good().with_header("ce_id", Uuid::now_v7().to_string().as_bytes()), Some("ce_id: given twice")),
         (good().replace_header("ce_dataschema", b"urn:waybill:some:2"), Some(NEWER_SCHEMA)),
         (good().replace_header("content-type", b"application/avro"), Some("content-type: not application/json")),
+        (good().replace_header("content-type", b"application/jsonp"), Some("content-type: not application/json")),
+        (good().replace_header("ce_time", b"0000-01-01T00:00:00+01:00"), Some(EXTREME_TIME)),
+        (good().replace_header("ce_time", b"9999-12-31T23:59:59.9999999-05:00"), Some(EXTREME_TIME)),
         (Draft { headers: vec![], ..good() }, Some("ce_specversion: missing")),
         (Draft { key: Some(vec![]), ..good() }, Some("key: not a UUID")),
         (Draft { key: Some(b"42".to_vec()), ..good() }, Some("key: not a UUID")),

@@ -134,6 +134,39 @@ async fn each_partition_of_a_batch_gets_its_own_next_offset() {
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
 }
 
+/// T17, I9, I11: partitions move to another copy and back while facts are written. Offsets are
+/// committed by the clock once a minute only, so the new owner knows what was handled because the
+/// old one committed it when it lost the partition. A batch is never in progress then, so no record
+/// is handled twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_loses_a_partition_commits_what_it_has_handled() {
+    let mut system = System::empty().await;
+    system.processes.set("OFFSET_COMMIT_MS", "60000");
+    system.processes.start(&[USER, EMAIL, ANALYTICS]).await;
+    let mut registered = 0;
+    for _ in 0..10 {
+        registered += register_on_each_partition(&system).await;
+    }
+    until_registered(&system, registered).await;
+
+    let mut other = system.processes.spawn_another(ANALYTICS);
+    while system.kafka.members(ANALYTICS_USERS).len() < 2 {
+        registered += register_on_each_partition(&system).await;
+    }
+    other.until_ready().await;
+    for _ in 0..10 {
+        registered += register_on_each_partition(&system).await;
+    }
+    until_registered(&system, registered).await;
+    let labels = [&*format!("group=\"{ANALYTICS_USERS}\""), "outcome=\"duplicate\""];
+    let at_other = other.admin().metric("events_consumed_total", &labels).await;
+    other.stop().await;
+    registered += register_on_each_partition(&system).await;
+    until_registered(&system, registered).await;
+    let at_first = system.processes.counted(ANALYTICS_USERS, "duplicate").await;
+    assert_eq!((at_first, at_other.unwrap_or(0.0)), (0.0, 0.0), "records that were handled twice");
+}
+
 /// A client may request the first and last offsets of a partition while it looks for its start, and
 /// Kafka answers late. The late answer does not change the start: no handled record is read again.
 #[tokio::test(flavor = "multi_thread")]

@@ -279,3 +279,41 @@ async fn log_events_writes_one_line_per_handled_event() {
     eventually_eq("events that the cache has logged", states, async || handled_events(&system, CACHE)).await;
     assert_eq!(handled_events(&system, EMAIL), [], "events that a service without the setting has logged");
 }
+
+/// I15: all events that follow from one request have one correlation id, which we make. An event
+/// about a mail names the registration that caused it. Text of the caller is in none of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_of_one_request_name_their_cause() {
+    const REQUEST_ID: &str = "ada@secret.example";
+    let system = System::start_only(&[USER, EMAIL]).await;
+    let url = system.users.url(USER, "/users");
+    let mut correlations = BTreeSet::new();
+    for _ in 0..2 {
+        let body = json!({ "email": address(), "display_name": "Ada Lovelace" });
+        let answer =
+            send_with_retries(|| Client::new().post(&url).json(&body).header("x-request-id", REQUEST_ID)).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+        let user = answer.id();
+        system.users.until_mailed(user).await;
+        let id = |record: &Record, name: &str| -> Uuid { record.header(name).unwrap().parse().unwrap() };
+        let fact = system.kafka.read_key(USER_EVENTS, user).remove(0);
+        let state = system.kafka.read_key(USER_STATE, user).remove(0);
+        let correlation = id(&fact, "ce_correlationid");
+        for record in [&fact, &state] {
+            assert_eq!(id(record, "ce_correlationid"), correlation);
+            assert_eq!(id(record, "ce_causationid"), correlation, "the command causes both");
+            assert_eq!(record.header("ce_actor"), None, "nobody has logged in");
+        }
+        let of_user = |record: &Record| record.text().contains(&user.to_string());
+        let mails = async || system.kafka.read(EMAIL_EVENTS).into_iter().filter(of_user).collect::<Vec<_>>();
+        eventually_eq("facts about the mail", 1, async || mails().await.len()).await;
+        let mail = mails().await.remove(0);
+        assert_eq!(id(&mail, "ce_correlationid"), correlation);
+        assert_eq!(id(&mail, "ce_causationid"), id(&fact, "ce_id"), "the registration causes the mail");
+        for record in [&fact, &state, &mail] {
+            assert!(!record.text().contains(REQUEST_ID), "{}", record.text());
+        }
+        correlations.insert(correlation);
+    }
+    assert_eq!(correlations.len(), 2, "two requests have different ids");
+}

@@ -1,10 +1,9 @@
 //! A batch of records, and its delivery to the handler: decode, handle, dead-letter a record that
 //! can never succeed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
-use anyhow::anyhow;
 use rdkafka::message::{Message, OwnedMessage};
 use tracing::{Instrument, Span, field::Empty};
 
@@ -12,7 +11,7 @@ use super::breaker::Breaker;
 use super::start::ConsumerSetup;
 use crate::events::{self, Event};
 use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
-use crate::messaging::handler::{self, Delivery, Failure, Handler, Outcome, SplitSlow};
+use crate::messaging::handler::{self, Delivery, Failure, Handler, OneByOneTooLong, Outcome, Split};
 use crate::messaging::record::{Coordinates, Record};
 use crate::platform::telemetry::{self, TraceContext};
 
@@ -57,6 +56,8 @@ pub(super) struct Batch {
     /// that no record is handled, dead-lettered or counted again because another one failed.
     finished: BTreeSet<PartitionOffset>,
     counts: Counts,
+    /// Whether a skipped record was logged.
+    skip_logged: bool,
 }
 
 /// What happened to the finished records.
@@ -74,6 +75,7 @@ impl Batch {
             bytes: 0,
             finished: BTreeSet::new(),
             counts: Counts::default(),
+            skip_logged: false,
         }
     }
 
@@ -88,6 +90,27 @@ impl Batch {
     pub fn push(&mut self, message: OwnedMessage) {
         self.bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
         self.messages.push(message);
+    }
+
+    pub fn extend(&mut self, messages: impl IntoIterator<Item = OwnedMessage>) {
+        messages.into_iter().for_each(|message| self.push(message));
+    }
+
+    /// A batch of one record that blocks its partition.
+    pub fn of(message: OwnedMessage) -> Self {
+        let mut batch = Self::new();
+        batch.push(message);
+        batch
+    }
+
+    /// Takes out the records of a partition from its first unfinished record on, and returns the
+    /// unfinished ones. So [`Batch::next_offsets`] does not exceed the first of them.
+    pub fn take_blocked(&mut self, partition: i32) -> VecDeque<OwnedMessage> {
+        let unfinished = self.unfinished();
+        let first = unfinished.iter().find(|(other, _)| *other == partition).map_or(i64::MAX, |(_, offset)| *offset);
+        let is_blocked = |message: &mut OwnedMessage| message.partition() == partition && message.offset() >= first;
+        let blocked = self.messages.extract_if(.., is_blocked);
+        blocked.filter(|message| !self.finished.contains(&partition_offset(message))).collect()
     }
 
     /// Drops the records of all other partitions.
@@ -124,38 +147,47 @@ impl Batch {
     }
 
     /// Delivers the records that are not finished, in order. After success every record has taken
-    /// effect durably; a dead letter counts as an effect. After a failure some records may have
-    /// taken effect: the finished ones are left out of the next attempt, and effects are
-    /// idempotent.
-    pub async fn deliver<H: Handler>(&mut self, context: DeliveryContext<'_, H>) -> Result<(), Halt> {
-        let Self { messages, finished, counts, .. } = self;
+    /// effect durably; a dead letter counts as an effect. Exceptions are the records of the
+    /// partitions that are returned: with [`Split::Failing`] a record that fails blocks its
+    /// partition and no other. After a failure some records may have taken effect: the finished
+    /// ones are left out of the next attempt, and effects are idempotent.
+    pub async fn deliver<H: Handler>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
+        let Self { messages, finished, counts, skip_logged, .. } = self;
         let group = H::GROUP;
         let span = tracing::error_span!("consume", group, records = messages.len());
-        let split_slow = context.split_slow;
-        let mut delivery = BatchDelivery { context, messages, finished, counts, span, one_by_one_since: None };
+        let failing = Failing::new();
+        let mut delivery =
+            BatchDelivery { context, messages, finished, counts, skip_logged, span, one_by_one_since: None, failing };
         let mut records = Vec::with_capacity(messages.len());
         for message in messages.iter() {
-            if delivery.finished.contains(&partition_offset(message)) {
+            let is_finished = delivery.finished.contains(&partition_offset(message));
+            if is_finished || delivery.failing.contains_key(&message.partition()) {
                 continue;
             }
             match Record::decode(message.key(), message, Coordinates::of(message)) {
                 Ok(Some(record)) => records.push(record),
-                Ok(None) => {
-                    delivery.counts.skipped += 1;
-                    delivery.finish_accepted(partition_offset(message));
-                }
+                Ok(None) => delivery.skip(message),
                 // The records before this one are delivered first, because the breaker considers
                 // records in order.
                 Err(error) => {
-                    delivery.deliver(&mut records, split_slow).await?;
+                    delivery.deliver(&mut records).await?;
                     records.clear();
                     delivery.dead_letter(message, error.to_string()).await?;
                 }
             }
+            // The later records of a partition must not overtake one that fails.
+            if delivery.context.split == Split::Failing {
+                delivery.deliver(&mut records).await?;
+                records.clear();
+            }
         }
-        delivery.deliver(&mut records, split_slow).await
+        delivery.deliver(&mut records).await?;
+        Ok(delivery.failing)
     }
 }
+
+/// The partitions whose next record fails, each with the reason.
+pub(super) type Failing = BTreeMap<i32, String>;
 
 fn partition_offset(message: &OwnedMessage) -> PartitionOffset {
     (message.partition(), message.offset())
@@ -168,7 +200,7 @@ pub(super) struct DeliveryContext<'a, H> {
     pub breaker: &'a mut Breaker,
     /// Next offset to handle, per partition.
     pub next_offsets: &'a mut BTreeMap<i32, i64>,
-    pub split_slow: SplitSlow,
+    pub split: Split,
 }
 
 /// One delivery of a batch.
@@ -177,16 +209,50 @@ struct BatchDelivery<'a, H> {
     messages: &'a [OwnedMessage],
     finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
+    skip_logged: &'a mut bool,
     /// The span of the batch.
     span: Span,
     /// When the delivery began to try records one by one.
     one_by_one_since: Option<Instant>,
+    failing: Failing,
 }
 
 impl<H: Handler> BatchDelivery<'_, H> {
-    async fn deliver(&mut self, records: &mut [Record<H::Event>], split_slow: SplitSlow) -> Result<(), Halt> {
-        self.one_by_one_since = None;
-        handler::deliver(self, records, split_slow).await
+    /// Passes the records to the handler. If the batch has failed several times, there is one record,
+    /// and it may fail alone.
+    async fn deliver(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Halt> {
+        if self.context.split == Split::Failing {
+            self.one_by_one_since.get_or_insert_with(Instant::now);
+        } else {
+            self.one_by_one_since = None;
+        }
+        match handler::deliver(self, records, self.context.split).await {
+            Err(Halt::Failure(Failure::Retry(error))) if self.context.split == Split::Failing => {
+                let failure = Failure::Retry(error);
+                if failure.is_outage() {
+                    return Err(failure.into());
+                }
+                let reason = failure.describe();
+                self.failing.extend(records.iter().map(|record| (record.coordinates.partition, reason.clone())));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// This release does not know the type of the event. Only the first such record is logged, for
+    /// an operator who wants to know where to read again with a newer release.
+    fn skip(&mut self, message: &OwnedMessage) {
+        self.counts.skipped += 1;
+        if !std::mem::replace(self.skip_logged, true) {
+            tracing::warn!(
+                group = H::GROUP,
+                coordinates = %Coordinates::of(message),
+                "this release does not know the type of an event. It skips such records and counts them; deploy readers \
+                 before writers"
+            );
+        }
+        self.finish_accepted(partition_offset(message));
     }
 
     /// Writes the record's dead letter before any later record is handled. A later record moves the
@@ -248,7 +314,7 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         // Slow records must not keep the consumer from polling or stopping. Finished records stay
         // finished.
         if self.one_by_one_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
-            return Err(anyhow!("handling records one by one takes too long; the rest is retried later").into());
+            return Err(OneByOneTooLong.into());
         }
         let mut next_offsets = self.context.next_offsets.clone();
         for record in &mut *records {
@@ -271,6 +337,7 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
                 event.type = envelope.kind,
                 event.version = envelope.version,
                 user.id = %event.user(envelope.key),
+                correlation.id = envelope.cause.correlation.map(tracing::field::display),
                 trace.id = %telemetry::trace_id(span),
                 %coordinates,
                 "event handled"

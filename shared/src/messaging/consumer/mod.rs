@@ -3,32 +3,43 @@
 //! race. Scale by more consumers, not by threads per partition.
 //!
 //! It stores the offset of the next record, and only after the effects are durable. librdkafka
-//! commits stored offsets every second, on a revoke and on shutdown.
+//! commits stored offsets from time to time (OFFSET_COMMIT_MS), on a revoke and on shutdown.
 
 mod breaker;
 mod start;
 mod batch;
+mod backoff;
+mod operator;
+mod blocked;
+mod reading;
+mod reports;
 mod partitions;
 mod placement;
 mod waiting;
+mod blocking;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use rdkafka::message::{Message, OwnedMessage};
 use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
 
-use super::dead_letters::DeadLetterWriter;
-use super::handler::{Failure, Handler, SplitSlow};
+use super::dead_letters::{DeadLetter, DeadLetterWriter};
+use super::handler::{Failure, Handler, Split};
+use super::record::Coordinates;
 use crate::events::Event;
 use crate::fault;
-use batch::{Batch, DeliveryContext, Halt};
+use batch::{Batch, DeliveryContext, Failing, Halt};
 use breaker::Breaker;
+use operator::Decision;
 use partitions::{Partitions, Polled};
 use waiting::Waiting;
 
 pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
 pub use breaker::BreakerConfig;
+pub(crate) use operator::BlockedRecords;
+pub use operator::{DeadLetterRecord, dead_letter};
 pub(crate) use start::ConsumerSetup;
 
 /// How long an empty batch waits for its first record. It is also how soon the consumer notices a
@@ -61,7 +72,7 @@ impl<H: Handler> Consumer<H> {
         let runtime = Runtime::current();
         let breaker = Breaker::new(&setup.breaker);
         let dead_letters = DeadLetterWriter::new(&setup.kafka, H::GROUP, H::Event::TOPIC.kind)?;
-        let topics = setup.stop.run_until_cancelled(setup.prepare_topics(&dead_letters));
+        let topics = setup.stop.run_until_cancelled(setup.prepare_topics());
         let Some(prepared) = runtime.block_on(topics) else { return Ok(()) };
         prepared?;
         let partitions = Partitions::subscribe(&setup)?;
@@ -76,6 +87,7 @@ impl<H: Handler> Consumer<H> {
         while !self.setup.stop.is_cancelled() {
             if !self.waiting.is_paused() {
                 self.partitions.place(&self.setup, &self.runtime);
+                self.retry_blocked(&mut batch)?;
             }
             self.fill(&mut batch)?;
             if self.waiting.may_work(&self.setup, &self.partitions) {
@@ -128,16 +140,11 @@ impl<H: Handler> Consumer<H> {
     /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
     fn work(&mut self, batch: &mut Batch) -> Result<(), Halt> {
         if !batch.is_empty() {
-            // On a retry the records are tried one by one if together they take too long again.
-            let split_slow = if self.waiting.is_paused() { SplitSlow::Yes } else { SplitSlow::No };
-            let context = DeliveryContext {
-                setup: &self.setup,
-                dead_letters: &self.dead_letters,
-                breaker: &mut self.waiting.breaker,
-                next_offsets: &mut self.partitions.next_offsets,
-                split_slow,
-            };
-            self.runtime.block_on(batch.deliver(context))?;
+            let split = self.split();
+            for (partition, reason) in self.deliver(batch, split)? {
+                let records = batch.take_blocked(partition);
+                self.partitions.block(partition, records, reason, &self.setup.blocked_records)?;
+            }
             fault::point("consumer.after_effect");
             self.partitions.store(&batch.next_offsets())?;
             fault::point("consumer.after_store");
@@ -148,6 +155,96 @@ impl<H: Handler> Consumer<H> {
             self.call_caught_up()?;
             self.last_caught_up_call = Some(Instant::now());
         }
+        Ok(())
+    }
+
+    /// On a retry the records are tried one by one if together they take too long again, or if one
+    /// of them seems to be the cause of the failures.
+    fn split(&self) -> Split {
+        if self.waiting.suspects_a_record() && self.dependency_works() {
+            Split::Failing
+        } else if self.waiting.is_paused() {
+            Split::Slow
+        } else {
+            Split::Rejected
+        }
+    }
+
+    fn dependency_works(&self) -> bool {
+        let works = self.setup.handler.dependency_works();
+        let limit = self.setup.kafka.handle_timeout();
+        self.runtime.block_on(async { timeout(limit, works).await }).unwrap_or(false)
+    }
+
+    fn deliver(&mut self, batch: &mut Batch, split: Split) -> Result<Failing, Halt> {
+        let context = DeliveryContext {
+            setup: &self.setup,
+            dead_letters: &self.dead_letters,
+            breaker: &mut self.waiting.breaker,
+            next_offsets: &mut self.partitions.next_offsets,
+            split,
+        };
+        self.runtime.block_on(batch.deliver(context))
+    }
+
+    /// Follows an operator's decision about a record that blocks its partition, or tries the record
+    /// again that is due. One of them in a turn, so that the consumer polls in between. `batch` is
+    /// empty; it gets the later records of a partition that continues.
+    fn retry_blocked(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
+        let blocked = self.partitions.blocked.values();
+        let decided = blocked.clone().find_map(|blocked| Some((blocked.decision()?, blocked.record().clone())));
+        let due = blocked.filter(|blocked| blocked.due <= Instant::now()).min_by_key(|blocked| blocked.due);
+        let due = due.map(|blocked| blocked.record().clone());
+        match (decided, due) {
+            (Some((decision, record)), _) => self.dead_letter_blocked(batch, record, decision),
+            (None, Some(record)) => self.retry_record(batch, record),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Crash after the effect and before the offset is stored: the record comes again, and effects
+    /// are idempotent.
+    fn retry_record(&mut self, batch: &mut Batch, record: OwnedMessage) -> anyhow::Result<()> {
+        let partition = record.partition();
+        let started = Instant::now();
+        let mut single = Batch::of(record);
+        match self.deliver(&mut single, Split::Failing) {
+            Ok(failing) if failing.is_empty() => {
+                self.partitions.store(&single.next_offsets())?;
+                single.complete(&self.setup);
+                batch.extend(self.partitions.unblock(partition)?);
+            }
+            Ok(mut failing) => self.partitions.postpone(partition, failing.remove(&partition), started.elapsed()),
+            Err(Halt::Failure(Failure::Resume)) => self.partitions.restart(&[partition])?,
+            Err(Halt::Breaker(rejections)) => self.waiting.open_breaker(&self.setup, &self.partitions, &rejections)?,
+            // The dependency is down, or Kafka does not accept the letter of the record.
+            Err(Halt::Failure(_) | Halt::Unwritten(_)) => self.partitions.postpone(partition, None, started.elapsed()),
+        }
+        Ok(())
+    }
+
+    /// The letter is written before the offset is stored. Crash in between: the record comes again
+    /// and blocks its partition again, with an open letter. The operator decides again, and the
+    /// letter is written again with the same key.
+    fn dead_letter_blocked(
+        &mut self,
+        batch: &mut Batch,
+        record: OwnedMessage,
+        decision: Decision,
+    ) -> anyhow::Result<()> {
+        let coordinates = Coordinates::of(&record);
+        let reason = decision.reason.clone();
+        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: record };
+        if let Err(error) = self.runtime.block_on(self.dead_letters.write(&letter)) {
+            decision.answer(Err(format!("{error:#}")));
+            return Ok(());
+        }
+        let DeadLetter { coordinates, reason, .. } = letter;
+        tracing::error!(group = H::GROUP, %coordinates, reason, "record dead-lettered by an operator");
+        self.partitions.store(&BTreeMap::from([(coordinates.partition, coordinates.offset + 1)]))?;
+        self.setup.count("dead_lettered", 1);
+        batch.extend(self.partitions.unblock(coordinates.partition)?);
+        decision.answer(Ok(()));
         Ok(())
     }
 
@@ -185,17 +282,17 @@ impl<H: Handler> Consumer<H> {
                 partitions.restart(&affected)?;
                 self.waiting.end(setup, partitions)
             }
-            Err(Halt::Failure(Failure::Retry(error))) => {
-                self.waiting.retry_later(setup, partitions, &error, "a dependency of its handler")
+            Err(Halt::Failure(failure @ Failure::Retry(_))) => {
+                self.waiting.retry_later(setup, partitions, &failure, "a dependency of its handler")
             }
             Err(Halt::Failure(Failure::Reject(reason))) => {
                 let error = anyhow::anyhow!("the handler rejected the end of a partition: {reason}");
-                self.waiting.retry_later(setup, partitions, &error, "its handler")
+                self.waiting.retry_later(setup, partitions, &error.into(), "its handler")
             }
             Err(Halt::Unwritten(error)) => {
                 let topic = self.dead_letters.topic();
                 let what = format!("Kafka to accept a dead letter: check the topic {topic}");
-                self.waiting.retry_later(setup, partitions, &error, &what)
+                self.waiting.retry_later(setup, partitions, &error.into(), &what)
             }
             Err(Halt::Breaker(rejections)) => self.waiting.open_breaker(setup, partitions, &rejections),
         }

@@ -15,16 +15,23 @@ use rdkafka::statistics::{Statistics, Topic};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
+use super::blocked::Blocked;
+use super::reading::Reading;
+use super::reports::{Reports, Wait};
 use super::start::ConsumerSetup;
+use crate::messaging::errors::{Class, class};
 use crate::messaging::handler::{EndOfPartition, Handler};
-use crate::platform::health::Health;
-use crate::platform::metrics::{Metrics, PartitionLabels};
 
 /// Time for one request to Kafka.
 pub(super) const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
-/// A partition counts as idle if the client was given it and has not read it for this long.
-/// Starting to read takes milliseconds.
-const IDLE_LIMIT: Duration = Duration::from_secs(2);
+/// A refusal counts as ended if it was not repeated for this long and the client reads every
+/// partition. The client repeats a refused request within a second.
+const REFUSAL_MEMORY: Duration = Duration::from_secs(5);
+
+const UNREAD: &str = "Kafka has sent nothing of this partition for 10 s, not even its end: it has no leader, or this \
+                      service may not read the topic";
+const OPEN_TRANSACTION: &str = "another program has left a transaction open: no later record can be read. Find its \
+                                producer and end it. It begins at offset";
 
 /// The partitions that the group assigned to this consumer, and how far each is handled. Used by
 /// the consumer's thread only.
@@ -39,6 +46,8 @@ pub(super) struct Partitions {
     /// Partition and offset of the records that were dropped because the handler's position did not
     /// match. Those before the new position will count as duplicates.
     pub(super) dropped: BTreeSet<(i32, i64)>,
+    /// Partitions that wait for their next record, which fails.
+    pub(super) blocked: BTreeMap<i32, Blocked>,
     /// When a failed placement is tried again.
     pub(super) retry_placement_at: Instant,
 }
@@ -69,6 +78,7 @@ impl Partitions {
             next_offsets: BTreeMap::new(),
             at_end: BTreeSet::new(),
             dropped: BTreeSet::new(),
+            blocked: BTreeMap::new(),
             retry_placement_at: Instant::now(),
         })
     }
@@ -104,7 +114,7 @@ impl Partitions {
                 self.group
             );
         }
-        tracing::debug!(group = self.group, %error, "error of the Kafka client");
+        self.client.context().note_error(error);
         Ok(())
     }
 
@@ -113,6 +123,7 @@ impl Partitions {
         for partition in self.client.context().take_revoked() {
             self.at_end.remove(&partition);
             self.next_offsets.remove(&partition);
+            self.blocked.remove(&partition);
             self.dropped.retain(|(dropped, _)| *dropped != partition);
         }
     }
@@ -128,19 +139,23 @@ impl Partitions {
         Ok(self.client.pause(&self.list(self.next_offsets.keys()))?)
     }
 
+    /// Continues all partitions that are not blocked.
     pub fn resume(&self) -> anyhow::Result<()> {
         self.client.context().paused.store(false, Relaxed);
-        Ok(self.client.resume(&self.list(self.next_offsets.keys()))?)
+        let working = self.next_offsets.keys().filter(|partition| !self.blocked.contains_key(partition));
+        Ok(self.client.resume(&self.list(working))?)
     }
 
-    /// Stores the next offset per partition. librdkafka commits stored offsets every second. Do not
+    /// Stores the next offset per partition. librdkafka commits stored offsets later. Do not
     /// use its other functions that store offsets: they add one.
     pub fn store(&self, next_offsets: &BTreeMap<i32, i64>) -> anyhow::Result<()> {
         let mut offsets = TopicPartitionList::new();
         for (partition, offset) in next_offsets {
             offsets.add_partition_offset(&self.topic, *partition, Offset::Offset(*offset))?;
         }
-        self.client.store_offsets(&offsets).context("cannot store offsets")
+        self.client.store_offsets(&offsets).context("cannot store offsets")?;
+        self.client.context().note_handled(next_offsets);
+        Ok(())
     }
 
     /// Commits the stored offsets.
@@ -153,7 +168,9 @@ impl Partitions {
     /// position, which is after the marker of the last transaction. Storing it makes the lag 0.
     pub fn ends(&self) -> Result<Vec<EndOfPartition>, KafkaError> {
         let positions = self.client.position()?;
-        let ends = self.at_end.iter().filter_map(|partition| {
+        // A blocked partition has records that are not handled.
+        let at_end = self.at_end.iter().filter(|partition| !self.blocked.contains_key(partition));
+        let ends = at_end.filter_map(|partition| {
             let expected_position = *self.next_offsets.get(partition)?;
             let position = positions.find_partition(&self.topic, *partition).map(|element| element.offset());
             let next_offset = match position {
@@ -167,12 +184,13 @@ impl Partitions {
 
     /// Measures the lag of paused partitions, so that the metric shows how it grows. If Kafka does
     /// not answer, the metric keeps its value.
-    pub fn measure_lag(&self) {
-        for (partition, next_offset) in &self.next_offsets {
-            let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, *partition, KAFKA_TIMEOUT) else {
+    pub fn measure_lag(&self, partitions: impl IntoIterator<Item = i32>) {
+        for partition in partitions {
+            let Some(next_offset) = self.next_offsets.get(&partition) else { continue };
+            let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT) else {
                 return;
             };
-            self.client.context().set_lag(*partition, end - next_offset);
+            self.client.context().reports.lag(partition, end - next_offset);
         }
     }
 
@@ -187,12 +205,9 @@ impl Partitions {
 
 /// The part of the state that rebalance callbacks and statistics change.
 pub(super) struct Assignment {
-    topic: String,
-    group: &'static str,
     /// The component's name in `/status`.
     component: String,
-    health: Health,
-    metrics: Metrics,
+    pub(super) reports: Reports,
     /// Whether the consumer has paused its partitions. If so, it measures the lag itself, because
     /// the client's statistics do not change for paused partitions.
     pub(super) paused: AtomicBool,
@@ -204,12 +219,11 @@ struct Changes {
     /// Assigned, but their start is not known yet. The client does not have them.
     unplaced: BTreeSet<i32>,
     /// Assigned, and given to the client with their start.
-    reading: BTreeSet<i32>,
+    reading: BTreeMap<i32, Reading>,
     /// Revoked since the last call of [`Assignment::take_revoked`].
     revoked: BTreeSet<i32>,
-    /// Partitions of `reading` that the client does not fetch according to its statistics, each
-    /// with the time when this was first seen.
-    idle_since: BTreeMap<i32, Instant>,
+    /// Codes with which Kafka refuses requests of this client, and when each was last seen.
+    refusals: BTreeMap<String, Instant>,
     /// Whether the client was given partitions since the last call of [`Assignment::take_revoked`].
     just_started: bool,
 }
@@ -219,11 +233,14 @@ impl Assignment {
         let component = setup.component("group");
         setup.health.report(&component, "Kafka to assign partitions");
         Self {
-            topic: setup.topic(),
-            group: H::GROUP,
             component,
-            health: setup.health.clone(),
-            metrics: setup.metrics.clone(),
+            reports: Reports {
+                group: H::GROUP,
+                consumer: setup.consumer(),
+                topic: setup.topic(),
+                health: setup.health.clone(),
+                metrics: setup.metrics.clone(),
+            },
             paused: AtomicBool::new(false),
             changes: Mutex::default(),
         }
@@ -239,9 +256,10 @@ impl Assignment {
         // A partition that was paused when the client lost it is still paused.
         client.resume(starts)?;
         let mut changes = self.changes();
-        for partition in numbers(starts) {
-            changes.unplaced.remove(&partition);
-            changes.reading.insert(partition);
+        for element in starts.elements() {
+            let start = element.offset().to_raw().unwrap_or_default();
+            changes.unplaced.remove(&element.partition());
+            changes.reading.insert(element.partition(), Reading::new(start, Instant::now()));
         }
         changes.just_started = true;
         Ok(())
@@ -258,19 +276,64 @@ impl Assignment {
     /// requested offset while the partition is paused: the client then discards the error together
     /// with the fetched records.
     fn idle(&self) -> Vec<i32> {
+        let now = Instant::now();
         let changes = self.changes();
-        let idle = changes.idle_since.iter().filter(|(_, since)| since.elapsed() > IDLE_LIMIT);
-        idle.map(|(partition, _)| *partition).collect()
+        changes.reading.iter().filter(|(_, reading)| reading.is_idle(now)).map(|(partition, _)| *partition).collect()
+    }
+
+    /// Notes how far partitions are handled, for their lag.
+    fn note_handled(&self, next_offsets: &BTreeMap<i32, i64>) {
+        let mut changes = self.changes();
+        for (partition, next_offset) in next_offsets {
+            if let Some(reading) = changes.reading.get_mut(partition) {
+                reading.handled = *next_offset;
+            }
+        }
+    }
+
+    /// Notes whether a partition is paused because its next record fails.
+    pub fn note_paused(&self, partition: i32, paused: bool) {
+        if let Some(reading) = self.changes().reading.get_mut(&partition) {
+            reading.paused = paused;
+        }
+    }
+
+    /// Notes an error of the client, by its class. A refusal is logged once, until it has ended.
+    fn note_error(&self, error: &KafkaError) {
+        let group = self.reports.group;
+        if class(error) != Class::Refused {
+            tracing::debug!(group, %error, "error of the Kafka client; it retries");
+            return;
+        }
+        let code = error.rdkafka_error_code().map_or("Unknown".to_owned(), |code| format!("{code:?}"));
+        self.reports.count_refusal(&code);
+        let mut changes = self.changes();
+        if changes.refusals.insert(code.clone(), Instant::now()).is_none() {
+            tracing::warn!(
+                group,
+                topic = self.reports.topic,
+                code,
+                "Kafka refuses a request of the consumer; it is repeated until an operator has fixed the cause"
+            );
+            self.reports.refuses(&changes.refusals.keys().map(String::as_str).collect::<Vec<_>>());
+        }
+    }
+
+    /// Forgets the refusals if none was repeated lately and every partition is read.
+    fn end_refusals(&self, changes: &mut Changes) {
+        let recent = changes.refusals.values().any(|seen| seen.elapsed() < REFUSAL_MEMORY);
+        if changes.refusals.is_empty() || recent || changes.reading.values().any(|reading| !reading.is_read()) {
+            return;
+        }
+        changes.refusals.clear();
+        self.reports.accepts();
+        tracing::info!(group = self.reports.group, "Kafka accepts the requests of the consumer again");
     }
 
     fn take_revoked(&self) -> BTreeSet<i32> {
         let mut changes = self.changes();
         changes.just_started = false;
         std::mem::take(&mut changes.revoked)
-    }
-
-    fn set_lag(&self, partition: i32, records: i64) {
-        self.metrics.consumer_lag.get_or_create(&self.labels(partition)).set(records);
     }
 
     fn changes(&self) -> MutexGuard<'_, Changes> {
@@ -281,9 +344,9 @@ impl Assignment {
         let mut changes = self.changes();
         let mut taken = TopicPartitionList::new();
         for partition in partitions {
-            changes.idle_since.remove(partition);
-            if changes.reading.remove(partition) {
-                taken.add_partition(&self.topic, *partition);
+            if changes.reading.remove(partition).is_some() {
+                self.reports.stopped(*partition);
+                taken.add_partition(&self.reports.topic, *partition);
             }
         }
         taken
@@ -306,7 +369,7 @@ impl Assignment {
         let mut changes = self.changes();
         changes.unplaced.extend(numbers(partitions));
         if changes.just_started {
-            let restart: Vec<i32> = changes.reading.iter().copied().collect();
+            let restart: Vec<i32> = changes.reading.keys().copied().collect();
             changes.revoked.extend(&restart);
             drop(changes);
             self.stop_reading(client, &restart)?;
@@ -314,7 +377,8 @@ impl Assignment {
         Ok(())
     }
 
-    /// Commits the handled records before the partitions go to another consumer. If the partitions
+    /// Commits the handled records before the partitions go to another consumer. With automatic
+    /// commits the client would do so as well, a moment later (librdkafka 2.12). If the partitions
     /// are already lost, another consumer may have them, and its commits must not be overwritten.
     fn revoke(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         if !client.assignment_lost() {
@@ -327,27 +391,52 @@ impl Assignment {
         for partition in &partitions {
             changes.unplaced.remove(partition);
             changes.revoked.insert(*partition);
-            self.metrics.consumer_lag.remove(&self.labels(*partition));
+            self.reports.forget_lag(*partition);
         }
         drop(changes);
         client.incremental_unassign(&self.take_reading(&partitions))
     }
 
-    /// Records which partitions the client does not fetch; see [`Assignment::idle`].
-    fn note_idle(&self, topic: &Topic) {
+    /// Takes over the statistics of the partitions that are read, and reports their lag and why
+    /// they wait.
+    fn observe(&self, topic: &Topic) {
+        let now = Instant::now();
+        let all_paused = self.paused.load(Relaxed);
         let mut changes = self.changes();
         for partition in topic.partitions.values() {
-            let idle = changes.reading.contains(&partition.partition) && partition.fetch_state == "none";
-            if idle {
-                changes.idle_since.entry(partition.partition).or_insert_with(Instant::now);
-            } else {
-                changes.idle_since.remove(&partition.partition);
+            let number = partition.partition;
+            let Some(reading) = changes.reading.get_mut(&number) else { continue };
+            reading.observe(partition, now);
+            if all_paused || reading.paused {
+                reading.forget();
+                continue;
             }
+            if let Some(lag) = reading.lag() {
+                self.reports.lag(number, lag);
+            }
+            let unread = reading.is_unread(now).then(|| UNREAD.to_owned());
+            self.report(number, Wait::NotRead, unread, &mut reading.unread_reported);
+            let open = reading.held_up_at(now).map(|offset| format!("{OPEN_TRANSACTION} {offset}"));
+            self.report(number, Wait::OpenTransaction, open, &mut reading.open_reported);
         }
+        self.end_refusals(&mut changes);
     }
 
-    fn labels(&self, partition: i32) -> PartitionLabels {
-        PartitionLabels { group: self.group.to_owned(), topic: self.topic.clone(), partition }
+    /// Reports a change: the partition waits for this reason, or not any more.
+    fn report(&self, partition: i32, wait: Wait, reason: Option<String>, reported: &mut bool) {
+        let Reports { group, topic, .. } = &self.reports;
+        match reason {
+            Some(reason) if !*reported => {
+                tracing::warn!(group, topic, partition, reason, "the records of a partition wait");
+                self.reports.waits(partition, wait, &reason);
+            }
+            None if *reported => {
+                tracing::info!(group, topic, partition, "the records of a partition can be read again");
+                self.reports.continues(partition, wait);
+            }
+            _ => return,
+        }
+        *reported = !*reported;
     }
 }
 
@@ -363,39 +452,32 @@ impl ConsumerContext for Assignment {
         };
         let partitions = numbers(partitions);
         match result {
-            Ok(()) => tracing::info!(group = self.group, action, ?partitions, "partitions rebalanced"),
+            Ok(()) => tracing::info!(group = self.reports.group, action, ?partitions, "partitions rebalanced"),
             Err(error) => {
-                tracing::error!(group = self.group, action, ?partitions, %error, "cannot rebalance partitions");
+                tracing::error!(group = self.reports.group, action, ?partitions, %error, "cannot rebalance partitions");
             }
         }
     }
 }
 
 impl ClientContext for Assignment {
-    /// Twice a second: reports the lag of the assigned partitions, and whether the consumer is in
-    /// its group.
+    /// Twice a second: reports whether the consumer is in its group, and the state of its
+    /// partitions.
     fn stats(&self, statistics: Statistics) {
         let connected = statistics.brokers.values().any(|broker| broker.state == "UP");
         let joined = statistics.cgrp.is_some_and(|group| group.state == "up" && group.join_state == "steady");
+        let health = &self.reports.health;
         match (connected, joined) {
-            (true, true) => self.health.resolved(&self.component),
-            (true, false) => self.health.report(&self.component, "Kafka to assign partitions"),
-            (false, _) => self.health.report(&self.component, "Kafka to answer"),
+            (true, true) => health.resolved(&self.component),
+            (true, false) => health.report(&self.component, "Kafka to assign partitions"),
+            (false, _) => health.report(&self.component, "Kafka to answer"),
         }
-        let Some(topic) = statistics.topics.get(&self.topic) else { return };
-        self.note_idle(topic);
-        if self.paused.load(Relaxed) {
-            return;
-        }
-        for partition in topic.partitions.values() {
-            // A negative lag is unknown, which is not the same as 0.
-            if partition.fetch_state == "active" && partition.consumer_lag_stored >= 0 {
-                self.set_lag(partition.partition, partition.consumer_lag_stored);
-            }
+        if let (true, Some(topic)) = (connected, statistics.topics.get(&self.reports.topic)) {
+            self.observe(topic);
         }
     }
 
-    fn error(&self, error: KafkaError, reason: &str) {
-        tracing::debug!(group = self.group, %error, reason, "error of the Kafka client");
+    fn error(&self, error: KafkaError, _reason: &str) {
+        self.note_error(&error);
     }
 }

@@ -100,6 +100,7 @@ impl Partitions {
         for partition in partitions {
             self.next_offsets.remove(partition);
             self.at_end.remove(partition);
+            self.blocked.remove(partition);
         }
         Ok(())
     }

@@ -5,11 +5,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::breaker::BreakerConfig;
+use super::operator::BlockedRecords;
 use crate::events::Event;
-use crate::messaging::dead_letters::{self, DeadLetterWriter};
+use crate::messaging::dead_letters;
 use crate::messaging::handler::Handler;
 use crate::messaging::kafka::KafkaConfig;
-use crate::messaging::topics;
+use crate::messaging::topics::{self, Declared};
 use crate::platform::health::Health;
 use crate::platform::metrics::{ConsumedLabels, GroupLabels, Metrics};
 
@@ -23,6 +24,8 @@ pub(crate) struct ConsumerSetup<H> {
     pub breaker: BreakerConfig,
     /// Changes when an operator resumes the consumers whose breaker is open.
     pub resumed: watch::Receiver<()>,
+    /// The records that block partitions of this process.
+    pub blocked_records: BlockedRecords,
     pub health: Health,
     pub metrics: Metrics,
     pub stop: CancellationToken,
@@ -31,7 +34,12 @@ pub(crate) struct ConsumerSetup<H> {
 impl<H: Handler> ConsumerSetup<H> {
     /// The component's name in `/status`. `aspect` is what the consumer waits for.
     pub fn component(&self, aspect: &str) -> String {
-        format!("{} {} {aspect}", H::GROUP, self.number)
+        format!("{} {aspect}", self.consumer())
+    }
+
+    /// The consumer's name in `/status`.
+    pub fn consumer(&self) -> String {
+        format!("{} {}", H::GROUP, self.number)
     }
 
     /// The topic's name on the broker.
@@ -50,10 +58,10 @@ impl<H: Handler> ConsumerSetup<H> {
     }
 
     /// Waits until the handler's topic exists, and creates the topic of the dead letters.
-    pub async fn prepare_topics(&self, dead_letters: &DeadLetterWriter) -> anyhow::Result<()> {
+    pub async fn prepare_topics(&self) -> anyhow::Result<()> {
         self.health.report(&self.component("group"), format!("the topic {}", self.topic()));
-        topics::ensure_one(&self.kafka, dead_letters.topic(), 1, dead_letters::SETTINGS).await?;
-        topics::wait_until_exists(&self.kafka, &self.topic(), H::Event::TOPIC.partitions).await
+        topics::ensure(&self.kafka, &[dead_letters::declared_topic(&self.kafka, H::GROUP)]).await?;
+        topics::wait_until_exists(&self.kafka, &Declared::of(&self.kafka, &H::Event::TOPIC)).await
     }
 
     pub fn client_config(&self) -> ClientConfig {
@@ -63,7 +71,7 @@ impl<H: Handler> ConsumerSetup<H> {
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("isolation.level", "read_committed")
             .set("enable.auto.offset.store", "false")
-            .set("auto.commit.interval.ms", "1000")
+            .set("auto.commit.interval.ms", self.kafka.offset_commit_ms.to_string())
             // We choose the start of every partition. An offset that Kafka does not have is an
             // error and skips nothing.
             .set("auto.offset.reset", "error")

@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::backoff::next_backoff;
 use super::batch::TooManyRejections;
 use super::breaker::Breaker;
 use super::partitions::Partitions;
 use super::start::ConsumerSetup;
-use crate::messaging::handler::Handler;
+use crate::messaging::handler::{Failure, Handler};
 
-const MIN_BACKOFF: Duration = Duration::from_millis(100);
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// After this many failures of a batch in a row, its records are tried one by one, if the dependency
+/// works.
+const SUSPICIOUS_FAILURES: u32 = 4;
 /// How often the lag is measured while the breaker is open.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -26,8 +28,9 @@ pub(super) struct Waiting {
 }
 
 enum Pause {
-    /// A dependency is down. The batch is retried when it is due.
-    Retry { due: Instant, backoff: Duration },
+    /// A dependency is down. The batch is retried when it is due. `record_failures` counts the
+    /// failures in a row that may be the fault of a record.
+    Retry { due: Instant, backoff: Duration, record_failures: u32 },
     /// The breaker is open until an operator closes it.
     Breaker { measure_at: Instant },
 }
@@ -39,6 +42,11 @@ impl Waiting {
 
     pub fn is_paused(&self) -> bool {
         self.pause.is_some()
+    }
+
+    /// Whether the batch has failed so often that one of its records may be the cause.
+    pub fn suspects_a_record(&self) -> bool {
+        matches!(self.pause, Some(Pause::Retry { record_failures, .. }) if record_failures >= SUSPICIOUS_FAILURES)
     }
 
     /// Whether the consumer may work on its batch now.
@@ -53,7 +61,7 @@ impl Waiting {
             }
             Some(Pause::Breaker { measure_at }) => {
                 if measure_at <= Instant::now() {
-                    partitions.measure_lag();
+                    partitions.measure_lag(partitions.next_offsets.keys().copied());
                     self.pause = Some(Pause::Breaker { measure_at: Instant::now() + MEASURE_INTERVAL });
                 }
                 false
@@ -67,22 +75,24 @@ impl Waiting {
         &mut self,
         setup: &ConsumerSetup<H>,
         partitions: &Partitions,
-        error: &anyhow::Error,
+        failure: &Failure,
         what: &str,
     ) -> anyhow::Result<()> {
-        let backoff = next_backoff(match self.pause {
-            Some(Pause::Retry { backoff, .. }) => Some(backoff),
-            Some(Pause::Breaker { .. }) | None => None,
-        });
+        let (previous, record_failures) = match self.pause {
+            Some(Pause::Retry { backoff, record_failures, .. }) => (Some(backoff), record_failures),
+            Some(Pause::Breaker { .. }) | None => (None, 0),
+        };
+        let backoff = next_backoff(previous);
+        let record_failures = if failure.is_outage() { 0 } else { record_failures + 1 };
         partitions.pause()?;
         setup.health.report(&setup.component("dependency"), what);
-        tracing::warn!(group = H::GROUP, error = %format!("{error:#}"), "batch failed; consumer paused, will retry");
+        tracing::warn!(group = H::GROUP, error = failure.describe(), "batch failed; consumer paused, will retry");
         setup.metrics.consumer_retries.get_or_create(&setup.labels()).inc();
         // Half of the wait is random, so that consumers of one dependency do not all retry at the
         // same time.
         let due = Instant::now() + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
-        self.pause = Some(Pause::Retry { due, backoff });
-        partitions.measure_lag();
+        self.pause = Some(Pause::Retry { due, backoff, record_failures });
+        partitions.measure_lag(partitions.next_offsets.keys().copied());
         Ok(())
     }
 
@@ -131,22 +141,5 @@ impl Waiting {
             partitions.resume()?;
         }
         Ok(())
-    }
-}
-
-/// The wait after `previous`, which is `None` for the first wait.
-fn next_backoff(previous: Option<Duration>) -> Duration {
-    previous.map_or(MIN_BACKOFF, |previous| (previous * 2).min(MAX_BACKOFF))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_backoff_doubles_up_to_five_seconds() {
-        let waits = std::iter::successors(Some(next_backoff(None)), |previous| Some(next_backoff(Some(*previous))));
-        let waits: Vec<u128> = waits.take(8).map(|wait| wait.as_millis()).collect();
-        assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
     }
 }

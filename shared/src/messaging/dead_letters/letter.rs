@@ -10,16 +10,18 @@ use crate::events::Kind;
 use crate::fault;
 use crate::messaging::kafka::{KafkaConfig, create};
 use crate::messaging::record::{self, Coordinates};
+use crate::messaging::topics::Declared;
 
 /// Bytes. The largest record that a topic accepts by default has 1 MiB. Its letter has a few more
 /// headers.
 const MAX_BYTES: &str = "2097152";
 /// The settings of the topic that holds the letters.
-pub const SETTINGS: &[(&str, &str)] = &[
+const SETTINGS: &[(&str, &str)] = &[
     ("cleanup.policy", "compact"),
     ("max.message.bytes", MAX_BYTES),
     // As for every other topic: the broker would reject letters of a consumer whose clock is ahead.
     ("message.timestamp.type", "LogAppendTime"),
+    ("unclean.leader.election.enable", "false"),
 ];
 /// After this many attempts a letter is parked: it is kept and counted, and tried only when it is
 /// named.
@@ -97,6 +99,11 @@ impl DeadLetter {
 /// the writer of the letter appended.
 fn header<'a>(letter: &'a OwnedMessage, name: &str) -> Option<&'a [u8]> {
     record::headers(letter).flatten().filter(|header| header.key == name).last()?.value
+}
+
+/// The topic that holds a group's letters, as the group declares it.
+pub fn declared_topic(kafka: &KafkaConfig, group: &str) -> Declared {
+    Declared { name: topic(kafka, group), partitions: 1, may_grow: false, settings: SETTINGS }
 }
 
 /// The name of the topic that holds a group's letters.

@@ -14,7 +14,8 @@ mod table;
 mod list;
 mod redrive;
 
-pub(super) use letter::{DeadLetter, DeadLetterWriter, SETTINGS};
+pub(crate) use letter::declared_topic;
+pub(super) use letter::{DeadLetter, DeadLetterWriter};
 pub use list::{ListDeadLetters, list_dead_letters};
 pub use redrive::{Redrive, redrive};
 pub(crate) use table::count_open_dead_letters;

@@ -15,7 +15,8 @@ use super::letter::{DeadLetter, DeadLetterWriter};
 use super::table;
 use crate::events::{Event, Kind};
 use crate::fault;
-use crate::messaging::handler::{self, Delivery, Failure, Handler, SplitSlow};
+use crate::messaging::errors::{Class, class};
+use crate::messaging::handler::{self, Delivery, Failure, Handler, Split};
 use crate::messaging::kafka::{KafkaConfig, create};
 use crate::messaging::record::{Coordinates, Record};
 use crate::platform::telemetry;
@@ -104,7 +105,7 @@ struct Run<'a, H> {
 
 /// What a letter holds or points to.
 enum Content<E> {
-    Record(Record<E>),
+    Record(Box<Record<E>>),
     /// This release does not know the type of the event.
     Skipped,
     /// The record was compacted away because its key has a newer record.
@@ -140,7 +141,7 @@ impl<'a, H: Handler> Run<'a, H> {
             match self.content(&letter)? {
                 Content::Record(record) => {
                     tried.push(letter);
-                    records.push(record);
+                    records.push(*record);
                 }
                 Content::Skipped => self.settle(&[letter.coordinates]).await?,
                 Content::Superseded => {
@@ -152,8 +153,8 @@ impl<'a, H: Handler> Run<'a, H> {
         }
         let mut chunk = Chunk { run: self, letters: tried };
         // A single record that took too long is not split: its failure ends the redrive.
-        let split_slow = if records.len() > 1 { SplitSlow::Yes } else { SplitSlow::No };
-        handler::deliver(&mut chunk, &mut records, split_slow).await.map_err(|failure| match failure {
+        let split = if records.len() > 1 { Split::Slow } else { Split::Rejected };
+        handler::deliver(&mut chunk, &mut records, split).await.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("the redrive stopped: a dependency is down"),
             Failure::Reject(reason) => {
                 anyhow!("the redrive stopped: the handler rejected a call without a record: {reason}")
@@ -172,7 +173,7 @@ impl<'a, H: Handler> Run<'a, H> {
             },
         };
         Ok(match decoded {
-            Ok(Some(record)) => Content::Record(record),
+            Ok(Some(record)) => Content::Record(Box::new(record)),
             Ok(None) => Content::Skipped,
             Err(error) => Content::Undecodable(error.to_string()),
         })
@@ -243,6 +244,9 @@ fn read_record(reader: &BaseConsumer, coordinates: &Coordinates) -> anyhow::Resu
         match reader.poll(POLL_INTERVAL) {
             Some(Ok(message)) => return Ok((message.offset() == coordinates.offset).then(|| message.detach())),
             Some(Err(KafkaError::PartitionEOF(_))) => return Ok(None),
+            Some(Err(error)) if class(&error) != Class::Transport => {
+                bail!("Kafka refuses to send the record at {coordinates}: {error}")
+            }
             Some(Err(error)) => tracing::debug!(%coordinates, %error, "cannot read the record; will retry"),
             None => {}
         }

@@ -11,6 +11,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio_util::sync::CancellationToken;
 
 use super::letter::{DeadLetter, topic};
+use crate::messaging::errors::{Class, class};
 use crate::messaging::kafka::{KafkaConfig, create};
 use crate::platform::metrics::{GroupLabels, Metrics};
 
@@ -115,6 +116,7 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
     start.add_partition_offset(&topic(kafka, group), 0, Offset::Beginning)?;
     consumer.assign(&start)?;
     let mut at_end = false;
+    let mut refusals = BTreeSet::new();
     loop {
         let change = match consumer.poll(POLL_INTERVAL) {
             Some(Ok(message)) => {
@@ -127,7 +129,11 @@ fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bo
                 Change::None
             }
             Some(Err(error)) => {
-                tracing::debug!(group, %error, "cannot read the dead letters; will retry");
+                if class(&error) == Class::Transport || is_topic_missing(&error) {
+                    tracing::debug!(group, %error, "cannot read the dead letters; will retry");
+                } else if refusals.insert(error.to_string()) {
+                    tracing::warn!(group, %error, "Kafka refuses to send the dead letters; will retry");
+                }
                 if is_topic_missing(&error) {
                     // The client may report this at once, without a request to Kafka.
                     std::thread::sleep(POLL_INTERVAL);

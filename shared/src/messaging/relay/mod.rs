@@ -37,6 +37,7 @@ use crate::fault;
 use crate::platform::database::bounded;
 use crate::platform::health::Health;
 use crate::platform::metrics::{Metrics, RoundLabels, TopicLabels};
+use crate::platform::settings::number;
 use crate::platform::telemetry::{self, TraceContext};
 use blocks::{Blocked, Blocks, Evidence, Probe, Scope, scope};
 use cluster::{Cluster, TopicState};
@@ -61,7 +62,7 @@ const BLOCKED: &str = "outbox rows";
 pub struct RelayConfig {
     /// How often the relay looks for rows without being notified, in milliseconds. It is notified
     /// of all rows unless a notification is lost.
-    #[arg(long, env, default_value_t = 200, value_parser = clap::value_parser!(u64).range(10..=600_000))]
+    #[arg(long, env, default_value_t = 200, value_parser = number::<u64>(10..=600_000))]
     pub outbox_poll_ms: u64,
     /// Distinguishes systems whose databases have the same name and that share a Kafka cluster and
     /// TOPIC_PREFIX. All replicas of a service must have the same value.

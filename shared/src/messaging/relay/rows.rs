@@ -6,7 +6,7 @@ use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
 use super::blocks::{Excluded, Probe};
-use crate::events::Envelope;
+use crate::events::{Cause, Envelope};
 use crate::platform::database::bounded;
 use crate::platform::metrics::Metrics;
 
@@ -36,6 +36,9 @@ pub struct EnvelopeRow {
     pub aggregateid: Uuid,
     version: i64,
     r#type: String,
+    causationid: Option<Uuid>,
+    correlationid: Option<Uuid>,
+    actor: Option<Uuid>,
     traceparent: Option<String>,
     tracestate: Option<String>,
     occurred_at: time::OffsetDateTime,
@@ -50,6 +53,7 @@ impl EnvelopeRow {
             key: self.aggregateid,
             version: self.version,
             time: self.occurred_at,
+            cause: Cause { causation: self.causationid, correlation: self.correlationid, actor: self.actor },
             traceparent: self.traceparent,
             tracestate: self.tracestate,
         }
@@ -95,7 +99,8 @@ pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sql
                  order by topic, id limit $6) as rows
              where topics.topic is not null and topics.topic <> all ($1)
              order by id limit $6)
-         select id, topic, key_hash, event_id, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
+         select id, topic, key_hash, event_id, aggregateid, version, type, payload, causationid, correlationid, actor,
+             traceparent, tracestate, occurred_at
          from (select *, sum(octet_length(payload)) over (order by id rows between unbounded preceding and 1 preceding)
                    as bytes_before
                from oldest) as measured
@@ -115,7 +120,8 @@ pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sql
 /// The row that a probe tries.
 pub async fn read_one(db: &mut PgConnection, probe: &Probe) -> sqlx::Result<Option<Row>> {
     let columns =
-        "select id, topic, key_hash, event_id, aggregateid, version, type, payload, traceparent, tracestate, occurred_at
+        "select id, topic, key_hash, event_id, aggregateid, version, type, payload, causationid, correlationid, actor,
+             traceparent, tracestate, occurred_at
          from outbox";
     let query = match probe {
         Probe::Topic(topic) => {

@@ -109,6 +109,12 @@ pub async fn bounded<T>(statement: impl Future<Output = sqlx::Result<T>>) -> sql
     answer
 }
 
+/// Whether the database answers and accepts writes.
+pub async fn is_writable(db: &PgPool) -> bool {
+    let question = "select current_setting('transaction_read_only') = 'off'";
+    bounded(sqlx::query_scalar(question).fetch_one(db)).await.unwrap_or(false)
+}
+
 /// Reports to `/readyz` whether the database answers, and to `/status` whether its sessions can
 /// write. Checks once a second.
 pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {

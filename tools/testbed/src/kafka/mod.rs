@@ -66,6 +66,17 @@ impl Kafka {
         Ok(())
     }
 
+    /// Runs one of Kafka's own tools against this broker, as an operator does.
+    pub async fn tool(&self, main_class: &str, arguments: &[&str]) -> Result<()> {
+        let mut command = java(&self.fetched, "-Xmx128m", main_class);
+        command.args(["--bootstrap-server", &self.address()]).args(arguments);
+        let name = format!("{}-tool", self.name);
+        let mut tool = Process::spawn(&name, command, &self.logs.off_terminal())?;
+        let status = tool.wait().await;
+        ensure!(status.success(), "{main_class} failed{}", tool.last_lines());
+        Ok(())
+    }
+
     async fn until_ready(&mut self) -> Result<()> {
         let port = self.port;
         let id = self.id;

@@ -1,0 +1,101 @@
+//! Reports why a consumer does not handle some records while it handles others: in `/status`, as a
+//! metric, and once in the log. None of it makes the process unready.
+
+use crate::platform::health::Health;
+use crate::platform::metrics::{Metrics, PartitionLabels, RefusalLabels, WaitLabels};
+
+/// Why the records of a partition wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The next record fails each time, although the handler's dependency answers.
+    FailingRecord,
+    /// The broker does not let the client read the partition, or the partition has no leader.
+    NotRead,
+    /// Another program has left a transaction open.
+    OpenTransaction,
+}
+
+impl Wait {
+    const ALL: [Self; 3] = [Self::FailingRecord, Self::NotRead, Self::OpenTransaction];
+
+    /// The label of the metric, and a part of the component's name.
+    fn name(self) -> &'static str {
+        match self {
+            Self::FailingRecord => "failing_record",
+            Self::NotRead => "not_read",
+            Self::OpenTransaction => "open_transaction",
+        }
+    }
+}
+
+/// The reports of one consumer.
+pub(super) struct Reports {
+    pub group: &'static str,
+    /// The consumer's name in `/status`.
+    pub consumer: String,
+    pub topic: String,
+    pub health: Health,
+    pub metrics: Metrics,
+}
+
+impl Reports {
+    /// The records of a partition wait, for this reason.
+    pub fn waits(&self, partition: i32, wait: Wait, reason: &str) {
+        self.health.report(&self.component(partition, wait), reason);
+        self.metrics.consumer_partition_waits.get_or_create(&self.wait_labels(partition, wait)).set(1);
+    }
+
+    /// The records of a partition do not wait for this reason any more.
+    pub fn continues(&self, partition: i32, wait: Wait) {
+        self.health.resolved(&self.component(partition, wait));
+        self.metrics.consumer_partition_waits.remove(&self.wait_labels(partition, wait));
+    }
+
+    /// Kafka refuses requests of the consumer with these codes.
+    pub fn refuses(&self, codes: &[&str]) {
+        let codes = codes.join(", ");
+        let reason = format!("an operator: Kafka refuses requests of this consumer with {codes}");
+        self.health.report(&self.refusals(), reason);
+    }
+
+    pub fn count_refusal(&self, code: &str) {
+        let labels = RefusalLabels { group: self.group.to_owned(), code: code.to_owned() };
+        self.metrics.consumer_refusals.get_or_create(&labels).inc();
+    }
+
+    pub fn accepts(&self) {
+        self.health.resolved(&self.refusals());
+    }
+
+    pub fn lag(&self, partition: i32, records: i64) {
+        self.metrics.consumer_lag.get_or_create(&self.labels(partition)).set(records);
+    }
+
+    /// Another consumer has the partition and reports its lag.
+    pub fn forget_lag(&self, partition: i32) {
+        self.metrics.consumer_lag.remove(&self.labels(partition));
+    }
+
+    /// The client stopped reading the partition, so nothing is known about it.
+    pub fn stopped(&self, partition: i32) {
+        for wait in Wait::ALL {
+            self.continues(partition, wait);
+        }
+    }
+
+    fn component(&self, partition: i32, wait: Wait) -> String {
+        format!("{} partition {partition} {}", self.consumer, wait.name())
+    }
+
+    fn refusals(&self) -> String {
+        format!("{} refused", self.consumer)
+    }
+
+    fn labels(&self, partition: i32) -> PartitionLabels {
+        PartitionLabels { group: self.group.to_owned(), topic: self.topic.clone(), partition }
+    }
+
+    fn wait_labels(&self, partition: i32, wait: Wait) -> WaitLabels {
+        WaitLabels { group: self.group.to_owned(), topic: self.topic.clone(), partition, reason: wait.name() }
+    }
+}
