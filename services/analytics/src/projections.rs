@@ -100,8 +100,8 @@ impl Projection for Mailed {
     }
 }
 
-/// Adds to the counts. Every statement here writes rows in the order of their keys: two transactions
-/// that lock the same rows in opposite orders would deadlock.
+/// Adds to the counts. Every statement here writes rows in the order of their keys: two
+/// transactions that lock the same rows in opposite orders would deadlock.
 async fn count(tx: &mut PgConnection, hours: BTreeMap<(OffsetDateTime, i32), i64>) -> sqlx::Result<()> {
     let (keys, registrations): (Vec<_>, Vec<_>) = hours.into_iter().unzip();
     let (hours, partitions): (Vec<_>, Vec<_>) = keys.into_iter().unzip();
@@ -118,8 +118,8 @@ async fn count(tx: &mut PgConnection, hours: BTreeMap<(OffsetDateTime, i32), i64
     Ok(())
 }
 
-/// For each user the earliest time of a fact, and the partition of that fact. The lock on the row of
-/// the user decides which of two different facts comes last and counts the second step.
+/// For each user the earliest time of a fact, and the partition of that fact. The lock on the row
+/// of the user decides which of two different facts comes last and counts the second step.
 type Users = BTreeMap<Uuid, (OffsetDateTime, i32)>;
 
 /// A batch may have several facts about a user, but one statement may update a row only once.

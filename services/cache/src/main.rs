@@ -45,7 +45,7 @@ struct Config {
     #[command(flatten)]
     valkey_url: Secret<ValkeyUrl>,
     /// How many requests may wait for their `min_version` at the same time. Further ones are
-    /// answered with 503. Below HTTP_REQUESTS, so that other requests are still answered.
+    /// answered with 503. Must be below HTTP_REQUESTS, so that other requests are still answered.
     #[arg(long, env, default_value_t = 128, value_parser = number::<u32>(1..=65_535))]
     max_waiters: u32,
     #[command(flatten)]

@@ -14,7 +14,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// The component's name in `/readyz`.
 const COMPONENT: &str = "view";
 
-/// Asks what a query asks, once a second. The process is not ready before the first answer.
+/// Reads what a query reads, once a second. The process is not ready before the first answer.
 pub fn watch(view: View, health: Health) -> impl Future<Output = anyhow::Result<()>> {
     health.waiting(COMPONENT, "Valkey to answer");
     ask(view, health)

@@ -7,9 +7,9 @@
 //! reason a frozen process that resumes cannot change the view.
 //!
 //! A mark holds the `run_id` of the server that made it. A server that comes back from a snapshot
-//! brings old profiles, old positions and old marks, and so does a replica that lags and is promoted.
-//! Both have another `run_id` than the marks, so the view is incomplete until each partition has
-//! been read to its end again.
+//! brings old profiles, old positions and old marks, and so does a replica that lags and is
+//! promoted. Both have another `run_id` than the marks, so the view is incomplete until each
+//! partition has been read to its end again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -74,8 +74,8 @@ impl View {
         Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
     }
 
-    /// Reads the user, the marks of all partitions and the server's role in one transaction. A flush
-    /// between two reads would make a user appear absent from a complete view.
+    /// Reads the user, the marks of all partitions and the server's role in one transaction. A
+    /// flush between two reads would make a user appear absent from a complete view.
     pub async fn find(&self, id: Uuid) -> anyhow::Result<Lookup> {
         let mut pipe = redis::pipe();
         pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("MGET");

@@ -1,7 +1,7 @@
 //! Requests that wait for a version that the view does not have yet. However many they are, the
-//! view is read once per user and change: the consumer of this process reports the users whose
-//! states it has written, and all who wait for one of them share one read. If another process
-//! consumes the user's partition, they share one poll.
+//! view is read once per user and change. The consumer of this process reports the users whose
+//! states it has written, and all requests that wait for one of these users share one read. If
+//! another process consumes the user's partition, the requests share one poll.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -27,10 +27,10 @@ const READS: usize = 16;
 /// The requests that wait. Clones share them.
 #[derive(Clone)]
 pub struct Waiters {
-    /// One for each request that may wait.
+    /// One permit for each request that may wait.
     places: Arc<Semaphore>,
     shared: Arc<Mutex<Shared>>,
-    /// There may be a user to read.
+    /// Notified when there may be a user to read.
     work: Arc<Notify>,
 }
 
@@ -43,7 +43,7 @@ struct Shared {
 
 /// A user for whom requests wait.
 struct Waited {
-    /// What the last read has seen.
+    /// The result of the last read.
     seen: watch::Sender<Seen>,
     /// Whether the view may have changed since the last read.
     changed: bool,
@@ -135,9 +135,9 @@ impl Waiters {
 }
 
 impl Shared {
-    /// The caller has read the view before, and the version may have arrived since: so the first
-    /// request for a user causes a read. A later one finds the result of the last read, and every
-    /// change after that read causes another.
+    /// Adds a request to those that wait for a user. The caller has read the view before, and the
+    /// version may have arrived since then, so the first request for a user causes a read. A later
+    /// one finds the result of the last read, and every change after that read causes another.
     fn join(&mut self, user: Uuid) -> watch::Receiver<Seen> {
         let new = || Waited { seen: watch::Sender::default(), changed: true, poll_at: Instant::now() };
         self.users.entry(user).or_insert_with(new).seen.subscribe()
@@ -172,7 +172,7 @@ impl Shared {
             }
             Err(error) => {
                 tracing::error!(error = %format!("{error:#}"), "Valkey does not answer");
-                // All who wait end. The next request begins from scratch.
+                // All requests that wait for this user end. The next one begins from scratch.
                 if let Some(waited) = self.users.remove(&user) {
                     waited.seen.send_replace(Seen::Failed);
                 }

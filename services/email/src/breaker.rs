@@ -1,9 +1,9 @@
 //! The breaker of the mail server. If the server refuses the mails to several recipients in a row,
-//! or does not answer, the cause is not the recipients. Then sending pauses, and one mail from time
-//! to time tries whether the server works again. Without it, a wrong setting would fail every mail,
-//! and a backlog of a million mails would be tried again and again while the server is down.
+//! or does not answer, the cause is not the recipients. Then sending pauses, and the process sends
+//! one mail from time to time as a probe. Without the breaker, a wrong setting would fail every
+//! mail, and a backlog of a million mails would be tried again and again while the server is down.
 //!
-//! The state is that of this process. A restarted process tries a few mails and pauses again.
+//! Each process has a breaker of its own. A restarted process tries a few mails and pauses again.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -15,8 +15,8 @@ use uuid::Uuid;
 use crate::metrics::DeliveryMetrics;
 use crate::smtp::Trouble;
 
-/// Recipients in a row, with no accepted mail between, whose mails failed for a reason that is about
-/// us or the server. One or two may have a server of their own that does not want our mails.
+/// The breaker opens when the mails to this many recipients failed in a row for a reason that is
+/// about us or the server. If it is only one or two, the cause may be the recipient's own domain.
 const RECIPIENTS: usize = 3;
 /// Time between two probes.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);

@@ -24,10 +24,12 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 const MAX_BACKOFF: Duration = Duration::from_secs(600);
-/// Attempts whose answer was lost. The server may have delivered a copy after each.
+/// After this many lost answers a delivery waits for an operator. Each of these attempts may have
+/// delivered a copy.
 pub const MAX_UNKNOWNS: i32 = 3;
-/// Permanent refusals that are not about the recipient, while other mails are accepted. With the
-/// default back-off the last one comes half a minute after the first.
+/// After this many permanent refusals that are not about the recipient a delivery fails. Refusals
+/// while sending is paused do not count. With the default back-off the last one comes half a minute
+/// after the first.
 pub const MAX_REFUSALS: i32 = 6;
 
 /// Limits of a delivery.
@@ -56,7 +58,7 @@ pub struct Claim {
     pub token: Uuid,
 }
 
-/// What became of the delivery that was due.
+/// What a claim did with the delivery that was due.
 pub enum Due {
     Claimed(Claim),
     /// Its cause is too old, and no operator has released it.
@@ -67,8 +69,8 @@ pub enum Due {
 
 /// Claims the delivery that has been due for longest, among those with one of these templates. The
 /// index contains only deliveries that can be claimed, so the cost does not depend on how many
-/// others wait. If it must not be sent, this statement ends it or holds it instead: a condition in
-/// the search would pass over it again in each claim.
+/// others wait. If the delivery must not be sent, this statement cancels it or holds it. A
+/// condition in the search would read it again in each claim.
 pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Result<Option<Due>> {
     let token = mint_id();
     let due = sqlx::query!(

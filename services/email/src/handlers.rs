@@ -75,9 +75,9 @@ impl Handler for Welcome {
     }
 }
 
-/// Locks the rows of these users in `recipients`, and inserts those that are missing. One statement,
-/// so that the rows are locked in the order of the ids, whether they exist or not. `where false`:
-/// Postgres locks the row and does not write it.
+/// Locks the rows of these users in `recipients`, and inserts those that are missing. One
+/// statement, so that the rows are locked in the order of the ids, whether they exist or not.
+/// `where false`: Postgres locks the row and does not write it.
 async fn lock(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> {
     sqlx::query!(
         "insert into recipients as stored (user_id, version)
@@ -122,7 +122,7 @@ impl Intents {
 /// how many are new.
 ///
 /// An intent whose cause is old is held at once. If it were pending first, a replayed history would
-/// be in the senders' way.
+/// delay all other mails.
 async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> sqlx::Result<u64> {
     let stored = sqlx::query_scalar!(
         r#"insert into deliveries

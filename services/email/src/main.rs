@@ -33,8 +33,8 @@ use smtp::Server;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
 
-/// The part of SHUTDOWN_MS that a stopping sender needs to record how a mail ended. It waits for the
-/// server's answer for the rest.
+/// The part of SHUTDOWN_MS that a stopping sender needs to record how a mail ended. It waits for
+/// the server's answer for the rest.
 const RECORD_LIMIT: Duration = Duration::from_secs(2);
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/email");
@@ -56,11 +56,12 @@ enum Command {
     Database(DatabaseCommand),
     #[command(flatten)]
     Consumer(ConsumerCommand),
-    /// Send mails that are held because their cause is older than MAX_AGE_HOURS.
+    /// Send mails that are held because their event is older than MAX_AGE_HOURS.
     SendHeld(SendHeld),
     /// Send mails again that the server refused permanently.
     RetryFailed(RetryFailed),
-    /// Send mails again whose answer was lost so often that the service gave up.
+    /// Send mails again whose answer was lost so often that the service does not repeat them by
+    /// itself.
     RetryUnknown(RetryUnknown),
 }
 
@@ -76,16 +77,16 @@ struct Config {
     /// How many mails this process sends at the same time.
     #[arg(long, env, default_value_t = 2, value_parser = number::<u16>(1..=64))]
     senders: u16,
-    /// How long a mail waits after its sender has died, in milliseconds, before another sender takes
-    /// it over. A sender that works renews this lease, however long the mail server takes.
+    /// How long a mail waits after its sender has died, in milliseconds, before another sender
+    /// takes it over. A sender that works renews this lease, however long the mail server takes.
     #[arg(long, env, default_value_t = 60_000, value_parser = number::<u64>(1_000..=3_600_000))]
     lease_ms: u64,
     /// The wait before the second attempt, in milliseconds. It doubles with each attempt, up to ten
     /// minutes.
     #[arg(long, env, default_value_t = 1_000, value_parser = number::<u64>(10..=600_000))]
     backoff_ms: u64,
-    /// A mail whose cause is older is held: it comes from a replayed history and not from a user
-    /// who waits. `email send-held` sends held mails. At most ten years.
+    /// A mail whose event is older than this many hours is held, because the event most likely
+    /// comes from a replayed history. `email send-held` sends held mails. At most ten years.
     #[arg(long, env, default_value_t = 72, value_parser = number::<u32>(1..=87_600))]
     max_age_hours: u32,
     #[command(flatten)]

@@ -1,10 +1,9 @@
 //! Deliveries that wait for an operator, and the subcommands that release them.
 //!
-//! - `held`: the cause is old. An old event comes from a replayed history (a lost database, a group
-//!   that starts from the beginning) and not from a user who waits. Most mails of a replayed
-//!   history were sent before.
-//! - `failed`: the server refused the mail permanently. If the reason was ours, the mails can be
-//!   sent after it is corrected.
+//! - `held`: the event that caused the mail is old. Most likely it comes from a replayed history (a
+//!   lost database, a group that starts from the beginning), and the mail was sent before.
+//! - `failed`: the server refused the mail permanently. If the reason was on our side, the mails
+//!   can be sent after it is corrected.
 //! - `unknown` without a next attempt: the server's answer was lost several times. Each attempt may
 //!   have delivered a copy.
 //!
@@ -26,14 +25,16 @@ use crate::deliveries::interval;
 
 /// Deliveries per statement. A whole history would exceed the time-out of a statement.
 const BATCH: i64 = 5_000;
+/// Deliveries that stay held are counted up to this number.
+const COUNT_LIMIT: i64 = 10_000;
 
 /// The subcommand `send-held`. It requires at least one bound: without any it would mail a whole
 /// replayed history.
 #[derive(clap::Args, Clone)]
 #[group(required = true, multiple = true)]
 pub struct SendHeld {
-    /// Send mails whose cause is younger than this, for example of the four days during which this
-    /// service was down.
+    /// Send mails whose event is younger than this, for example 96 if this service was down for
+    /// four days.
     #[arg(long, value_parser = number::<u32>(1..=87_600))]
     younger_than_hours: Option<u32>,
     /// Send the mails of this user.
@@ -98,8 +99,13 @@ pub async fn send_held(db: &PgPool, options: &SendHeld) -> anyhow::Result<()> {
             break;
         }
     }
-    let held = sqlx::query_scalar!(r#"select count(*) as "held!" from deliveries where status = 'held'"#);
-    println!("{released} released, to be sent by the running service; {} still held", held.fetch_one(db).await?);
+    let held = sqlx::query_scalar!(
+        r#"select count(*) as "held!" from (select from deliveries where status = 'held' limit $1) held"#,
+        COUNT_LIMIT
+    );
+    let held = held.fetch_one(db).await?;
+    let at_least = if held == COUNT_LIMIT { "at least " } else { "" };
+    println!("{released} released, to be sent by the running service; {at_least}{held} still held");
     Ok(())
 }
 
@@ -143,8 +149,8 @@ pub async fn retry_failed(db: &PgPool, options: &RetryFailed) -> anyhow::Result<
     Ok(())
 }
 
-/// Sends mails again whose answer was lost several times. The recipient may get one more copy, with
-/// the same Message-ID.
+/// Sends mails again whose answer was lost several times. Each recipient may get one more copy,
+/// with the same Message-ID.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Result<()> {
     let Which { since, dry_run } = options.which;

@@ -49,8 +49,8 @@ enum Attempt {
     Stopped,
 }
 
-/// Until when this process knows that it has the delivery. By a clock of this process that no one
-/// can set; the database's clock decides.
+/// The time until which this process knows that it has the delivery, by its own monotonic clock.
+/// The database's clock decides when the lease really ends.
 struct Lease(Mutex<Instant>);
 
 impl Sender {
@@ -77,7 +77,8 @@ impl Sender {
         if !self.breaker.permits() {
             return Ok(false);
         }
-        // Before the statement, so that this process never thinks that the lease is longer.
+        // Computed before the statement, so that this process never assumes a longer lease than the
+        // database.
         let lease = Lease::until(Instant::now() + self.rules.lease);
         let claim = match bounded(deliveries::claim(&self.db, &self.rules, &mail::template_names())).await? {
             None => return Ok(false),
@@ -101,14 +102,14 @@ impl Sender {
         let cause = TraceContext { traceparent: claim.traceparent.clone(), tracestate: claim.tracestate.clone() };
         telemetry::continue_from(&span, &cause);
         async {
-            // The renewal only ends with the attempt.
+            // `keep` never ends by itself: the lease is renewed until the attempt ends.
             let attempt = tokio::select! {
                 attempt = self.attempt(connection, &claim, &lease) => attempt,
                 never = self.keep(&claim, &lease) => match never {},
             };
             fault::point("email.after_answer");
-            // Retries until the lease ends: a result that is not recorded by then means that the
-            // mail is sent again.
+            // Retries until the lease ends. If the result is not recorded by then, another sender
+            // sends the mail again.
             while let Err(error) = bounded(self.record(&claim, &attempt)).await {
                 if lease.has_ended() {
                     return Err(error);
@@ -155,8 +156,7 @@ impl Sender {
         let Some(to) = address else { return Attempt::Ended(Ending::Refused { code: BAD_ADDRESS }) };
         let template = mail::template(&claim.template).expect("only known templates are claimed");
         let message = template.build(claim.id, self.server.sender(), &to);
-        // Until the mail itself is sent, nothing has happened that matters, and the process can
-        // stop.
+        // Nothing here has an effect that matters, so the process can stop at any time.
         let ready = async {
             connection.prepare(&self.server, &to).await.map_err(Attempt::Ended)?;
             fault::point("email.before_check");
@@ -223,9 +223,9 @@ impl Sender {
         Ok(())
     }
 
-    /// The server refused the mail for a reason that is about us. If it refuses the mails to several
-    /// recipients, the breaker opens, and no mail fails. If this recipient alone gets the refusal,
-    /// again and again, its mail fails.
+    /// The server refused the mail for a reason that is about us. If it refuses the mails to
+    /// several recipients, the breaker opens, and no mail fails. If this recipient alone gets the
+    /// refusal, again and again, its mail fails.
     async fn record_refusal(&self, claim: &Claim, trouble: Trouble) -> sqlx::Result<()> {
         let paused = self.breaker.failed(claim.user_id, trouble);
         if let Some(code) = trouble.code().filter(|_| !paused && claim.is_last_refusal()) {

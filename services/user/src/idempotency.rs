@@ -51,7 +51,7 @@ pub enum Claimed<T> {
     Answered(StatusCode, T),
 }
 
-/// The value of the header, and what it applies to: one key on two routes is two keys. Once callers
+/// The value of the header and its scope: the same value on two routes is two keys. Once callers
 /// are authenticated, the caller belongs to the scope too.
 pub struct Key {
     /// Method and route, such as `PATCH /users/{id}`.
@@ -126,10 +126,11 @@ pub async fn expire(db: PgPool) -> anyhow::Result<()> {
 }
 
 /// Removes some expired answers: the oldest ones from `after` on. Returns the age of the last one,
-/// where the next batch begins: from the beginning of the index it would pass over everything that
-/// was deleted and not vacuumed yet. The rows are deleted by their place in the table: by key, Postgres
-/// could choose to read the whole table. Several replicas do this at once; each skips rows that another
-/// one is removing. A crash loses nothing: the next pass begins with the oldest row.
+/// where the next batch begins: from the beginning of the index it would read all rows that were
+/// deleted and are not vacuumed yet. The rows are deleted by their place in the table (`ctid`): by
+/// key, Postgres could choose to read the whole table. Several replicas do this at once; each skips
+/// rows that another one is removing. A crash loses nothing: the next pass begins with the oldest
+/// row.
 async fn expire_batch(db: &PgPool, after: Option<OffsetDateTime>) -> sqlx::Result<Option<OffsetDateTime>> {
     let last = sqlx::query_scalar!(
         r#"with expired as (

@@ -64,8 +64,8 @@ impl Cause {
         Self { causation: Some(command), correlation: Some(command), actor: None }
     }
 
-    /// The cause of the events that a service publishes because of this one. Nobody gave a command
-    /// for them, so they have no actor. An event without a correlation id begins a chain.
+    /// The cause of the events that a service publishes because of this one. No caller gave
+    /// a command for them, so they have no actor. An event without a correlation id begins a chain.
     pub fn event(envelope: &Envelope) -> Self {
         let correlation = envelope.cause.correlation.unwrap_or(envelope.id);
         Self { causation: Some(envelope.id), correlation: Some(correlation), actor: None }
@@ -148,8 +148,8 @@ impl Envelope {
     }
 }
 
-/// The same time in UTC. `None` if its year in UTC is not between 1 and 9999. Another year cannot be
-/// written as RFC 3339, and computing with it can overflow.
+/// The same time in UTC. `None` if its year in UTC is not between 1 and 9999. Another year cannot
+/// be written as RFC 3339, and computing with it can overflow.
 pub fn in_utc(time: OffsetDateTime) -> Option<OffsetDateTime> {
     time.checked_to_offset(UtcOffset::UTC).filter(|utc| (1..=9999).contains(&utc.year()))
 }

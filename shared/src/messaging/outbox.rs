@@ -9,10 +9,10 @@ use crate::platform::database::bounded;
 use crate::platform::telemetry;
 
 /// Writes `event` about the aggregate `key` to the outbox, within the caller's transaction, and
-/// returns the event's id. `cause` is new for a command, and for a handler it is the event that it
-/// handles. `version` is the aggregate's version after this command; it comes from
-/// the row that the same transaction changed. Call [`Wake::notify`](super::Wake::notify) after the
-/// commit, not before it: the relay could not see the row yet.
+/// returns the event's id. `cause` is new for a command; for a handler it is the event that it
+/// handles. `version` is the aggregate's version after this command; it comes from the row that the
+/// same transaction changed. Call [`Wake::notify`](super::Wake::notify) after the commit, not
+/// before it: the relay could not see the row yet.
 ///
 /// Crash before the commit: neither the change nor the event exists. Crash after it: the relay of
 /// any replica publishes the row.

@@ -1,6 +1,6 @@
 //! Topics on the broker. Their owner creates them as declared and compares existing ones with the
-//! declaration. At the start it exits with an error if records would be lost. While it runs, a
-//! difference is reported and stops nothing.
+//! declaration. At its start the owner exits with an error if records would be lost. While it runs,
+//! it reports differences and continues.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +30,8 @@ const MIN_IN_SYNC: &str = "min.insync.replicas";
 /// it has acknowledged.
 const KEEPING: [&str; 5] =
     [CLEANUP_POLICY, "retention.ms", "retention.bytes", "unclean.leader.election.enable", MIN_IN_SYNC];
-/// With three replicas and more, a record must be acknowledged by most of them.
+/// From this number of replicas on, the service does not start if fewer than the majority must
+/// acknowledge a record. With fewer replicas this is only reported.
 const MANY_REPLICAS: usize = 3;
 
 /// A topic as its owner declares it.
@@ -45,8 +46,8 @@ pub(crate) struct Declared {
 }
 
 impl Declared {
-    /// Facts may have more partitions than declared: their effects commute. The number of partitions
-    /// of a state topic never changes.
+    /// Facts may have more partitions than declared: their effects commute. The number of
+    /// partitions of a state topic never changes.
     pub fn of(kafka: &KafkaConfig, topic: &Topic) -> Self {
         Self {
             name: kafka.prefixed(topic.name),
@@ -198,7 +199,7 @@ async fn create_missing(admin: &Admin, kafka: &KafkaConfig, topic: &Declared) ->
     Ok(())
 }
 
-/// The brokers' `default.replication.factor`. `None` if Kafka does not tell.
+/// The brokers' `default.replication.factor`. `None` if Kafka does not answer.
 async fn default_replicas(admin: &Admin, name: &str) -> Option<i32> {
     let broker = metadata(admin, name).ok()?.brokers().first()?.id();
     let settings = settings(admin, ResourceSpecifier::Broker(broker)).await.ok()?;
@@ -223,7 +224,7 @@ impl Differences {
 /// A topic on the broker.
 struct Existing {
     partitions: i32,
-    /// Of the partition with the fewest.
+    /// Replicas of the partition that has the fewest.
     replicas: usize,
     settings: BTreeMap<String, String>,
 }

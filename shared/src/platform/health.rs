@@ -47,7 +47,7 @@ impl Health {
         self.lock().waiting.insert(component.to_owned(), what.into());
     }
 
-    /// Ends what [`Health::waiting`] has reported about `component`.
+    /// Withdraws what [`Health::waiting`] has reported about `component`.
     pub fn ready(&self, component: &str) {
         self.lock().waiting.remove(component);
     }
@@ -58,7 +58,7 @@ impl Health {
         self.lock().reported.insert(component.to_owned(), reason.into());
     }
 
-    /// Ends what [`Health::report`] has reported about `component`.
+    /// Withdraws what [`Health::report`] has reported about `component`.
     pub fn resolved(&self, component: &str) {
         self.lock().reported.remove(component);
     }

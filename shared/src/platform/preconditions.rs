@@ -71,9 +71,9 @@ pub fn names() -> [&'static HeaderName; 2] {
     [IfMatch::name(), IfNoneMatch::name()]
 }
 
-/// Replaces what the crate `headers` cannot read by a character that no tag of ours contains. It
-/// ignores a whole list that has a byte beyond ASCII, and a debug build of it panics at white space
-/// within a tag.
+/// Replaces each byte that the crate `headers` cannot read by a character that no tag of ours
+/// contains. The crate ignores a whole list if one byte is not ASCII, and in a debug build it
+/// panics at white space within a tag.
 fn readable_line(line: &HeaderValue) -> HeaderValue {
     let mut in_quotes = false;
     let readable = line.as_bytes().iter().map(|byte| {

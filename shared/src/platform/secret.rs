@@ -72,7 +72,8 @@ impl<S: SecretSetting> Debug for Secret<S> {
 
 impl<S: SecretSetting> FromArgMatches for Secret<S> {
     fn from_arg_matches(_: &ArgMatches) -> Result<Self, clap::Error> {
-        // An empty variable is unset: Docker Compose sets a variable without a value so.
+        // An empty variable counts as unset: Docker Compose sets a variable without a value to the
+        // empty text.
         Self::read(|name| std::env::var_os(name).filter(|value| !value.is_empty()))
             .map_err(|error| clap::Error::raw(ErrorKind::MissingRequiredArgument, format!("{error}\n")))
     }
@@ -99,7 +100,7 @@ impl<S: SecretSetting> Args for Secret<S> {
     }
 }
 
-/// A secret that need not be set.
+/// An optional secret.
 pub struct OptionalSecret<S>(Option<Secret<S>>);
 
 impl<S> OptionalSecret<S> {

@@ -2,8 +2,8 @@
 //! time to take an answer, the size of a head, and the number of connections.
 //!
 //! hyper is used directly, because `axum::serve` sets no timer, so that none of hyper's time-outs
-//! would fire. It serves HTTP/1 only: to tell HTTP/1 from 2 it would have to read the first bytes,
-//! which it does without a time-out.
+//! would fire. It serves HTTP/1 only: to distinguish HTTP/1 from HTTP/2, hyper would read the first
+//! bytes without a time-out.
 
 use std::sync::Arc;
 
@@ -121,8 +121,8 @@ impl Server {
     }
 }
 
-/// Serves one connection. An error is the caller's: it broke the connection, sent no HTTP, or was
-/// too slow.
+/// Serves one connection. Errors are the caller's fault, so they are ignored: it broke the
+/// connection, sent no HTTP, or was too slow.
 async fn connection(
     stream: TcpStream,
     routes: Router,

@@ -4,9 +4,9 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-/// Parses a number of a range, for clap's `value_parser`. Clap's own parser does not say the range
-/// if the text is no number, or one that does not fit into the type. Name the type of the field:
-/// `number::<u16>(1..=64)`. Clap compares the types only when the program starts.
+/// Parses a number within a range, for clap's `value_parser`. Clap's own parser does not name the
+/// range if the text is not a number, or is a number that does not fit into the type. Name the type
+/// of the field: `number::<u16>(1..=64)`. Clap compares the types only when the program starts.
 pub fn number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static
 where
     T: FromStr + PartialOrd + Display + Clone + Send + Sync + 'static,

@@ -34,8 +34,8 @@ pub(super) fn processor(endpoint: &str, metrics: &Metrics) -> anyhow::Result<Cou
     Ok(CountedSpans { batches, ended: metrics.trace_spans_ended.clone() })
 }
 
-/// Counts the spans that should be exported. When its queue is full, the processor below drops
-/// spans without telling the exporter.
+/// Counts the spans that should be exported. When its queue is full, the batch processor drops
+/// spans and does not report that to the exporter.
 #[derive(Debug)]
 pub(super) struct CountedSpans {
     batches: BatchSpanProcessor,

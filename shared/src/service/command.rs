@@ -18,8 +18,8 @@ pub enum Command {
 #[derive(Subcommand, Clone, Copy, Debug)]
 pub enum DatabaseCommand {
     /// Apply the migrations of this release, then exit. Give it the database URL of the role that
-    /// owns the tables. The role of the running service cannot change tables. Safe to repeat, and to
-    /// run while older releases run.
+    /// owns the tables. The role of the running service cannot change tables. Safe to repeat, and
+    /// to run while older releases run.
     Migrate,
 }
 

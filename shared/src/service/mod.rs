@@ -63,7 +63,7 @@ pub struct Service {
 }
 
 /// Stops the threads of a process whose start fails; otherwise the process would wait for them
-/// forever.
+/// indefinitely.
 impl Drop for Service {
     fn drop(&mut self) {
         self.stop.cancel();
@@ -278,7 +278,7 @@ impl Service {
         };
         if drained.is_err() {
             // A thread is blocked in a call to a dependency that does not answer, and the runtime
-            // would wait for it forever. Nothing is lost: every task tolerates a crash at any line.
+            // would wait for it indefinitely. Nothing is lost: every task tolerates a crash at any line.
             tracing::warn!("some tasks did not finish in time; exiting without them");
             if let Err(error) = &result {
                 tracing::error!(error = %format!("{error:#}"), "the service failed");

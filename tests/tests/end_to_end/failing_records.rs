@@ -52,7 +52,8 @@ async fn a_record_that_fails_blocks_only_its_partition_until_the_cause_is_fixed(
         let (_, offset) = system.kafka.write_all(USER_EVENTS, &facts).await[1];
         // Another release knows this type. It is skipped, before the failing record and after it.
         system.kafka.write(USER_EVENTS, &Draft::user_event("user.promoted", failing, 2).on(BLOCKED)).await;
-        system.processes.start(&[ANALYTICS]).await;
+        // Not `start`, which waits until `/status` reports nothing.
+        system.processes.spawn(ANALYTICS);
 
         let coordinates = format!("{}-{BLOCKED}-{offset}", system.kafka.prefixed(USER_EVENTS));
         let reported = system.processes.until_reported(ANALYTICS, &coordinates).await;

@@ -70,10 +70,17 @@ async fn a_session_whose_plans_are_invalid_is_replaced() {
     let url = testing::empty_database(USER).await.owner_url;
     let db = database::pool(url.parse().unwrap());
     sqlx::raw_sql("create table changed (one int)").execute(&db).await.unwrap();
-    let read = async || database::bounded(sqlx::query("select * from changed").execute(&db)).await;
+    // On the same session each time: the pool would open a second one while the first is returned.
+    let read = async || {
+        eventually("the session is idle", async || (db.num_idle() == 1).then_some(())).await;
+        database::bounded(sqlx::query("select * from changed").execute(&db)).await
+    };
     read().await.unwrap();
-    sqlx::raw_sql("alter table changed add two int").execute(&db).await.unwrap();
-    eventually("the statement is prepared again", async || read().await.ok()).await;
+    let mut owner = PgConnection::connect(&url).await.unwrap();
+    sqlx::raw_sql("alter table changed add two int").execute(&mut owner).await.unwrap();
+    let error = read().await.unwrap_err();
+    assert_eq!(error.as_database_error().unwrap().code().as_deref(), Some("0A000"), "{error}");
+    read().await.unwrap();
 }
 
 /// `None` if the service answers with another status than 201.

@@ -26,9 +26,9 @@ pub struct Surplus {
 
 /// Compares the models as they are at one moment.
 ///
-/// A second session locks the live model for a moment, so that both models have the same events, and
-/// `live` takes a snapshot of that moment. A trigger records every id that the live inbox gets from
-/// then on: the swap looks at nothing else. Then the lock ends, and `live` compares.
+/// A second session locks the live model for a moment, so that both models have the same events,
+/// and `live` takes a snapshot of that moment. A trigger records every id that the live inbox gets
+/// from then on: the swap looks at nothing else. Then the lock ends, and `live` compares.
 ///
 /// Crash afterwards: the trigger stays until the next rebuild drops the schema. It costs one more
 /// row per event.
@@ -75,20 +75,21 @@ async fn record(lock: &mut PgConnection, schema: &str) -> sqlx::Result<()> {
     execute(lock, statements).await
 }
 
-/// After the live inbox was dropped, and the trigger with it.
+/// Drops the recorded ids, after the live inbox was dropped, and the trigger with it.
 pub async fn drop_recording(tx: &mut PgConnection, schema: &str) -> sqlx::Result<()> {
     execute(tx, format!("drop function {schema}.record(); drop table {schema}.{RECORDED}")).await
 }
 
-/// When the rebuild gives up. If this fails too, the next rebuild drops the trigger.
+/// Stops the recording when the rebuild gives up. If this fails too, the next rebuild drops the
+/// trigger.
 pub async fn stop_recording(live: &mut PgConnection) {
     if let Err(error) = execute(live, format!("drop trigger if exists {RECORDED} on inbox")).await {
         print_line(&format!("warning: a trigger on the live inbox stays until the next rebuild: {error}"));
     }
 }
 
-/// Compares what the live inbox got since the snapshot. The tables need no second comparison: both
-/// models got these events by the same projections.
+/// Checks that the rebuilt model has every event that the live inbox got since the snapshot. The
+/// tables need no second comparison: both models got these events by the same projections.
 pub async fn require_recorded(tx: &mut PgConnection, schema: &str, options: &Rebuild) -> anyhow::Result<()> {
     let recorded = format!("table {schema}.{RECORDED}");
     let rebuilt =
@@ -122,8 +123,8 @@ fn require_no_loss(lost: Surplus, options: &Rebuild) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The quoted names of all tables that the migrations create, except the migrations' own and the recorded ids.
-/// The inbox comes first, as in every transaction.
+/// The quoted names of all tables that the migrations create, except the table of the migrations
+/// and that of the recorded ids. The inbox comes first, as in every transaction.
 pub async fn tables(tx: &mut PgConnection, schema: &str) -> sqlx::Result<Vec<String>> {
     sqlx::query_scalar(
         "select quote_ident(tablename) from pg_tables where schemaname = $1 and tablename <> all ($2)
@@ -168,7 +169,8 @@ pub async fn compare_tables(
     Ok(())
 }
 
-/// The query for what a table says.
+/// The query whose rows are compared for a table: all rows, or only their sums if the same events
+/// may give other rows ([`SUMS`]).
 fn content(table: &str, qualified: &str) -> String {
     match SUMS.iter().find(|(sums, _)| *sums == table) {
         Some((_, sums)) => format!("select {}", sums.replace("{table}", qualified)),

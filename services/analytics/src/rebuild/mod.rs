@@ -1,5 +1,6 @@
 //! `analytics rebuild`: folds the whole log into a new schema, while the service writes and reads
-//! the live model. When both contain the same events, one transaction compares them and swaps them.
+//! the live model. When both contain the same events, it compares them, and one transaction swaps
+//! them.
 //!
 //! Why this is correct: the swap commits only while no process can write to the live model, and
 //! only if the rebuilt model contains every event of the live one. Nearly all of this is compared
@@ -31,8 +32,8 @@ use options::print_line;
 use replays::Replays;
 use session::{connect, execute, is_busy};
 
-/// The session that migrates has none of the limits above, but a frozen process must not keep the
-/// migration lock.
+/// The session that migrates has none of the limits of the live session, but a frozen process must
+/// not keep the migration lock.
 const MIGRATION_LIMITS: (&str, &str) = ("idle_session_timeout", "15s");
 /// The key of the advisory lock. Every release uses the same number. Advisory locks belong to one
 /// database, so other databases may use it too.

@@ -14,8 +14,9 @@ const SESSION_LIMITS: [(&str, &str); 4] = [
     // The comparison has no limit: it locks nothing.
     ("statement_timeout", "60s"),
 ];
-/// Consumers start each transaction with the inbox, so no process writes to the live model then. The
-/// lock on the first table keeps a new release from migrating: a swap would undo its migrations.
+/// While this lock is held, no process writes to the live model, because consumers start each
+/// transaction with the inbox. The lock on the first table keeps a new release from migrating: a
+/// swap would undo its migrations.
 pub const LOCK_LIVE: &str = "lock table _sqlx_migrations, inbox in share row exclusive mode";
 
 /// Opens a session with the limits above.

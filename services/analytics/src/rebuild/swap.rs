@@ -1,6 +1,6 @@
 //! The swap: one transaction that locks the live model, completes the rebuilt one, and replaces the
-//! live tables by the rebuilt ones. Either all of it happens or nothing. What it reads under the lock
-//! is what came since the [comparison](super::compare).
+//! live tables by the rebuilt ones. Either all of it happens or nothing. Under the lock it reads
+//! only what was added since the [comparison](super::compare).
 //!
 //! Unqualified names are those of the live model. The names of the rebuilt tables are known only at
 //! run time, so their SQL cannot be checked at compile time.
@@ -22,8 +22,8 @@ use super::session::{LOCK_LIVE, execute};
 /// Readers wait only while the tables are replaced.
 ///
 /// # Errors
-/// [`is_busy`](super::session::is_busy): another session holds a lock; nothing has changed, and the swap may
-/// be retried. Any other error: the models must not be swapped.
+/// [`is_busy`](super::session::is_busy): another session holds a lock. Nothing has changed, and the
+/// swap may be retried. Any other error: the models must not be swapped.
 pub async fn swap(live: &mut PgConnection, schema: &str, replays: &Replays, options: &Rebuild) -> anyhow::Result<()> {
     let mut tx = live.begin().await?;
     execute(&mut tx, LOCK_LIVE.to_owned()).await?;

@@ -1,5 +1,6 @@
 //! Sends mails to one mail server. The consequence of a failure depends on the step, so the
-//! conversation is explicit here. [Why no library has it](../../../../docs/decisions/own-smtp-client.md).
+//! conversation is explicit here. [Why no library has
+//! it](../../../../docs/decisions/own-smtp-client.md).
 
 mod reply;
 mod server;
@@ -103,7 +104,8 @@ impl Connection {
         if let Err(failure) = session.content(&message.formatted()).await {
             return after_recipient("mail", failure);
         }
-        // Waiting only: the dot is sent at once, and the connection is dropped afterwards.
+        // `give_up` ends only the wait: the dot is sent at once. The connection is dropped
+        // afterwards.
         let answer = tokio::select! {
             answer = session.final_dot() => answer,
             () = give_up => Err(Failure::NoAnswer("the process stopped before the answer")),

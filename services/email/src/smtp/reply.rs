@@ -80,9 +80,9 @@ impl Reply {
             Some((1, 7 | 8)) => About::Sender,
             Some((1 | 2 | 4 | 6, _)) => About::Mail,
             Some((3 | 5 | 7, _)) => About::Sender,
-            // Without one that means something, the digits: 550 to 554 and 556 are about the
-            // mailbox or the mail. 50x are syntax, 521 is a host that accepts no mail (RFC 7504),
-            // and 53x are about authentication (RFC 4954).
+            // Without a meaningful enhanced code the digits decide: 55x are about the mailbox or
+            // the mail. 50x are syntax, 521 is a host that accepts no mail (RFC 7504), and 53x are
+            // about authentication (RFC 4954).
             _ if (550..=559).contains(&self.code) => About::Mail,
             _ => About::Sender,
         }

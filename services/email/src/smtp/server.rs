@@ -33,8 +33,8 @@ pub struct SmtpConfig {
     /// Port of the mail server. Usually 587 with `starttls`, 465 with `implicit`, 25 with `none`.
     #[arg(long, env, default_value_t = 1025, value_parser = number::<u16>(1..=65_535))]
     smtp_port: u16,
-    /// How the connection is encrypted. With `starttls` and `implicit` the server's certificate must
-    /// be valid for SMTP_HOST, and no mail is sent without encryption.
+    /// How the connection is encrypted. With `starttls` and `implicit` the server's certificate
+    /// must be valid for SMTP_HOST, and no mail is sent without encryption.
     #[arg(long, env, value_enum, default_value_t = SmtpTls::None)]
     smtp_tls: SmtpTls,
     /// A file with the certificates of the authorities that may sign the server's certificate, in

@@ -34,13 +34,13 @@ impl Limits {
     };
 }
 
-/// Ours: a TLS handshake needs a few round trips.
+/// Not from RFC 5321: a TLS handshake needs a few round trips.
 const HANDSHAKE: Duration = Duration::from_secs(60);
-/// Ours: nothing depends on the answer to QUIT.
+/// Not from RFC 5321: nothing depends on the answer to QUIT.
 const QUIT: Duration = Duration::from_secs(5);
 /// Bytes per write to the connection.
 const BLOCK_SIZE: usize = 16 * 1024;
-/// Lines of one reply. More than any server has extensions.
+/// Lines of one reply. No server has so many extensions.
 const MAX_LINES: usize = 200;
 
 /// A connection, with or without TLS.
@@ -96,8 +96,8 @@ impl Session {
     /// Encrypts the connection.
     pub async fn starttls(mut self, connector: &TlsConnector, name: ServerName<'static>) -> Result<Self, Failure> {
         self.command("STARTTLS").await?;
-        // Whoever can write into the connection before it is encrypted could put replies here that
-        // we would take for encrypted ones.
+        // An attacker who can write into the connection before it is encrypted could put replies
+        // here, and we would read them as encrypted ones.
         if !self.stream.buffer().is_empty() {
             return Err(Failure::NoAnswer("the server sent text between STARTTLS and the handshake"));
         }

@@ -218,8 +218,8 @@ struct BatchDelivery<'a, H> {
 }
 
 impl<H: Handler> BatchDelivery<'_, H> {
-    /// Passes the records to the handler. If the batch has failed several times, there is one record,
-    /// and it may fail alone.
+    /// Passes the records to the handler. With [`Split::Failing`] there is at most one record, and
+    /// its failure blocks only its partition.
     async fn deliver(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Halt> {
         if self.context.split == Split::Failing {
             self.one_by_one_since.get_or_insert_with(Instant::now);

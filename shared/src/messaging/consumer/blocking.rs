@@ -16,7 +16,8 @@ use super::partitions::Partitions;
 use super::reports::Wait;
 use crate::messaging::record::Coordinates;
 
-/// A failing record may take one part in this many of its consumer's time.
+/// A failing record may take at most one twentieth of its consumer's time: after an attempt the
+/// record waits for this many times the attempt's duration.
 const HANGING_SHARE: u32 = 20;
 
 impl Partitions {
@@ -44,8 +45,8 @@ impl Partitions {
         Ok(())
     }
 
-    /// The record failed again, after `took`. A record that makes its handler hang must not take the
-    /// consumer's time from the other partitions.
+    /// The record failed again, after `took`. A record that makes its handler hang must not take
+    /// the consumer's time from the other partitions.
     pub fn postpone(&mut self, partition: i32, reason: Option<String>, took: Duration) {
         let Some(blocked) = self.blocked.get_mut(&partition) else { return };
         blocked.backoff = next_backoff(Some(blocked.backoff));
@@ -57,7 +58,8 @@ impl Partitions {
         self.measure_lag([partition]);
     }
 
-    /// Continues the partition after the record. Returns the later records that were polled with it.
+    /// Continues the partition after the record. Returns the later records that were polled with
+    /// it.
     pub fn unblock(&mut self, partition: i32) -> anyhow::Result<VecDeque<OwnedMessage>> {
         let Some(mut blocked) = self.blocked.remove(&partition) else { return Ok(VecDeque::new()) };
         let context = self.client.context();

@@ -188,8 +188,8 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// Follows an operator's decision about a record that blocks its partition, or tries the record
-    /// again that is due. One of them in a turn, so that the consumer polls in between. `batch` is
-    /// empty; it gets the later records of a partition that continues.
+    /// again that is due. Does only one of these in a turn, so that the consumer polls in between.
+    /// `batch` is empty; it gets the later records of a partition that continues.
     fn retry_blocked(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
         let blocked = self.partitions.blocked.values();
         let decided = blocked.clone().find_map(|blocked| Some((blocked.decision()?, blocked.record().clone())));

@@ -1,7 +1,7 @@
 //! The records that block their partitions in this process, and an operator's decision to
-//! dead-letter one of them: `<service> dead-letter TOPIC-PARTITION-OFFSET --reason TEXT` sends it to
-//! the admin port of the running service. Only the consumer of the partition may act on it, because
-//! it must store the offset.
+//! dead-letter one of them: `<service> dead-letter TOPIC-PARTITION-OFFSET --reason TEXT` sends it
+//! to the admin port of the running service. Only the consumer of the partition may act on it,
+//! because it must store the offset.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -24,11 +24,11 @@ use crate::messaging::record::Coordinates;
 use crate::platform::health;
 use crate::platform::problem::{IntoProblem, Kind, problem};
 
-/// Longer than a letter may take to be acknowledged, with a turn of the consumer before it.
 const INVALID_DEAD_LETTER: Kind = Kind::new("invalid-dead-letter", StatusCode::BAD_REQUEST);
 const RECORD_NOT_BLOCKED: Kind = Kind::new("record-not-blocked", StatusCode::NOT_FOUND);
 const NOT_DEAD_LETTERED: Kind = Kind::new("not-dead-lettered", StatusCode::SERVICE_UNAVAILABLE);
 
+/// Longer than a turn of the consumer and the acknowledgement of a letter usually take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const REASON_MAX_LENGTH: usize = 200;
 
@@ -38,7 +38,7 @@ pub struct DeadLetterRecord {
     /// The record, as `/status` names it: topic-partition-offset.
     #[arg(value_name = "COORDINATES")]
     pub coordinates: Coordinates,
-    /// Why, for whoever reads the dead letter. Name no person: it is kept with the letter.
+    /// Why, for the reader of the dead letter. Name no person in it: it is kept with the letter.
     #[arg(long, value_parser = reason)]
     pub reason: String,
 }
@@ -55,8 +55,8 @@ fn reason(text: &str) -> Result<String, String> {
 /// result.
 ///
 /// # Errors
-/// The service does not answer, no consumer of it waits at this record, or Kafka does not accept the
-/// letter.
+/// The service does not answer, no consumer of it waits at this record, or Kafka does not accept
+/// the letter.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn dead_letter(admin_addr: SocketAddr, options: &DeadLetterRecord) -> anyhow::Result<()> {
     let body = json!({ "coordinates": options.coordinates.to_string(), "reason": options.reason });
@@ -83,7 +83,7 @@ pub(super) struct Decision {
 impl Decision {
     /// Answers the operator.
     pub fn answer(self, result: Result<(), String>) {
-        // The operator may have gone away.
+        // Fails if the operator's request has ended.
         let _ = self.answer.send(result);
     }
 }
@@ -101,7 +101,7 @@ impl Listed {
     }
 }
 
-/// An operator who waits for an answer gets none.
+/// Drops a decision that was not followed: the operator gets an error.
 impl Drop for Listed {
     fn drop(&mut self) {
         self.records.lock().remove(&self.key);
@@ -120,8 +120,8 @@ impl BlockedRecords {
         Router::new().route("/dead-letters", routing::post(decide)).with_state(self)
     }
 
-    /// Tells every consumer that waits at the record. Returns their groups and where their answers
-    /// will arrive.
+    /// Passes the decision to every consumer that waits at the record. Returns their groups and the
+    /// receivers of their answers.
     fn decide(&self, coordinates: &Coordinates, reason: &str) -> Vec<(&'static str, Answer)> {
         let mut waiting = vec![];
         for ((blocked, group), decision) in self.lock().iter_mut() {

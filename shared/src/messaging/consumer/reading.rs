@@ -10,8 +10,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(2);
 /// A partition counts as not read if its end is unknown for this long. Every answer to a fetch
 /// contains the end.
 const UNREAD_LIMIT: Duration = Duration::from_secs(10);
-/// A transaction counts as left open after this time. Kafka ends those of our relays within 20 s: it
-/// looks every 10 s for transactions that are older than 10 s.
+/// A transaction counts as left open after this time. Kafka ends those of our relays within 20 s:
+/// it looks every 10 s for transactions that are older than 10 s.
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(25);
 
 pub(super) struct Reading {

@@ -39,19 +39,19 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    /// The records of a partition wait, for this reason.
+    /// Reports that the records of a partition wait for this reason.
     pub fn waits(&self, partition: i32, wait: Wait, reason: &str) {
         self.health.report(&self.component(partition, wait), reason);
         self.metrics.consumer_partition_waits.get_or_create(&self.wait_labels(partition, wait)).set(1);
     }
 
-    /// The records of a partition do not wait for this reason any more.
+    /// Reports that the records of a partition do not wait for this reason any more.
     pub fn continues(&self, partition: i32, wait: Wait) {
         self.health.resolved(&self.component(partition, wait));
         self.metrics.consumer_partition_waits.remove(&self.wait_labels(partition, wait));
     }
 
-    /// Kafka refuses requests of the consumer with these codes.
+    /// Reports that Kafka refuses requests of the consumer with these codes.
     pub fn refuses(&self, codes: &[&str]) {
         let codes = codes.join(", ");
         let reason = format!("an operator: Kafka refuses requests of this consumer with {codes}");
@@ -63,6 +63,7 @@ impl Reports {
         self.metrics.consumer_refusals.get_or_create(&labels).inc();
     }
 
+    /// Ends the report about refused requests.
     pub fn accepts(&self) {
         self.health.resolved(&self.refusals());
     }
@@ -71,12 +72,12 @@ impl Reports {
         self.metrics.consumer_lag.get_or_create(&self.labels(partition)).set(records);
     }
 
-    /// Another consumer has the partition and reports its lag.
+    /// Removes the lag of a partition: another consumer has the partition and reports its lag.
     pub fn forget_lag(&self, partition: i32) {
         self.metrics.consumer_lag.remove(&self.labels(partition));
     }
 
-    /// The client stopped reading the partition, so nothing is known about it.
+    /// Ends the reports about a partition that the client stopped reading.
     pub fn stopped(&self, partition: i32) {
         for wait in Wait::ALL {
             self.continues(partition, wait);

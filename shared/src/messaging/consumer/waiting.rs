@@ -12,8 +12,8 @@ use super::partitions::Partitions;
 use super::start::ConsumerSetup;
 use crate::messaging::handler::{Failure, Handler};
 
-/// After this many failures of a batch in a row, its records are tried one by one, if the dependency
-/// works.
+/// After this many failures of a batch in a row, its records are tried one by one, if the
+/// dependency works.
 const SUSPICIOUS_FAILURES: u32 = 4;
 /// How often the lag is measured while the breaker is open.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);

@@ -1,6 +1,6 @@
-//! Migrations. `<service> migrate` applies them, as the role that owns the tables. `<service> serve`
-//! waits until the database has those of its release. It applies them itself only if its role may
-//! create tables, as on a system where a service has a single role.
+//! Migrations. The subcommand `migrate` applies them, as the role that owns the tables. The
+//! subcommand `serve` waits until the database has those of its release. It applies them itself only
+//! if its role may create tables, as on a system where a service has a single role.
 
 use std::collections::BTreeMap;
 
@@ -138,9 +138,9 @@ async fn difference(db: &mut PgConnection, migrations: &Migrator) -> anyhow::Res
     Ok(Difference { missing, newer: applied.into_keys().collect() })
 }
 
-/// Applies the missing migrations, one transaction each. Crash or time-out in one: Postgres rolls it
-/// back, and the next attempt begins with it. One process migrates at a time. The others do not wait
-/// inside a statement: its snapshot would block `create index concurrently`.
+/// Applies the missing migrations, one transaction each. Crash or time-out in one: Postgres rolls
+/// it back, and the next attempt begins with it. One process migrates at a time. The others do not
+/// wait inside a statement: its snapshot would block `create index concurrently`.
 async fn apply(db: &mut PgConnection, migrations: &Migrator, missing: &[i64]) -> anyhow::Result<()> {
     let locked = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(MIGRATION_LOCK).fetch_one(&mut *db);
     if !locked.await? {

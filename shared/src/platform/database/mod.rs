@@ -35,8 +35,8 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The component's name in `/status`.
 const COMPONENT: &str = "database";
 
-/// Waits until the database has the migrations of this release, and returns a pool. Several replicas
-/// may do this at once.
+/// Waits until the database has the migrations of this release, and returns a pool. Several
+/// replicas may do this at once.
 pub(crate) async fn connect(
     url: &str,
     migrations: &Migrator,
@@ -86,7 +86,7 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
             })
         })
         // By default the pool pings a returned connection without a time-out. A dead connection
-        // would keep its slot forever, and ten of them would exhaust the pool.
+        // would keep its slot permanently, and ten of them would exhaust the pool.
         .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
         .connect_lazy_with(options.options(SESSION_LIMITS))
 }
@@ -126,7 +126,7 @@ pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
                 health.ready(COMPONENT);
                 health.resolved(COMPONENT);
             }
-            // Reads are answered.
+            // Reads still succeed, so the process is ready.
             Ok(true) => {
                 health.ready(COMPONENT);
                 health.report(COMPONENT, "the database to be writable");

@@ -1,8 +1,8 @@
-//! Pooled sessions that cannot work any more. After a failover a session stays open and read-only; a
-//! pooler that exchanges the server loses prepared statements; a changed table makes the plans of a
-//! session invalid. A ping succeeds in all these sessions. So the error of a statement decides: if
-//! the session may be its cause, all sessions that are older than the error are replaced before
-//! they are used again.
+//! Pooled sessions that cannot work any more. After a failover a session stays open and read-only.
+//! When a pooler switches to another server, the session loses its prepared statements. A changed
+//! table makes the plans of a session invalid. A ping succeeds in all these sessions. So the error
+//! of a statement decides: if the session may be its cause, all sessions that are older than the
+//! error are replaced before they are used again.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -12,8 +12,8 @@ use tokio::time::{Duration, Instant};
 /// session would make each request connect again.
 const REPLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// Classes and codes of errors that come from the statement, its data or other sessions, and not
-/// from the session: cardinality, data, constraints, deadlocks, names and rights, resources, limits,
-/// locks, a cancelled statement, errors that our own functions raise.
+/// from the session: cardinality, data, constraints, deadlocks, names and rights, resources,
+/// limits, locks, a cancelled statement, errors that our own functions raise.
 const NOT_OF_THE_SESSION: [&str; 10] = ["21", "22", "23", "40", "42", "53", "54", "55", "57014", "P0"];
 
 /// A process has one database, so the doubt is about all sessions of the process.

@@ -18,9 +18,9 @@ const HEAD: &str = "# Mistakes
 Written by `cargo xtask mistakes` from the patches in [`tests/seeded`](../tests/seeded). Do not edit.
 
 Each section shows code that looks right and is wrong, what happens with it, and the tests that notice. In a diff, the
-lines with `-` are the code of Waybill, and the lines with `+` are the mistake. `cargo xtask seeded` applies each patch to a
-copy of the code and reports which tests fail. The [invariants](guarantees.md#invariants) that a mistake breaks are in
-parentheses.
+lines with `-` are the code of Waybill, and the lines with `+` are the mistake. `cargo xtask seeded` applies each patch to
+a copy of the code and reports which tests fail. In parentheses is what the mistake breaks: an
+[invariant](guarantees.md#invariants) (I…), or what holds in a [fault](guarantees.md#faults) (T…).
 ";
 
 pub fn run() -> Result<ExitCode> {
