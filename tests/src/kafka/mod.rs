@@ -75,7 +75,9 @@ impl Kafka {
                     Some(Err(KafkaError::PartitionEOF(_))) => break,
                     // One of several brokers is down. The client asks the others.
                     Some(Err(KafkaError::MessageConsumption(
-                        RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::Resolve,
+                        RDKafkaErrorCode::BrokerTransportFailure
+                        | RDKafkaErrorCode::AllBrokersDown
+                        | RDKafkaErrorCode::Resolve,
                     ))) => {}
                     other => panic!("cannot read {name}: {other:?}"),
                 }

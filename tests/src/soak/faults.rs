@@ -38,6 +38,8 @@ pub enum Fault {
     FreezeKafka(Duration),
     /// Another program holds a transaction open in the topic of facts for this time.
     OpenTransaction(Duration),
+    /// For this time nobody may read the topic of facts.
+    DenyTopic(Duration),
     KillPostgres,
     /// Valkey loses its data.
     KillValkey,
@@ -81,7 +83,7 @@ impl Fault {
     pub fn any(random: &mut Rng) -> Self {
         let service = SERVICES[random.usize(..SERVICES.len())];
         let time = if random.bool() { SHORT } else { LONG };
-        match random.u8(..15) {
+        match random.u8(..16) {
             0 => Self::Kill(service),
             1 => Self::Restart(service),
             2 | 3 => {
@@ -99,6 +101,7 @@ impl Fault {
             11 => Self::DemoteValkey(SHORT),
             12 => Self::ReadOnlyPostgres(SHORT),
             13 => Self::OpenTransaction(time),
+            14 => Self::DenyTopic(SHORT),
             _ => match random.u8(..5) {
                 0 => Self::SlowMail(time),
                 1 => Self::RefuseMail(time),
@@ -131,6 +134,12 @@ impl Fault {
                 tokio::time::sleep(time).await;
                 transaction.abort();
             }
+            Self::DenyTopic(time) => {
+                let topic = system.kafka.prefixed(USER_EVENTS);
+                system.components().kafka.deny_reading(&topic).await.unwrap();
+                tokio::time::sleep(time).await;
+                system.components().kafka.allow_reading(&topic).await.unwrap();
+            }
             Self::KillPostgres => system.components().postgres.restart().await.unwrap(),
             Self::KillValkey => system.components().redis.restart().await.unwrap(),
             Self::FlushValkey => system.stores.flush_valkey().await,
@@ -150,16 +159,8 @@ impl Fault {
                 system.components().postgres.set_read_only(false).await.unwrap();
             }
             Self::Mail(how) => system.mail.fail(mail_fault(how).times(5)),
-            Self::SlowMail(time) => {
-                let ms = u64::try_from(time.as_millis()).unwrap();
-                system.mail.fail(MailFault::Slow { ms, stage: Stage::Dot }.times(5));
-            }
-            Self::RefuseMail(time) => {
-                let text = "554 5.7.1 Relay access denied".to_owned();
-                system.mail.fail(MailFault::Reply { stage: Stage::Rcpt, text });
-                tokio::time::sleep(time).await;
-                system.mail.recover();
-            }
+            Self::SlowMail(time) => slow_mail(system, time),
+            Self::RefuseMail(time) => refuse_mail(system, time).await,
         }
         if let Self::Kill(service) | Self::Restart(service) | Self::CrashAt(service, _) = self {
             system.processes.spawn(service);
@@ -177,6 +178,7 @@ impl fmt::Display for Fault {
             Self::SecondCopy(service) => write!(f, "SecondCopy {}", service.name),
             Self::KillKafka => write!(f, "KillKafka"),
             Self::FreezeKafka(time) => write!(f, "FreezeKafka for {time:?}"),
+            Self::DenyTopic(time) => write!(f, "DenyTopic for {time:?}"),
             Self::OpenTransaction(time) => write!(f, "OpenTransaction for {time:?}"),
             Self::KillPostgres => write!(f, "KillPostgres"),
             Self::KillValkey => write!(f, "KillValkey"),
@@ -207,6 +209,18 @@ async fn second_copy(system: &System, service: Service) {
     let mut copy = system.processes.spawn_another(service);
     copy.until_ready().await;
     copy.kill();
+}
+
+fn slow_mail(system: &System, time: Duration) {
+    let ms = u64::try_from(time.as_millis()).unwrap();
+    system.mail.fail(MailFault::Slow { ms, stage: Stage::Dot }.times(5));
+}
+
+async fn refuse_mail(system: &System, time: Duration) {
+    let text = "554 5.7.1 Relay access denied".to_owned();
+    system.mail.fail(MailFault::Reply { stage: Stage::Rcpt, text });
+    tokio::time::sleep(time).await; // the duration of the fault
+    system.mail.recover();
 }
 
 fn mail_fault(how: &str) -> MailFault {

@@ -64,11 +64,6 @@ impl System {
     /// Gives the services a Kafka of their own. It has a second listener, to which the proxy
     /// forwards: a broker directs its clients to the listener that they used first.
     pub async fn own_kafka(&mut self) -> (Own<Kafka>, Proxy) {
-        self.own_kafka_with("").await
-    }
-
-    /// As [`System::own_kafka`], with further lines of server.properties.
-    pub async fn own_kafka_with(&mut self, settings: &str) -> (Own<Kafka>, Proxy) {
         let scratch = Scratch::create("own-kafka").unwrap();
         let logs = Logs::to_files(&format!("tests/kafka-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
@@ -81,8 +76,7 @@ impl System {
 advertised.listeners=PLAINTEXT://127.0.0.1:{direct},PROXIED://{}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT
 inter.broker.listener.name=PLAINTEXT
-controller.quorum.voters=1@127.0.0.1:{controller}
-{settings}",
+controller.quorum.voters=1@127.0.0.1:{controller}",
             proxy.address()
         );
         let component = Kafka::start(&fetched, scratch.path(), direct, &settings, &logs).await.unwrap();

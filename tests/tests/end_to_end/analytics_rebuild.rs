@@ -308,7 +308,7 @@ async fn write_registration(system: &System, partition: i32) -> Draft {
 }
 
 /// Runs a rebuild to its end, as the role that owns the tables.
-async fn rebuild(system: &System, options: &[&str]) -> anyhow::Result<String> {
+pub(super) async fn rebuild(system: &System, options: &[&str]) -> anyhow::Result<String> {
     let arguments = [&["rebuild"], options].concat();
     let url = ("ANALYTICS_DATABASE_URL", system.stores.owner_url(ANALYTICS));
     system.processes.run_with(ANALYTICS, &arguments, &[url]).await

@@ -179,17 +179,19 @@ async fn a_leader_lost_within_a_round_stops_the_relay_until_it_is_back() {
     system.broker(lost).process.kill();
     system.kafka.until_no_leader(TOPIC, 0).await;
     std::fs::write(end_of_stall, "").unwrap();
-    let reason = eventually("the relay has lost its term", async || {
-        let reason = reason(&system, "outbox relay").await;
-        (!reason.is_empty()).then_some(reason)
+    // The coordinator has decided to commit the round, and cannot finish it. So no transaction can
+    // follow.
+    let user = system.users.register().await;
+    eventually("the relay has lost its term", async || {
+        reason(&system, "outbox relay").await.contains("to publish events").then_some(())
     })
     .await;
-    assert!(reason.contains("transaction"), "{reason}");
     let waiting = system.stores.count(USER, "select count(*) from outbox").await;
-    assert!(waiting >= 10, "{waiting} rows wait");
+    assert!(waiting >= 2, "{waiting} rows wait");
 
     system.broker(lost).restart().await.unwrap();
     system.stores.until_outbox_empty(USER).await;
+    assert!(!system.kafka.read_key(USER_EVENTS, user).is_empty(), "facts after the leader is back");
     let published = system.kafka.read(TOPIC);
     assert_eq!(published.len() - tests::record::copies(&published), 10, "events of the topic");
     eventually_eq("what /status says about the relay", String::new(), async || {

@@ -2,7 +2,9 @@
 
 use tests::services::{CACHE_PROFILES, EMAIL_EVENTS, USER_EVENTS, USER_STATE, dead_letters_of};
 use tests::{System, eventually, eventually_eq};
-use topology::{ANALYTICS, USER};
+use topology::USER;
+
+use crate::analytics_rebuild::rebuild;
 
 /// Facts are kept permanently. A state topic keeps the newest state of each key, and tombstones
 /// long enough for slow consumers. Dead letters are a table.
@@ -109,7 +111,7 @@ async fn a_topic_of_facts_may_have_more_partitions_than_declared() {
     let used: std::collections::BTreeSet<i32> =
         system.kafka.read(USER_EVENTS).iter().map(|record| record.partition).collect();
     assert!(used.iter().any(|partition| *partition >= 6), "no fact is in a partition above the declared ones");
-    let rebuilt = system.processes.run(ANALYTICS, &["rebuild"]).await.unwrap();
+    let rebuilt = rebuild(&system, &[]).await.unwrap();
     assert!(rebuilt.contains("swapped"), "{rebuilt}");
     judge.check(&mut system).await;
 }

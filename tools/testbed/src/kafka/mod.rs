@@ -77,6 +77,27 @@ impl Kafka {
         Ok(())
     }
 
+    /// From now on the broker refuses to let anybody read this topic.
+    pub async fn deny_reading(&self, topic: &str) -> Result<()> {
+        self.change_rules(&["--add"], topic).await
+    }
+
+    /// Ends [`Kafka::deny_reading`].
+    pub async fn allow_reading(&self, topic: &str) -> Result<()> {
+        self.change_rules(&["--remove", "--force"], topic).await
+    }
+
+    /// Adds or removes rules: everybody may do everything with the topic but read it.
+    async fn change_rules(&self, change: &[&str], topic: &str) -> Result<()> {
+        let all = ["--allow-principal", "User:*", "--operation", "All", "--topic", topic];
+        let not_read = ["--deny-principal", "User:*", "--operation", "Read", "--topic", topic];
+        for rule in [all, not_read] {
+            let arguments: Vec<&str> = change.iter().chain(&rule).copied().collect();
+            self.tool("org.apache.kafka.tools.AclCommand", &arguments).await?;
+        }
+        Ok(())
+    }
+
     async fn until_ready(&mut self) -> Result<()> {
         let port = self.port;
         let id = self.id;
@@ -98,6 +119,7 @@ struct Node {
 ///   seconds.
 /// - Compaction checks for work every second, so that tests can force it.
 /// - A killed broker may register again when its previous session has expired, after 5 s.
+/// - Everybody may do everything, until a test adds a rule.
 /// - Topics are not created automatically, as in production: services must not rely on it.
 /// - In a cluster of three, every broker has a copy of every record, and a record is acknowledged
 ///   when two brokers have it. So the loss of one broker loses nothing. A single broker has the
@@ -129,6 +151,8 @@ group.initial.rebalance.delay.ms=0
 broker.session.timeout.ms=5000
 broker.heartbeat.interval.ms=500
 log.cleaner.backoff.ms=1000
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true
 ",
         voters.join(","),
         folder.join("data").display()
