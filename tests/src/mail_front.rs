@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufStream, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -15,6 +14,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+
+use crate::certificates::{Authority, Certificate};
 
 /// What the front demands of its clients.
 #[derive(Clone, Copy)]
@@ -34,8 +35,7 @@ pub const PASSWORD: &str = "correct horse";
 /// A running front. It ends when it is dropped.
 pub struct RunningFront {
     pub address: SocketAddr,
-    /// The certificate of the authority, in PEM format.
-    pub authority: String,
+    authority: Authority,
     _tasks: JoinSet<()>,
 }
 
@@ -46,13 +46,8 @@ impl Front {
     /// Starts the front of the mail server at `server`, with a new authority and a certificate
     /// signed by it.
     pub async fn start(self, server: SocketAddr) -> RunningFront {
-        let authority_key = KeyPair::generate().unwrap();
-        let mut parameters = CertificateParams::new(vec![]).unwrap();
-        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let authority = CertifiedIssuer::self_signed(parameters, authority_key).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let names = vec![self.name.to_owned()];
-        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
+        let authority = Authority::create();
+        let Certificate { certificate, key } = authority.certificate(self.name);
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
@@ -72,7 +67,7 @@ impl Front {
                 sessions.spawn(async move { self.serve(stream, &acceptor, server).await.is_ok() });
             }
         });
-        RunningFront { address, authority: authority.as_ref().pem(), _tasks: tasks }
+        RunningFront { address, authority, _tasks: tasks }
     }
 
     async fn serve(self, stream: TcpStream, acceptor: &TlsAcceptor, server: SocketAddr) -> io::Result<()> {
@@ -152,7 +147,7 @@ impl RunningFront {
     /// The settings with which the email service trusts this front and uses it.
     pub fn settings(&self, folder: &Path) -> [(&'static str, String); 3] {
         let file = folder.join(format!("authority-{}.pem", self.address.port()));
-        std::fs::write(&file, &self.authority).unwrap();
+        self.authority.write(file.clone());
         [
             ("SMTP_HOST", "localhost".to_owned()),
             ("SMTP_PORT", self.address.port().to_string()),

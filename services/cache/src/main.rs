@@ -14,9 +14,9 @@ use anyhow::ensure;
 use clap::{Parser, Subcommand};
 use shared::messaging::{Handler, dead_letter, list_dead_letters, redrive};
 use shared::platform::health::healthcheck;
-use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::number;
 use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
+use valkey::ValkeyConfig;
 use view::View;
 use waiters::{Waiters, Waking};
 
@@ -43,22 +43,13 @@ struct Config {
     #[arg(long, env, default_value = "127.0.0.1:8082")]
     http_addr: SocketAddr,
     #[command(flatten)]
-    valkey_url: Secret<ValkeyUrl>,
+    valkey: ValkeyConfig,
     /// How many requests may wait for their `min_version` at the same time. Further ones are
     /// answered with 503. Must be below HTTP_REQUESTS, so that other requests are still answered.
     #[arg(long, env, default_value_t = 128, value_parser = number::<u32>(1..=65_535))]
     max_waiters: u32,
     #[command(flatten)]
     service: ServiceConfig,
-}
-
-struct ValkeyUrl;
-
-impl SecretSetting for ValkeyUrl {
-    const NAME: &'static str = "VALKEY_URL";
-    const HELP: &'static str = "Valkey, or another server with the protocol of Redis: redis://user:password@host:port. It \
-                                must not evict keys: maxmemory-policy noeviction.";
-    const DEFAULT: Option<&'static str> = Some("redis://localhost:6379");
 }
 
 #[tokio::main]
@@ -74,7 +65,7 @@ async fn main() -> anyhow::Result<()> {
             list_dead_letters(&config.service.kafka, &[View::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => {
-            let view = View::new(config.valkey_url.expose(), &config.service.kafka.topic_prefix)?;
+            let view = View::new(config.valkey.client()?, &config.service.kafka.topic_prefix);
             redrive(&config.service.kafka, &view, &options).await
         }
     }
@@ -87,7 +78,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         config.max_waiters,
         config.service.http.http_requests
     );
-    let view = View::new(config.valkey_url.expose(), &config.service.kafka.topic_prefix)?;
+    let view = View::new(config.valkey.client()?, &config.service.kafka.topic_prefix);
     let mut service = Service::start("cache", &config.service).await?;
     let waiters = Waiters::new(config.max_waiters);
     service.consume(Waking::new(view.clone(), waiters.clone()));

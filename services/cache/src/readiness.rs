@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use redis::RedisError;
 use shared::platform::health::Health;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -25,8 +26,17 @@ async fn ask(view: View, health: Health) -> anyhow::Result<()> {
         match view.find(Uuid::nil()).await {
             Ok(found) if found.complete => health.ready(COMPONENT),
             Ok(_) => health.waiting(COMPONENT, "the view to be filled from the topic"),
-            Err(_) => health.waiting(COMPONENT, "Valkey to answer"),
+            Err(error) => health.waiting(COMPONENT, unreachable(&error)),
         }
         sleep(INTERVAL).await;
+    }
+}
+
+/// Of the errors of a connection the text is shown: it names the fault of a certificate, for example.
+/// Others may quote a key.
+fn unreachable(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<RedisError>().filter(|error| error.is_io_error()) {
+        Some(error) => format!("Valkey to answer: {error}"),
+        None => "Valkey to answer".to_owned(),
     }
 }

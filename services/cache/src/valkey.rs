@@ -3,13 +3,18 @@
 //! not accept the command because it became a replica (READONLY, MASTERDOWN) or loads its data
 //! (LOADING). The address may lead to another server by now.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::{Context, ensure};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, ErrorKind, RedisError, RedisResult, Value};
+use redis::{
+    AsyncConnectionConfig, Client, ClientTlsConfig, ErrorKind, RedisError, RedisResult, TlsCertificates, Value,
+};
+use shared::platform::secret::{Secret, SecretSetting};
 
 /// Time for one answer. The script of a batch takes a few milliseconds.
 pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,15 +37,65 @@ pub struct Valkey {
     current: Mutex<Attempt>,
 }
 
+/// How to reach Valkey.
+#[derive(clap::Args, Clone)]
+pub struct ValkeyConfig {
+    #[command(flatten)]
+    valkey_url: Secret<ValkeyUrl>,
+    /// A file with the certificates of the authorities that may sign the server's certificate, in
+    /// PEM format. Only with rediss://. Default: the authorities of the operating system.
+    #[arg(long, env)]
+    valkey_ca_file: Option<PathBuf>,
+    /// A file with the certificate of this service, in PEM format, if the server asks for one.
+    #[arg(long, env, requires = "valkey_key_file")]
+    valkey_certificate_file: Option<PathBuf>,
+    /// A file with the private key of this certificate, in PEM format.
+    #[arg(long, env, requires = "valkey_certificate_file")]
+    valkey_key_file: Option<PathBuf>,
+}
+
+#[derive(Clone)]
+struct ValkeyUrl;
+
+impl SecretSetting for ValkeyUrl {
+    const NAME: &'static str = "VALKEY_URL";
+    const HELP: &'static str = "Valkey, or another server with the protocol of Redis: redis://user:password@host:port, or \
+                                rediss:// with TLS. It must not evict keys: maxmemory-policy noeviction.";
+    const DEFAULT: Option<&'static str> = Some("redis://localhost:6379");
+}
+
+impl ValkeyConfig {
+    /// # Errors
+    /// The URL is malformed, a file cannot be read, or there are files and no TLS.
+    pub fn client(&self) -> anyhow::Result<Client> {
+        let url = self.valkey_url.expose();
+        let read = |setting: &str, file: &Option<PathBuf>| {
+            let read = |file: &PathBuf| {
+                std::fs::read(file).with_context(|| format!("{setting}: cannot read {}", file.display()))
+            };
+            file.as_ref().map(read).transpose()
+        };
+        let root_cert = read("VALKEY_CA_FILE", &self.valkey_ca_file)?;
+        let certificate = read("VALKEY_CERTIFICATE_FILE", &self.valkey_certificate_file)?;
+        let key = read("VALKEY_KEY_FILE", &self.valkey_key_file)?;
+        if !url.starts_with("rediss://") {
+            let files = root_cert.is_some() || certificate.is_some();
+            ensure!(!files, "VALKEY_CA_FILE and VALKEY_CERTIFICATE_FILE need a VALKEY_URL with rediss://");
+            return Client::open(url).context(MALFORMED);
+        }
+        let client_tls =
+            certificate.zip(key).map(|(client_cert, client_key)| ClientTlsConfig { client_cert, client_key });
+        Client::build_with_tls(url, TlsCertificates { client_tls, root_cert }).context(MALFORMED)
+    }
+}
+
+const MALFORMED: &str = "VALKEY_URL is not redis://user:password@host:port, or a certificate is not in PEM format";
+
 impl Valkey {
     /// Connects on first use.
-    ///
-    /// # Errors
-    /// The URL is malformed.
-    pub fn new(url: &str) -> RedisResult<Self> {
-        let client = Client::open(url)?;
+    pub fn new(client: Client) -> Self {
         let current = Mutex::new(attempt(&client));
-        Ok(Self { client, current })
+        Self { client, current }
     }
 
     /// Sends a command over the shared connection.

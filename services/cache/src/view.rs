@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use redis::{Script, Value};
+use redis::{Client, Script, Value};
 use shared::events::{Event, Profile, Topic, UserState};
 use shared::fault;
 use shared::messaging::{EndOfPartition, Failure, Handler, Outcome, Record};
@@ -66,12 +66,9 @@ impl Lookup {
 
 impl View {
     /// Connects on first use.
-    ///
-    /// # Errors
-    /// The URL is malformed.
-    pub fn new(url: &str, prefix: &str) -> anyhow::Result<Self> {
-        let valkey = Arc::new(Valkey::new(url)?);
-        Ok(Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) })
+    pub fn new(client: Client, prefix: &str) -> Self {
+        let valkey = Arc::new(Valkey::new(client));
+        Self { valkey, prefix: prefix.to_owned(), script: Arc::new(Script::new(include_str!("view.lua"))) }
     }
 
     /// Reads the user, the marks of all partitions and the server's role in one transaction. A
@@ -198,7 +195,11 @@ mod tests {
 
     /// An empty view on the shared server, separated from others by its key prefix.
     fn view() -> View {
-        View::new(&testbed::testing::stack().valkey, &testbed::testing::prefix()).unwrap()
+        view_on(&testbed::testing::stack().valkey, &testbed::testing::prefix())
+    }
+
+    fn view_on(url: &str, prefix: &str) -> View {
+        View::new(Client::open(url).unwrap(), prefix)
     }
 
     fn record(user: Uuid, version: i64, event: UserState, positions: Positions) -> Record<UserState> {
@@ -340,7 +341,7 @@ mod tests {
     /// I11: an outage of the store is not the record's fault.
     #[tokio::test]
     async fn a_store_that_is_down_causes_a_retry() {
-        let view = View::new(&format!("redis://127.0.0.1:{}", testbed::testing::free_port()), "").unwrap();
+        let view = view_on(&format!("redis://127.0.0.1:{}", testbed::testing::free_port()), "");
         let started = std::time::Instant::now();
         let failure = view.handle(&[update(mint_id(), 1, 0, 1)]).await.unwrap_err();
         assert!(matches!(failure, Failure::Retry(_)), "{failure:?}");

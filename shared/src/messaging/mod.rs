@@ -20,6 +20,7 @@ pub(crate) use dead_letters::{count_open_dead_letters, declared_topic as dead_le
 pub use handler::{EndOfPartition, Failure, Handler, Outcome};
 pub use inbox::{Inbox, Projection};
 pub use kafka::KafkaConfig;
+pub(crate) use kafka::{report_unknown_connection, watch_connection, watch_files};
 pub use record::{Coordinates, Record};
 pub(crate) use relay::{Relay, listen as listen_for_wake};
 pub use relay::{RelayConfig, Wake};

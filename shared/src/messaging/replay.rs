@@ -29,8 +29,6 @@ const KAFKA_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// A replay gives up when Kafka has sent nothing for this long.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
-/// How long (ms) Kafka waits before it reports that an empty partition has no more records.
-const FETCH_WAIT_MS: &str = "20";
 
 /// The next offset per partition.
 type Offsets = BTreeMap<i32, i64>;
@@ -65,10 +63,8 @@ impl<P: Projection> Replay<P> {
     pub fn new(kafka: &KafkaConfig, copy: Inbox<P>) -> anyhow::Result<Self> {
         telemetry::hide_panic_messages();
         // The group's own name, because the group is asked for its committed offsets.
-        let mut config = kafka.reader(P::GROUP);
-        config.set("fetch.wait.max.ms", FETCH_WAIT_MS);
         let mut replay = Self {
-            consumer: create(&config)?,
+            consumer: create(&kafka.replay(P::GROUP))?,
             topic: kafka.prefixed(P::Event::TOPIC.name),
             copy,
             limit: kafka.handle_timeout(),

@@ -2,6 +2,7 @@
 
 pub mod settings;
 pub mod secret;
+pub mod tls;
 pub mod metrics;
 mod traces;
 pub mod telemetry;

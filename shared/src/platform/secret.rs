@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::fmt::{self, Debug, Formatter};
 use std::marker::PhantomData;
+use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
@@ -106,6 +107,19 @@ pub struct OptionalSecret<S>(Option<Secret<S>>);
 impl<S> OptionalSecret<S> {
     pub fn get(&self) -> Option<&Secret<S>> {
         self.0.as_ref()
+    }
+}
+
+impl<S: SecretSetting> OptionalSecret<S> {
+    /// The file that holds the secret, if the variable `…_FILE` names one.
+    pub fn file() -> Option<PathBuf> {
+        std::env::var_os(format!("{}_FILE", S::NAME)).filter(|file| !file.is_empty()).map(PathBuf::from)
+    }
+}
+
+impl<S: SecretSetting> Debug for OptionalSecret<S> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

@@ -46,7 +46,8 @@ impl ServiceConfig {
     /// Two settings contradict each other.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         self.http.check()?;
-        self.breaker.check()
+        self.breaker.check()?;
+        self.kafka.check()
     }
 
     pub(crate) fn drain(&self) -> Duration {

@@ -78,11 +78,13 @@ impl Service {
     /// other.
     pub async fn start(name: &'static str, config: &ServiceConfig) -> anyhow::Result<Self> {
         config.check()?;
+        let mut config = config.clone();
+        config.kafka.kafka_client_id.get_or_insert_with(|| format!("waybill-{name}"));
         let metrics = Metrics::default();
         let traces = telemetry::init(name, &config.telemetry, &metrics)?;
         let mut service = Self {
             name,
-            config: config.clone(),
+            config,
             health: Health::default(),
             metrics,
             draining: CancellationToken::new(),
@@ -98,9 +100,21 @@ impl Service {
         let routes = http::identified(routes, service.draining.clone());
         let overloaded = http::identified(http::overloaded(), service.draining.clone());
         let admin = service.server(routes, overloaded, ADMIN_CONNECTIONS, Counter::default());
-        service.listen("ADMIN_ADDR", config.admin_addr, admin).await?;
+        service.listen("ADMIN_ADDR", service.config.admin_addr, admin).await?;
         service.watch_signals()?;
+        service.watch_kafka();
         Ok(service)
+    }
+
+    /// Reports whether Kafka can be reached, and ends the process when a file of its login changes.
+    fn watch_kafka(&mut self) {
+        let kafka = self.config.kafka.clone();
+        let health = self.health.clone();
+        let stop = self.stop.clone();
+        // Reported here, because the thread may start after the process has reported that it runs.
+        messaging::report_unknown_connection(&health);
+        self.thread("Kafka connection".to_owned(), move || messaging::watch_connection(&kafka, &health, &stop));
+        self.spawn("Kafka files", messaging::watch_files(self.config.kafka.clone()));
     }
 
     /// Waits until the database has the migrations of this release; applies them if the role may.

@@ -36,12 +36,23 @@ impl System {
         valkey
     }
 
+    /// A Valkey with further flags that no service uses yet. The tests use its plain port.
+    pub async fn own_valkey_with(&mut self, flags: &[String]) -> Own<Redis> {
+        let valkey = Self::start_valkey(flags).await;
+        self.stores.set_valkey(valkey.component.url());
+        valkey
+    }
+
     /// A Valkey that no service uses yet.
     pub async fn another_valkey() -> Own<Redis> {
+        Self::start_valkey(&[]).await
+    }
+
+    async fn start_valkey(flags: &[String]) -> Own<Redis> {
         let scratch = Scratch::create("own-valkey").unwrap();
         let logs = Logs::to_files(&format!("tests/valkey-{}", prefix())).unwrap();
         let fetched = testbed::fetch::fetch().await.unwrap();
-        let component = Redis::start(&fetched, scratch.path(), free_port(), &logs).await.unwrap();
+        let component = Redis::start_with(&fetched, scratch.path(), free_port(), flags, &logs).await.unwrap();
         Own { component, _scratch: scratch }
     }
 
@@ -83,6 +94,18 @@ controller.quorum.voters=1@127.0.0.1:{controller}",
         self.kafka.address = component.address();
         self.processes.set("KAFKA_BROKERS", &component.address());
         (Own { component, _scratch: scratch }, proxy)
+    }
+
+    /// Gives the tests a Kafka of their own with these listeners and further lines of
+    /// server.properties. The tests use the plaintext listener on this port. The services get no
+    /// address.
+    pub async fn own_kafka_on(&mut self, port: u16, settings: &str) -> Own<Kafka> {
+        let scratch = Scratch::create("own-kafka").unwrap();
+        let logs = Logs::to_files(&format!("tests/kafka-{}", prefix())).unwrap();
+        let fetched = testbed::fetch::fetch().await.unwrap();
+        let component = Kafka::start(&fetched, scratch.path(), port, settings, &logs).await.unwrap();
+        self.kafka.address = component.address();
+        Own { component, _scratch: scratch }
     }
 
     /// A proxy in front of a service's database, and the setting that makes the service use it.

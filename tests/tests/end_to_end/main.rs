@@ -35,6 +35,8 @@ mod relay_blocks;
 mod relay_crashes;
 mod relay_leadership;
 mod republishing;
+mod secured_kafka;
+mod secured_valkey;
 mod sessions;
 mod settings;
 mod startup;

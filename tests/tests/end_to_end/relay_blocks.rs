@@ -159,47 +159,6 @@ async fn the_keys_of_a_partition_without_leader_wait_and_no_others() {
     until_metric(&system, "outbox_blocked_partitions", 0.0).await;
 }
 
-/// T14, I3: a partition loses its leader within a round: the open transaction has touched it already.
-/// Kafka cannot end the transaction before the partition has a leader again, so nothing is published
-/// meanwhile, and `/status` says so. Afterwards everything is published.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_leader_lost_within_a_round_stops_the_relay_until_it_is_back() {
-    const TOPIC: &str = "one.replica";
-    let mut system = System::empty_on_three_brokers().await;
-    system.processes.start(&[USER]).await;
-    system.stores.until_outbox_empty(USER).await;
-    system.processes.stop(USER).await;
-    system.kafka.create_topic(TOPIC, 1, &[("min.insync.replicas", "1")]).await;
-    insert_keys(&system.stores.database(USER).await, TOPIC, 10).await;
-    let end_of_stall = system.processes.file("end-of-stall");
-    let stall = [("FAULT_AT", "relay.after_ack:1:stall"), ("FAULT_UNTIL", end_of_stall.to_str().unwrap())];
-    system.processes.start_with(USER, &stall).await;
-    system.processes.until_logged(USER, "fault point reached").await;
-    let lost = system.kafka.leader_of(TOPIC, 0).await;
-    system.broker(lost).process.kill();
-    system.kafka.until_no_leader(TOPIC, 0).await;
-    std::fs::write(end_of_stall, "").unwrap();
-    // The coordinator has decided to commit the round, and cannot finish it. So no transaction can
-    // follow.
-    let user = system.users.register().await;
-    eventually("the relay has lost its term", async || {
-        reason(&system, "outbox relay").await.contains("to publish events").then_some(())
-    })
-    .await;
-    let waiting = system.stores.count(USER, "select count(*) from outbox").await;
-    assert!(waiting >= 2, "{waiting} rows wait");
-
-    system.broker(lost).restart().await.unwrap();
-    system.stores.until_outbox_empty(USER).await;
-    assert!(!system.kafka.read_key(USER_EVENTS, user).is_empty(), "facts after the leader is back");
-    let published = system.kafka.read(TOPIC);
-    assert_eq!(published.len() - tests::record::copies(&published), 10, "events of the topic");
-    eventually_eq("what /status says about the relay", String::new(), async || {
-        self::reason(&system, "outbox relay").await
-    })
-    .await;
-}
-
 /// I4: a state topic gets more partitions while the services run. Records of a key stay in the
 /// partition that has its older records, so that a tombstone erases them. The change is reported.
 #[tokio::test(flavor = "multi_thread")]

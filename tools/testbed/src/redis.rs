@@ -20,6 +20,7 @@ const SNAPSHOT: &str = "dump.rdb";
 pub struct Redis {
     pub process: Process,
     port: u16,
+    flags: Vec<String>,
     folder: PathBuf,
     fetched: Fetched,
     logs: Logs,
@@ -28,9 +29,21 @@ pub struct Redis {
 impl Redis {
     /// Starts an empty server and waits until it answers.
     pub async fn start(fetched: &Fetched, folder: &Path, port: u16, logs: &Logs) -> Result<Self> {
+        Self::start_with(fetched, folder, port, &[], logs).await
+    }
+
+    /// As [`Redis::start`], with further flags.
+    pub async fn start_with(
+        fetched: &Fetched,
+        folder: &Path,
+        port: u16,
+        flags: &[String],
+        logs: &Logs,
+    ) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let process = launch(fetched, folder, port, logs).await?;
-        Ok(Self { process, port, folder: folder.to_owned(), fetched: fetched.clone(), logs: logs.clone() })
+        let process = launch(fetched, folder, port, flags, logs).await?;
+        let flags = flags.to_vec();
+        Ok(Self { process, port, flags, folder: folder.to_owned(), fetched: fetched.clone(), logs: logs.clone() })
     }
 
     pub fn url(&self) -> String {
@@ -56,7 +69,7 @@ impl Redis {
     /// Starts the server again on the same port, with the data of the last snapshot.
     pub async fn restore(&mut self) -> Result<()> {
         self.process.kill();
-        self.process = launch(&self.fetched, &self.folder, self.port, &self.logs).await?;
+        self.process = launch(&self.fetched, &self.folder, self.port, &self.flags, &self.logs).await?;
         Ok(())
     }
 
@@ -73,12 +86,13 @@ impl Redis {
     }
 }
 
-async fn launch(fetched: &Fetched, folder: &Path, port: u16, logs: &Logs) -> Result<Process> {
+async fn launch(fetched: &Fetched, folder: &Path, port: u16, flags: &[String], logs: &Logs) -> Result<Process> {
     let mut command = process::command(&fetched.redis_server);
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1"]);
     // A profile that was evicted would look like a user who does not exist.
     command.args(["--maxmemory-policy", "noeviction", "--save", "", "--appendonly", "no", "--loglevel", "warning"]);
     command.arg("--dir").arg(folder);
+    command.args(flags);
     let mut process = Process::spawn("redis", command, logs)?;
     process.until_ready(START_LIMIT, async || answers(port).await).await?;
     Ok(process)

@@ -4,21 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::ValueEnum;
 use lettre::Address;
 use lettre::message::Mailbox;
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::ServerName;
 use shared::platform::secret::{OptionalSecret, Secret, SecretSetting};
 use shared::platform::settings::number;
+use shared::platform::tls;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::session::{Extensions, Failure, Limits, Session, handshake};
 
@@ -187,20 +185,7 @@ impl Login {
 
 impl Tls {
     fn new(config: &SmtpConfig, implicit: bool) -> anyhow::Result<Self> {
-        let mut roots = RootCertStore::empty();
-        match &config.smtp_ca_file {
-            None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
-            Some(file) => {
-                let reading = || format!("cannot read SMTP_CA_FILE {}", file.display());
-                for certificate in CertificateDer::pem_file_iter(file).with_context(reading)? {
-                    roots.add(certificate.with_context(reading)?).with_context(reading)?;
-                }
-                ensure!(!roots.is_empty(), "SMTP_CA_FILE {} contains no certificate in PEM format", file.display());
-            }
-        }
-        let provider = Arc::new(ring::default_provider());
-        let config_builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-        let client = config_builder.with_root_certificates(roots).with_no_client_auth();
+        let client = tls::client("SMTP_CA_FILE", config.smtp_ca_file.as_deref())?;
         let name = ServerName::try_from(config.smtp_host.clone());
         let name = name.with_context(|| format!("SMTP_HOST is not a host name: {:?}", config.smtp_host))?;
         Ok(Self { connector: TlsConnector::from(Arc::new(client)), name, implicit })

@@ -21,6 +21,7 @@ use super::reports::{Reports, Wait};
 use super::start::ConsumerSetup;
 use crate::messaging::errors::{Class, class};
 use crate::messaging::handler::{EndOfPartition, Handler};
+use crate::messaging::kafka::create_with;
 
 /// Time for one request to Kafka.
 pub(super) const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
@@ -65,10 +66,8 @@ impl Partitions {
     /// Joins the group.
     pub fn subscribe<H: Handler>(setup: &ConsumerSetup<H>) -> anyhow::Result<Self> {
         let assignment = Assignment::new(setup);
-        let client: BaseConsumer<Assignment> = setup
-            .client_config()
-            .create_with_context(assignment)
-            .context("librdkafka does not accept the Kafka settings")?;
+        let client: BaseConsumer<Assignment> =
+            create_with(&setup.kafka.group_member(H::GROUP, setup.number), assignment)?;
         let topic = setup.topic();
         client.subscribe(&[&topic]).context("cannot subscribe to the topic")?;
         Ok(Self {

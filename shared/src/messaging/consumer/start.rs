@@ -1,6 +1,5 @@
 //! What a consumer needs before its thread starts.
 
-use rdkafka::ClientConfig;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -62,32 +61,5 @@ impl<H: Handler> ConsumerSetup<H> {
         self.health.report(&self.component("group"), format!("the topic {}", self.topic()));
         topics::ensure(&self.kafka, &[dead_letters::declared_topic(&self.kafka, H::GROUP)]).await?;
         topics::wait_until_exists(&self.kafka, &Declared::of(&self.kafka, &H::Event::TOPIC)).await
-    }
-
-    pub fn client_config(&self) -> ClientConfig {
-        let mut client = self.kafka.client();
-        client
-            .set("group.id", self.kafka.prefixed(H::GROUP))
-            .set("partition.assignment.strategy", "cooperative-sticky")
-            .set("isolation.level", "read_committed")
-            .set("enable.auto.offset.store", "false")
-            .set("auto.commit.interval.ms", self.kafka.offset_commit_ms.to_string())
-            // We choose the start of every partition. An offset that Kafka does not have is an
-            // error and skips nothing.
-            .set("auto.offset.reset", "error")
-            .set("enable.partition.eof", "true")
-            .set("session.timeout.ms", "10000")
-            .set("max.poll.interval.ms", self.kafka.max_poll_interval().as_millis().to_string())
-            .set("statistics.interval.ms", "500")
-            // A group that forms before a broker knows the new topic gets no partitions. It looks
-            // again after this time (ms); librdkafka's default is five minutes.
-            .set("topic.metadata.refresh.interval.ms", "5000")
-            // Two bounds on memory: bytes of the whole queue, and records per partition, because
-            // the bytes do not count the overhead of a record. The default of 100,000 small records
-            // exceeded the memory of a container.
-            .set("queued.max.messages.kbytes", "16384")
-            .set("queued.min.messages", "1000")
-            .set("fetch.wait.max.ms", "100");
-        client
     }
 }

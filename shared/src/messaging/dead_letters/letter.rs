@@ -8,17 +8,14 @@ use std::time::Duration;
 
 use crate::events::Kind;
 use crate::fault;
-use crate::messaging::kafka::{KafkaConfig, create};
+use crate::messaging::kafka::{KafkaConfig, LETTER_MAX_BYTES, create};
 use crate::messaging::record::{self, Coordinates};
 use crate::messaging::topics::Declared;
 
-/// Bytes. The largest record that a topic accepts by default has 1 MiB. Its letter has a few more
-/// headers.
-const MAX_BYTES: &str = "2097152";
 /// The settings of the topic that holds the letters.
 const SETTINGS: &[(&str, &str)] = &[
     ("cleanup.policy", "compact"),
-    ("max.message.bytes", MAX_BYTES),
+    ("max.message.bytes", LETTER_MAX_BYTES),
     // As for every other topic: the broker would reject letters of a consumer whose clock is ahead.
     ("message.timestamp.type", "LogAppendTime"),
     ("unclean.leader.election.enable", "false"),
@@ -26,11 +23,6 @@ const SETTINGS: &[(&str, &str)] = &[
 /// After this many attempts a letter is parked: it is kept and counted, and tried only when it is
 /// named.
 const MAX_ATTEMPTS: u32 = 5;
-/// How long a letter may take to be acknowledged (ms).
-const ACK_TIMEOUT_MS: &str = "10000";
-/// How long to wait for an unknown topic before failing (ms). The client's default of 30 s allows
-/// for a topic that was just created.
-const MISSING_TOPIC_MS: &str = "2000";
 /// How long to wait for room in the producer's queue.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -122,14 +114,7 @@ pub struct DeadLetterWriter {
 
 impl DeadLetterWriter {
     pub fn new(kafka: &KafkaConfig, group: &str, kind: Kind) -> anyhow::Result<Self> {
-        let mut config = kafka.producer();
-        config
-            .set("message.timeout.ms", ACK_TIMEOUT_MS)
-            .set("topic.metadata.propagation.max.ms", MISSING_TOPIC_MS)
-            .set("message.max.bytes", MAX_BYTES)
-            // The writer waits for each letter, so there are no others to send with it.
-            .set("linger.ms", "0");
-        Ok(Self { topic: topic(kafka, group), kind, producer: create(&config)? })
+        Ok(Self { topic: topic(kafka, group), kind, producer: create(&kafka.letters())? })
     }
 
     pub fn topic(&self) -> &str {

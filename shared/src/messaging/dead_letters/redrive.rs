@@ -227,11 +227,7 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
 }
 
 fn record_reader(kafka: &KafkaConfig) -> anyhow::Result<BaseConsumer> {
-    let mut config = kafka.reader("redrive");
-    // If the record was compacted away, the reader gets a later record, and recognises it by its
-    // offset.
-    config.set("auto.offset.reset", "earliest");
-    create(&config)
+    create(&kafka.redriver())
 }
 
 /// `None`: the record was compacted away.

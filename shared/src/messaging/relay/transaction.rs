@@ -13,15 +13,8 @@ use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, T
 use super::blocks::{Scope, scope};
 use crate::events::Envelope;
 use crate::fault;
-use crate::messaging::kafka::KafkaConfig;
+use crate::messaging::kafka::{KafkaConfig, create_with};
 
-/// Readers of committed records wait at most this long (ms) for a transaction whose leader died.
-const TRANSACTION_TIMEOUT_MS: &str = "10000";
-/// A round fails if a record is not acknowledged within this time (ms). Below the transaction's
-/// time-out.
-const DELIVERY_TIMEOUT_MS: &str = "8000";
-/// A topic that is unknown for this long (ms) does not exist. Below the delivery time-out.
-const TOPIC_UNKNOWN_MS: &str = "4000";
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// All delivery reports arrive within the delivery time-out. This limit guards against a client
@@ -80,15 +73,8 @@ impl Transactions {
     /// cluster.
     pub fn begin_term(kafka: &KafkaConfig, transactional_id: &str) -> anyhow::Result<Self> {
         let reports = Arc::new(DeliveryReports::default());
-        let producer: ThreadedProducer<Reports> = kafka
-            .producer()
-            .set("transactional.id", kafka.prefixed(transactional_id))
-            .set("transaction.timeout.ms", TRANSACTION_TIMEOUT_MS)
-            .set("message.timeout.ms", DELIVERY_TIMEOUT_MS)
-            .set("topic.metadata.propagation.max.ms", TOPIC_UNKNOWN_MS)
-            .set("linger.ms", "1") // the round is the batch
-            .create_with_context(Reports(Arc::clone(&reports)))
-            .context("librdkafka does not accept the Kafka settings")?;
+        let producer: ThreadedProducer<Reports> =
+            create_with(&kafka.transactions(transactional_id), Reports(Arc::clone(&reports)))?;
         producer.init_transactions(INIT_TIMEOUT).context("cannot reach Kafka's transaction coordinator")?;
         Ok(Self { producer, reports })
     }

@@ -16,6 +16,9 @@ use crate::{paths, ports};
 
 const START_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// Everybody may do everything that no rule forbids.
+const RULES: &str = "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true";
 /// Id of the cluster, stored in each data folder: 16 bytes in base64.
 const CLUSTER_ID: &str = "d2F5YmlsbC1sb2NhbC0wMQ";
 
@@ -119,7 +122,8 @@ struct Node {
 ///   seconds.
 /// - Compaction checks for work every second, so that tests can force it.
 /// - A killed broker may register again when its previous session has expired, after 5 s.
-/// - Everybody may do everything, until a test adds a rule.
+/// - Everybody may do everything. On a single broker a test can add rules. Brokers of a cluster would
+///   refuse each other's requests while they start.
 /// - Topics are not created automatically, as in production: services must not rely on it.
 /// - In a cluster of three, every broker has a copy of every record, and a record is acknowledged
 ///   when two brokers have it. So the loss of one broker loses nothing. A single broker has the
@@ -151,11 +155,11 @@ group.initial.rebalance.delay.ms=0
 broker.session.timeout.ms=5000
 broker.heartbeat.interval.ms=500
 log.cleaner.backoff.ms=1000
-authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
-allow.everyone.if.no.acl.found=true
+{}
 ",
         voters.join(","),
-        folder.join("data").display()
+        folder.join("data").display(),
+        if copies == 1 { RULES } else { "" }
     )
 }
 

@@ -1,13 +1,24 @@
-//! The connection to Kafka: its settings, and the client settings that all clients share.
+//! The connection to Kafka: its settings, the client settings of every kind of client, and whether
+//! Kafka can be reached.
+
+mod clients;
+mod connection;
+mod properties;
+mod security;
 
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use rdkafka::ClientConfig;
-use rdkafka::config::FromClientConfig;
+use rdkafka::config::{FromClientConfig, FromClientConfigAndContext};
+use rdkafka::{ClientConfig, ClientContext};
 
 use crate::platform::settings::number;
+use properties::PropertyConfig;
+use security::SecurityConfig;
+
+pub(super) use clients::LETTER_MAX_BYTES;
+pub(crate) use connection::{report_unknown_connection, watch_connection, watch_files};
 
 /// The Kafka cluster, and how topics are named on it.
 #[derive(Args, Clone, Debug)]
@@ -15,6 +26,23 @@ pub struct KafkaConfig {
     /// Kafka's bootstrap servers, separated by commas.
     #[arg(long, env, default_value = "localhost:9092")]
     pub kafka_brokers: String,
+    #[command(flatten)]
+    security: SecurityConfig,
+    #[command(flatten)]
+    properties: PropertyConfig,
+    /// The name under which brokers log and limit this service. Default: `waybill-` and the name of
+    /// the service.
+    #[arg(long, env)]
+    pub kafka_client_id: Option<String>,
+    /// The rack or availability zone of this process. Consumers then read from a replica in the same
+    /// rack, if the brokers have a `replica.selector.class`.
+    #[arg(long, env)]
+    kafka_client_rack: Option<String>,
+    /// Makes this process a static member of its groups: a restart causes no rebalance if it takes
+    /// less than 10 s. But when the process stops, its partitions wait for these 10 s. Every process
+    /// needs a value of its own, for example the name of its pod in a StatefulSet.
+    #[arg(long, env)]
+    kafka_group_instance_id: Option<String>,
     /// Prefix of every topic and consumer group, so that several systems can share a cluster.
     #[arg(long, env, default_value = "")]
     pub topic_prefix: String,
@@ -45,6 +73,19 @@ pub struct KafkaConfig {
 const HANDLE_TIMEOUTS_PER_POLL: u32 = 5;
 
 impl KafkaConfig {
+    /// # Errors
+    /// Two settings contradict each other, a file cannot be read, or librdkafka does not accept a
+    /// property.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.security.check()?;
+        let kinds = self.kinds();
+        self.properties.check(kinds.iter().map(ClientConfig::config_map))?;
+        for kind in kinds {
+            self.with_properties(kind).create_native_config().context(INVALID)?;
+        }
+        Ok(())
+    }
+
     /// The time limit for one call of a handler.
     pub fn handle_timeout(&self) -> Duration {
         Duration::from_millis(self.handle_timeout_ms)
@@ -60,47 +101,13 @@ impl KafkaConfig {
         format!("{}{name}", self.topic_prefix)
     }
 
-    /// The settings that all our clients have in common.
-    pub fn client(&self) -> ClientConfig {
-        let mut client = ClientConfig::new();
+    /// Adds what the setting KAFKA_PROPERTY has. It contains none of our own properties, so the
+    /// order does not matter.
+    fn with_properties(&self, mut client: ClientConfig) -> ClientConfig {
+        for (name, value) in self.properties.iter() {
+            client.set(name, value);
+        }
         client
-            .set("bootstrap.servers", &self.kafka_brokers)
-            .set("allow.auto.create.topics", "false")
-            // The longest wait (ms) before the next connection attempt after an outage;
-            // librdkafka's default is 10 s.
-            .set("reconnect.backoff.max.ms", "1000")
-            // A frozen broker keeps its connections open and does not answer. After this time (ms)
-            // the client tries another broker; the default is a minute. librdkafka allows no more
-            // than the relay's transaction.timeout.ms.
-            .set("socket.timeout.ms", "10000")
-            // `localhost` resolves to IPv6 first on many machines, and brokers in development
-            // listen on IPv4.
-            .set("broker.address.family", "v4");
-        client
-    }
-
-    /// The settings of a producer. Java clients choose partitions by murmur2; librdkafka's default
-    /// would choose others.
-    pub fn producer(&self) -> ClientConfig {
-        let mut producer = self.client();
-        producer.set("partitioner", "murmur2_random").set("enable.idempotence", "true").set("acks", "all");
-        producer
-    }
-
-    /// The settings of a consumer that joins no group and commits nothing: it assigns partitions to
-    /// itself. `name` is its group id, which librdkafka requires nevertheless. An offset that Kafka
-    /// does not have is an error.
-    pub fn reader(&self, name: &str) -> ClientConfig {
-        let mut reader = self.client();
-        reader
-            .set("group.id", self.prefixed(name))
-            .set("enable.auto.commit", "false")
-            .set("enable.auto.offset.store", "false")
-            .set("isolation.level", "read_committed")
-            .set("auto.offset.reset", "error")
-            .set("enable.partition.eof", "true")
-            .set("queued.max.messages.kbytes", "16384");
-        reader
     }
 }
 
@@ -109,5 +116,15 @@ impl KafkaConfig {
 /// # Errors
 /// librdkafka does not accept a setting.
 pub(super) fn create<C: FromClientConfig>(config: &ClientConfig) -> anyhow::Result<C> {
-    config.create().context("librdkafka does not accept the Kafka settings")
+    config.create().context(INVALID)
 }
+
+/// As [`create`], with a context, which gets the client's reports.
+pub(super) fn create_with<X: ClientContext, C: FromClientConfigAndContext<X>>(
+    config: &ClientConfig,
+    context: X,
+) -> anyhow::Result<C> {
+    config.create_with_context(context).context(INVALID)
+}
+
+const INVALID: &str = "librdkafka does not accept the Kafka settings: look at KAFKA_PROPERTY and the KAFKA_ files";

@@ -1,0 +1,194 @@
+//! A Kafka with TLS and a login (SASL_SSL), and what a service says when the login or a certificate
+//! is wrong.
+
+use std::path::PathBuf;
+
+use testbed::kafka::Kafka;
+use testbed::testing::free_port;
+use tests::certificates::Authority;
+use tests::services::USER_EVENTS;
+use tests::system::Own;
+use tests::{System, eventually, eventually_eq};
+use topology::USER;
+
+const NAME: &str = "waybill";
+const PASSWORD: &str = "correct horse";
+
+/// A broker with two listeners for services: one with a valid certificate for `localhost`, and one
+/// whose certificate has expired.
+struct Secured {
+    system: System,
+    kafka: Own<Kafka>,
+    brokers: String,
+    expired: String,
+    authority: PathBuf,
+}
+
+impl Secured {
+    async fn start() -> Self {
+        let mut system = System::empty().await;
+        let authority = Authority::create();
+        let folder = system.processes.folder().to_owned();
+        let [valid, expired] = ["valid.pem", "expired.pem"].map(|file| folder.join(file));
+        authority.certificate("localhost").write(&valid);
+        authority.expired_certificate("localhost").write(&expired);
+        let [secure, outdated, plain, controller] = [(); 4].map(|()| free_port());
+        let listener = |name: &str, keystore: &PathBuf| {
+            format!(
+                "listener.name.{name}.sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.{name}.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.{name}.ssl.keystore.type=PEM
+listener.name.{name}.ssl.keystore.location={}",
+                keystore.display()
+            )
+        };
+        let settings = format!(
+            "listeners=PLAINTEXT://127.0.0.1:{plain},SECURE://127.0.0.1:{secure},OUTDATED://127.0.0.1:{outdated},\
+             CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SECURE://localhost:{secure},OUTDATED://localhost:{outdated}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,OUTDATED:SASL_SSL,CONTROLLER:PLAINTEXT
+inter.broker.listener.name=PLAINTEXT
+controller.quorum.voters=1@127.0.0.1:{controller}
+sasl.enabled.mechanisms=SCRAM-SHA-512
+{}
+{}",
+            listener("secure", &valid),
+            listener("outdated", &expired)
+        );
+        let kafka = system.own_kafka_on(plain, &settings).await;
+        let authority = authority.write(folder.join("authority.pem"));
+        let [brokers, expired] = [secure, outdated].map(|port| format!("localhost:{port}"));
+        Self { system, kafka, brokers, expired, authority }
+    }
+
+    /// Lets the user log in with this password.
+    async fn set_password(&self, password: &str) {
+        let password = format!("SCRAM-SHA-512=[password={password}]");
+        let user = ["--entity-type", "users", "--entity-name", NAME];
+        let change = [&["--alter", "--add-config", &password][..], &user[..]].concat();
+        self.kafka.component.tool("kafka.admin.ConfigCommand", &change).await.unwrap();
+    }
+
+    /// Starts the user service with the right settings, except these. An empty one is left out.
+    fn spawn(&mut self, different: &[(&str, &str)]) {
+        let authority = self.authority.display().to_string();
+        let right = [
+            ("KAFKA_BROKERS", &*self.brokers),
+            ("KAFKA_SECURITY_PROTOCOL", "sasl_ssl"),
+            ("KAFKA_SASL_MECHANISM", "SCRAM-SHA-512"),
+            ("KAFKA_USER", NAME),
+            ("KAFKA_PASSWORD", PASSWORD),
+            ("KAFKA_CA_FILE", &*authority),
+        ];
+        let kept = right.into_iter().filter(|(name, _)| different.iter().all(|(other, _)| other != name));
+        let given = different.iter().copied().filter(|(_, value)| !value.is_empty());
+        let settings: Vec<(&str, &str)> = kept.chain(given).collect();
+        self.system.processes.spawn_with(USER, &settings);
+    }
+
+    /// Waits until `/status` gives a reason for `kafka` that contains this text.
+    async fn until_reason(&self, text: &str) {
+        eventually(&format!("/status says {text:?} about kafka"), async || {
+            let (_, body) = self.system.processes.status(USER).await?;
+            body["waiting_for"]["kafka"].as_str()?.contains(text).then_some(())
+        })
+        .await;
+        assert!(!self.system.processes.log(USER).contains(PASSWORD), "the password is in the log");
+    }
+
+    async fn assert_events_are_published(&self) {
+        let user = self.system.users.register().await;
+        let published = async || self.system.kafka.read_key(USER_EVENTS, user).len();
+        eventually_eq("facts about the user", 1, published).await;
+    }
+}
+
+/// The user does not exist in Kafka yet, so the login is refused. The service says so, keeps running,
+/// and continues without a restart when the user exists.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_whose_login_is_refused_says_so_and_continues_when_it_is_accepted() {
+    let mut secured = Secured::start().await;
+    secured.spawn(&[]);
+    secured.until_reason("KAFKA_PASSWORD").await;
+    assert!(!secured.system.processes.has_ended(USER), "a refused login must not end the process");
+    secured.set_password(PASSWORD).await;
+    secured.system.processes.until_ready(&[USER]).await;
+    secured.assert_events_are_published().await;
+}
+
+/// Each fault of a certificate has a reason of its own in `/status`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_says_what_is_wrong_with_the_certificate_of_a_broker() {
+    let mut secured = Secured::start().await;
+    secured.set_password(PASSWORD).await;
+    let other = Authority::create().write(secured.system.processes.file("other-authority.pem"));
+    let by_address = secured.brokers.replace("localhost", "127.0.0.1");
+    let expired = secured.expired.clone();
+    for (different, reason) in [
+        (("KAFKA_CA_FILE", other.to_str().unwrap()), "invalid peer certificate"),
+        (("KAFKA_BROKERS", &by_address), "not valid for name"),
+        (("KAFKA_BROKERS", &expired), "expired"),
+        (("KAFKA_SECURITY_PROTOCOL", "sasl_plaintext"), "KAFKA_SECURITY_PROTOCOL fits the port"),
+    ] {
+        let mut all = vec![different];
+        if different.1 == "sasl_plaintext" {
+            all.push(("KAFKA_CA_FILE", ""));
+        }
+        secured.spawn(&all);
+        secured.until_reason(reason).await;
+        assert!(!secured.system.processes.has_ended(USER), "a wrong certificate must not end the process");
+        secured.system.processes.stop(USER).await;
+    }
+}
+
+/// librdkafka reads a password only when a client is created. When its file changes, the process
+/// ends with an error that says so, and the next one uses the new password.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_password_file_ends_the_process_with_an_error() {
+    let mut secured = Secured::start().await;
+    secured.set_password(PASSWORD).await;
+    let file = secured.system.processes.file("password");
+    std::fs::write(&file, PASSWORD).unwrap();
+    let settings = [("KAFKA_PASSWORD", ""), ("KAFKA_PASSWORD_FILE", file.to_str().unwrap())];
+    secured.spawn(&settings);
+    secured.system.processes.until_ready(&[USER]).await;
+    secured.assert_events_are_published().await;
+
+    std::fs::write(&file, "battery staple").unwrap();
+    secured.system.processes.until_ended(USER).await;
+    assert!(secured.system.processes.log(USER).contains("KAFKA_PASSWORD_FILE names was changed"));
+    secured.set_password("battery staple").await;
+    secured.spawn(&settings);
+    secured.system.processes.until_ready(&[USER]).await;
+    secured.assert_events_are_published().await;
+}
+
+/// A service does not start with settings of Kafka that contradict each other or that librdkafka does
+/// not know. The error names the setting.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_settings_of_kafka_are_errors_at_the_start() {
+    let mut system = System::empty().await;
+    for (settings, error) in [
+        (&[("KAFKA_SECURITY_PROTOCOL", "sasl_ssl")][..], "needs KAFKA_USER"),
+        (
+            &[("KAFKA_SECURITY_PROTOCOL", "sasl_ssl"), ("KAFKA_USER", "a")],
+            "needs KAFKA_PASSWORD or KAFKA_PASSWORD_FILE",
+        ),
+        (&[("KAFKA_USER", "a")], "need KAFKA_SECURITY_PROTOCOL=sasl_ssl"),
+        (&[("KAFKA_CA_FILE", "/ca.pem")], "need KAFKA_SECURITY_PROTOCOL=ssl"),
+        (
+            &[("KAFKA_SECURITY_PROTOCOL", "ssl"), ("KAFKA_CA_FILE", "/no/ca.pem")],
+            "KAFKA_CA_FILE: cannot read /no/ca.pem",
+        ),
+        (&[("KAFKA_SECURITY_PROTOCOL", "tls")], "sasl_plaintext"),
+        (&[("KAFKA_PROPERTY", "no.such.property=1")], "no.such.property"),
+        (&[("KAFKA_PROPERTY", "socket.keepalive.enable=true\nacks=1\n")], "acks is refused"),
+        (&[("KAFKA_PROPERTY", "plugin.library.paths=x.so")], "plugin.library.paths is refused"),
+        (&[("KAFKA_PROPERTY", "acks")], "name=value"),
+    ] {
+        system.processes.spawn_with(USER, settings);
+        system.processes.until_ended(USER).await;
+        let log = system.processes.log(USER);
+        assert!(log.contains(error), "{settings:?}: {log}");
+    }
+}
