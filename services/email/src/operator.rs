@@ -77,8 +77,7 @@ fn instant(text: &str) -> Result<OffsetDateTime, &'static str> {
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn send_held(db: &PgPool, options: &SendHeld) -> anyhow::Result<()> {
     let age = options.younger_than_hours.map(|hours| interval(Duration::from_secs(u64::from(hours) * 3600)));
-    let mut released = 0;
-    loop {
+    let released = in_batches(async || {
         let batch = sqlx::query!(
             "with batch as (
                  select id, user_id from deliveries
@@ -93,12 +92,9 @@ pub async fn send_held(db: &PgPool, options: &SendHeld) -> anyhow::Result<()> {
             options.user,
             BATCH
         );
-        let batch = batch.execute(db).await?.rows_affected();
-        released += batch;
-        if batch < BATCH.unsigned_abs() {
-            break;
-        }
-    }
+        Ok(batch.execute(db).await?.rows_affected())
+    })
+    .await?;
     let held = sqlx::query_scalar!(
         r#"select count(*) as "held!" from (select from deliveries where status = 'held' limit $1) held"#,
         COUNT_LIMIT
@@ -125,8 +121,7 @@ pub async fn retry_failed(db: &PgPool, options: &RetryFailed) -> anyhow::Result<
         println!("{} failed mails would be sent again", count.fetch_one(db).await?);
         return Ok(());
     }
-    let mut released = 0;
-    loop {
+    let released = in_batches(async || {
         let batch = sqlx::query!(
             "update deliveries set status = 'pending', due_at = now(), released_at = now(), updated_at = now(),
                  refusals = 0, unknowns = 0
@@ -139,12 +134,9 @@ pub async fn retry_failed(db: &PgPool, options: &RetryFailed) -> anyhow::Result<
             since,
             BATCH
         );
-        let batch = batch.execute(db).await?.rows_affected();
-        released += batch;
-        if batch < BATCH.unsigned_abs() {
-            break;
-        }
-    }
+        Ok(batch.execute(db).await?.rows_affected())
+    })
+    .await?;
     println!("{released} failed mails released, to be sent by the running service");
     Ok(())
 }
@@ -163,8 +155,7 @@ pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Resul
         println!("{} mails with a lost answer would be sent again", count.fetch_one(db).await?);
         return Ok(());
     }
-    let mut released = 0;
-    loop {
+    let released = in_batches(async || {
         let batch = sqlx::query!(
             "update deliveries set due_at = now(), released_at = now(), updated_at = now(), refusals = 0, unknowns = 0
              where id in (
@@ -174,12 +165,22 @@ pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Resul
             since,
             BATCH
         );
-        let batch = batch.execute(db).await?.rows_affected();
-        released += batch;
-        if batch < BATCH.unsigned_abs() {
-            break;
-        }
-    }
+        Ok(batch.execute(db).await?.rows_affected())
+    })
+    .await?;
     println!("{released} mails with a lost answer released, to be sent by the running service");
     Ok(())
+}
+
+/// Repeats a statement that changes up to [`BATCH`] deliveries until it finds no more. Returns how
+/// many it changed in all.
+async fn in_batches(change: impl AsyncFn() -> sqlx::Result<u64>) -> sqlx::Result<u64> {
+    let mut all = 0;
+    loop {
+        let changed = change().await?;
+        all += changed;
+        if changed < BATCH.unsigned_abs() {
+            return Ok(all);
+        }
+    }
 }
