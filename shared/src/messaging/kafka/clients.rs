@@ -81,7 +81,6 @@ impl KafkaConfig {
         client
             .set("bootstrap.servers", &self.kafka_brokers)
             .set("client.id", self.kafka_client_id.as_deref().unwrap_or("waybill"))
-            .set("client.rack", self.kafka_client_rack.as_deref().unwrap_or_default())
             .set("allow.auto.create.topics", "false")
             // The longest wait (ms) before the next connection attempt after an outage;
             // librdkafka's default is 10 s.
@@ -90,6 +89,9 @@ impl KafkaConfig {
             // the client tries another broker; the default is a minute. librdkafka allows no more
             // than the relay's transaction.timeout.ms.
             .set("socket.timeout.ms", "10000");
+        if let Some(rack) = &self.kafka_client_rack {
+            client.set("client.rack", rack);
+        }
         self.security.apply(&mut client);
         client
     }
