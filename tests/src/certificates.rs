@@ -1,4 +1,4 @@
-//! Certificates for components with TLS, made anew for each test.
+//! Certificates for components with TLS, new ones for each test.
 
 use std::path::{Path, PathBuf};
 

@@ -47,7 +47,7 @@ async fn assert_overloaded(response: Response) {
     assert_eq!(response.json::<Value>().await.unwrap()["type"], "/problems/overloaded");
 }
 
-/// T71: half-sent requests occupy all connections. A further caller is told to come back, the admin
+/// T71: half-sent requests occupy all connections. A further caller gets 503, the admin
 /// port answers, and the service closes each half-sent request by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn half_sent_requests_are_closed_and_further_callers_get_503() {
@@ -105,7 +105,7 @@ async fn a_caller_that_reads_no_answer_is_disconnected() {
     eventually_eq("the answer to another caller", 404, async || show().await.unwrap().status().as_u16()).await;
 }
 
-/// T71: one request is handled, the others are told to come back. The handled one waits for a lock.
+/// T71: one request is handled, the others get 503. The handled one waits for a lock.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_beyond_the_limit_get_503_with_retry_after() {
     let mut system = System::empty().await;

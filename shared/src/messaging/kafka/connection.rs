@@ -28,13 +28,18 @@ const FILE_INTERVAL: Duration = Duration::from_secs(10);
 /// ends, so that they do not all restart at once.
 const RESTART_SPREAD: Duration = Duration::from_secs(20);
 
-/// The last report about the connection.
+/// The last report that says why Kafka cannot be reached. It counts until Kafka is reached, because
+/// librdkafka does not repeat each report.
 #[derive(Clone, Default)]
 struct Reports(Arc<Mutex<Option<RDKafkaErrorCode>>>);
 
 impl Reports {
-    fn take(&self) -> Option<RDKafkaErrorCode> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn last(&self) -> Option<RDKafkaErrorCode> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn clear(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -64,18 +69,21 @@ pub(crate) fn watch_connection(kafka: &KafkaConfig, health: &Health, stop: &Canc
     let client: BaseConsumer<Reports> = create_with(&kafka.reader("connection"), reports.clone())?;
     let mut reason = String::new();
     while !stop.is_cancelled() {
-        if client.client().fetch_cluster_id(ANSWER_TIMEOUT).is_some() {
+        let is_reached = client.client().fetch_cluster_id(ANSWER_TIMEOUT).is_some();
+        // Hands the client's reports to its context, and its log lines to the log. Also while Kafka
+        // is reached: the client would keep them otherwise.
+        let until = Instant::now() + REPORT_TIME;
+        while Instant::now() < until {
+            let _ = client.poll(REPORT_TIME);
+        }
+        if is_reached {
+            reports.clear();
             health.resolved(COMPONENT);
             if !std::mem::take(&mut reason).is_empty() {
                 tracing::info!("Kafka can be reached again");
             }
         } else if !stop.is_cancelled() {
-            // Hands the client's reports to its context, and its log lines to the log.
-            let until = Instant::now() + REPORT_TIME;
-            while Instant::now() < until {
-                let _ = client.poll(REPORT_TIME);
-            }
-            let found = why(kafka, reports.take());
+            let found = why(kafka, reports.last());
             if found != reason {
                 tracing::warn!(reason = found, "cannot reach Kafka; will retry");
                 reason = found;
