@@ -27,7 +27,7 @@ use crate::metrics::DeliveryMetrics;
 #[derive(Clone)]
 pub struct Welcome {
     pub db: PgPool,
-    /// An intent whose cause is older is held.
+    /// An intent whose event is older is held.
     pub max_age: Duration,
     pub metrics: DeliveryMetrics,
 }
@@ -121,7 +121,7 @@ impl Intents {
 /// Stores the intents to send the welcome mail. The users' rows in `recipients` are locked. Returns
 /// how many are new.
 ///
-/// An intent whose cause is old is held at once. If it were pending first, a replayed history would
+/// An intent whose event is old is held at once. If it were pending first, a replayed history would
 /// delay all other mails.
 async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> sqlx::Result<u64> {
     let stored = sqlx::query_scalar!(
@@ -157,7 +157,7 @@ async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> s
     if held > 0 {
         tracing::warn!(
             deliveries = held,
-            "deliveries are held: their cause is older than MAX_AGE_HOURS; see `email send-held --help`"
+            "deliveries are held: their events are older than MAX_AGE_HOURS; see `email send-held --help`"
         );
     }
     Ok(stored.len() as u64)

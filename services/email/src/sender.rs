@@ -86,7 +86,7 @@ impl Sender {
             Some(Due::Held(delivery)) => {
                 tracing::warn!(
                     delivery.id = %delivery,
-                    "a delivery is held: its cause is older than MAX_AGE_HOURS; see `email send-held --help`"
+                    "a delivery is held: its event is older than MAX_AGE_HOURS; see `email send-held --help`"
                 );
                 return Ok(true);
             }

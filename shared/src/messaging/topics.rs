@@ -2,7 +2,7 @@
 //! declaration. At its start the owner exits with an error if records would be lost. While it runs,
 //! it reports differences and continues.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, anyhow, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, ConfigResource, NewTopic, ResourceSpecifier, TopicReplication};
@@ -96,10 +96,17 @@ pub(crate) async fn watch(
 ) -> anyhow::Result<()> {
     let admin: Admin = create(&kafka.client())?;
     let mut reported: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut missing: BTreeSet<&str> = BTreeSet::new();
     loop {
         for topic in topics {
             let differences = match existing(&admin, &topic.name).await {
-                Ok(Some(existing)) => compare(topic, &existing).all(),
+                Ok(Some(existing)) => {
+                    missing.remove(topic.name.as_str());
+                    compare(topic, &existing).all()
+                }
+                // A broker of several may not know a new topic yet. So the topic counts as deleted
+                // only if it is missing twice in a row.
+                Ok(None) if missing.insert(topic.name.as_str()) => continue,
                 Ok(None) => vec!["does not exist any more".to_owned()],
                 Err(error) => {
                     tracing::debug!(topic = topic.name, error = %format!("{error:#}"), "cannot check the topic; will retry");

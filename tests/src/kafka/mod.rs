@@ -3,6 +3,7 @@
 
 mod brokers;
 mod dead_letters;
+mod group_leader;
 mod groups;
 mod topics;
 mod wire;
@@ -22,6 +23,7 @@ use uuid::Uuid;
 
 use crate::record::{Draft, Record};
 
+pub use group_leader::GroupLeader;
 pub use wire::append_at;
 
 const TIMEOUT: Duration = Duration::from_secs(10);

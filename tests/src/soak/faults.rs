@@ -8,6 +8,7 @@ use testbed::smtp_sink::{Fault as MailFault, Stage};
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 use uuid::Uuid;
 
+use super::Cluster;
 use crate::record::Draft;
 use crate::services::USER_EVENTS;
 use crate::system::System;
@@ -34,8 +35,13 @@ pub enum Fault {
     Freeze(Service, Duration),
     /// A second process of the service starts and is killed.
     SecondCopy(Service),
+    /// Of three brokers, the first one.
     KillKafka,
+    /// Of three brokers, the first one.
     FreezeKafka(Duration),
+    /// One of three brokers is killed and is down for this time. It has the only replica of some
+    /// partitions, which have no leader meanwhile.
+    LoseBroker(i32, Duration),
     /// Another program holds a transaction open in the topic of facts for this time.
     OpenTransaction(Duration),
     /// For this time nobody may read the topic of facts.
@@ -80,9 +86,12 @@ const CRASHES: [(Service, &str); 17] = [
 ];
 
 impl Fault {
-    pub fn any(random: &mut Rng) -> Self {
+    pub fn any(random: &mut Rng, cluster: Cluster) -> Self {
         let service = SERVICES[random.usize(..SERVICES.len())];
         let time = if random.bool() { SHORT } else { LONG };
+        if cluster == Cluster::ThreeBrokers && random.u8(..4) > 0 {
+            return Self::LoseBroker(random.i32(1..=3), time);
+        }
         match random.u8(..16) {
             0 => Self::Kill(service),
             1 => Self::Restart(service),
@@ -127,6 +136,11 @@ impl Fault {
                 system.components().kafka.process.freeze();
                 tokio::time::sleep(time).await;
                 system.components().kafka.process.thaw();
+            }
+            Self::LoseBroker(id, time) => {
+                system.broker(id).process.kill();
+                tokio::time::sleep(time).await;
+                system.broker(id).restart().await.unwrap();
             }
             Self::OpenTransaction(time) => {
                 let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1);
@@ -178,6 +192,7 @@ impl fmt::Display for Fault {
             Self::SecondCopy(service) => write!(f, "SecondCopy {}", service.name),
             Self::KillKafka => write!(f, "KillKafka"),
             Self::FreezeKafka(time) => write!(f, "FreezeKafka for {time:?}"),
+            Self::LoseBroker(id, time) => write!(f, "LoseBroker {id} for {time:?}"),
             Self::DenyTopic(time) => write!(f, "DenyTopic for {time:?}"),
             Self::OpenTransaction(time) => write!(f, "OpenTransaction for {time:?}"),
             Self::KillPostgres => write!(f, "KillPostgres"),

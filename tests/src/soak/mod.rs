@@ -28,6 +28,14 @@ const CLIENTS: u64 = 2;
 /// The longest pause between a recovery and the next fault.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// The Kafka of a soak.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Cluster {
+    OneBroker,
+    /// Each partition has one replica, so the loss of a broker leaves partitions without a leader.
+    ThreeBrokers,
+}
+
 /// The result of a soak.
 pub struct Summary {
     seed: u64,
@@ -50,8 +58,15 @@ pub struct Summary {
 ///
 /// # Panics
 /// The system cannot be started.
-pub async fn run(lasting: Duration, seed: u64) -> Summary {
-    let mut system = System::empty_on_own_components().await;
+pub async fn run(lasting: Duration, seed: u64, cluster: Cluster) -> Summary {
+    let mut system = match cluster {
+        Cluster::OneBroker => System::empty_on_own_components().await,
+        Cluster::ThreeBrokers => {
+            let mut system = System::empty_on_three_brokers().await;
+            system.processes.set("KAFKA_REPLICATION_FACTOR", "1");
+            system
+        }
+    };
     // A sender may be killed while it sends a mail. Its lease must end before the run is checked.
     system.processes.set("LEASE_MS", "15000");
     system.seed = seed;
@@ -66,7 +81,7 @@ pub async fn run(lasting: Duration, seed: u64) -> Summary {
     let mut violations = vec![];
     while begin.elapsed() < lasting {
         tokio::time::sleep(PAUSE.mul_f64(random.f64())).await;
-        let fault = Fault::any(&mut random);
+        let fault = Fault::any(&mut random, cluster);
         *faults.entry(name(fault)).or_insert(0) += 1;
         say(format_args!("{:>5.1} s  {fault}", begin.elapsed().as_secs_f64()));
         // A panic means that a wait reached its deadline, or that a client got an unexpected

@@ -37,6 +37,42 @@ async fn the_cache_does_not_answer_from_a_restored_snapshot() {
     assert_refilled(&system, renamed, erased, unchanged).await;
 }
 
+/// T50, I8: Valkey restarts and loads its snapshot for some seconds. It accepts connections and
+/// refuses commands meanwhile (LOADING). The cache answers 503 until the data is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_waits_for_a_store_that_loads_its_data() {
+    const FILLERS: u32 = 30;
+    let mut system = System::empty().await;
+    let mut valkey = system.own_valkey().await;
+    let users = cached_users(&mut system).await;
+    // Redis looks for new commands once it has loaded 2 MB more. Text that can be compressed would
+    // be smaller.
+    let filler: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(1_000_000).collect();
+    let mut connection = system.stores.valkey().await;
+    for number in 0..FILLERS {
+        let mut set = redis::cmd("SET");
+        let () = set.arg(format!("filler:{number}")).arg(&filler).query_async(&mut connection).await.unwrap();
+    }
+    valkey.component.save().await.unwrap();
+
+    valkey.component.restore_slowly(Duration::from_millis(200)).await.unwrap();
+    let mut refused = 0;
+    while valkey.component.is_loading().await {
+        for id in users {
+            let answer = system.users.cached_version(id).await;
+            if valkey.component.is_loading().await {
+                assert_eq!(answer, Err(StatusCode::SERVICE_UNAVAILABLE), "an answer while the store loads");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0, "the store has loaded its data before a request");
+    for id in users {
+        eventually_eq("the version after the store has loaded", Ok(1), async || system.users.cached_version(id).await)
+            .await;
+    }
+}
+
 /// T50, I8: a replica that lags is promoted.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_does_not_answer_from_a_replica_that_lagged_when_it_was_promoted() {

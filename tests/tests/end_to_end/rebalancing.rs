@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use tests::kafka::GroupLeader;
 use tests::processes::ServiceProcess;
 use tests::proxy::KafkaRequest;
 use tests::record::Draft;
@@ -95,6 +96,26 @@ async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() 
         assert_eq!(system.kafka.dead_letters(group).len(), 0, "dead letters of {group}");
     }
     assert!(!system.processes.has_ended(ANALYTICS), "analytics must keep running");
+}
+
+/// T76, I12: the leader of a group distributes no partition, as a broker that does not know a new
+/// topic yet makes it do. The group is complete, so Kafka starts no rebalance. The consumer finds
+/// the partitions without an owner, joins again, and gets them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_no_member_of_the_group_has_is_found_and_read() {
+    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    system.processes.stop(ANALYTICS).await;
+    let group = system.kafka.prefixed(ANALYTICS_USERS);
+    let mut leader = GroupLeader::join(&system.kafka.address, group).await;
+
+    system.processes.spawn(ANALYTICS);
+    assert_eq!(leader.rebalance().await, 2, "members of the group");
+    let registered = register_on_each_partition(&system).await;
+    leader.until_rebalance().await;
+    leader.leave().await;
+    until_registered(&system, registered).await;
+    system.processes.until_ready(&[ANALYTICS]).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
 }
 
 /// I9: a batch holds records of several partitions, and the partitions are of different length. Each

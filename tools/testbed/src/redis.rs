@@ -73,6 +73,21 @@ impl Redis {
         Ok(())
     }
 
+    /// As [`Redis::restore`], but loading a key takes this time, and the call returns while the server
+    /// loads. It refuses commands then (LOADING).
+    pub async fn restore_slowly(&mut self, per_key: Duration) -> Result<()> {
+        self.process.kill();
+        let flags = [&["--key-load-delay".to_owned(), per_key.as_micros().to_string()], &self.flags[..]].concat();
+        let port = self.port;
+        self.process = spawn(&self.fetched, &self.folder, port, &flags, &self.logs)?;
+        self.process.until_ready(START_LIMIT, async || is_loading(port).await).await
+    }
+
+    /// Whether the server loads its data and refuses commands.
+    pub async fn is_loading(&self) -> bool {
+        is_loading(self.port).await
+    }
+
     /// Makes this server a replica of another one, or of nothing: then it is a master again.
     pub async fn replicate(&self, master: Option<u16>) -> Result<()> {
         let command =
@@ -87,15 +102,23 @@ impl Redis {
 }
 
 async fn launch(fetched: &Fetched, folder: &Path, port: u16, flags: &[String], logs: &Logs) -> Result<Process> {
+    let mut process = spawn(fetched, folder, port, flags, logs)?;
+    process.until_ready(START_LIMIT, async || answers(port).await).await?;
+    Ok(process)
+}
+
+fn spawn(fetched: &Fetched, folder: &Path, port: u16, flags: &[String], logs: &Logs) -> Result<Process> {
     let mut command = process::command(&fetched.redis_server);
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1"]);
     // A profile that was evicted would look like a user who does not exist.
     command.args(["--maxmemory-policy", "noeviction", "--save", "", "--appendonly", "no", "--loglevel", "warning"]);
     command.arg("--dir").arg(folder);
     command.args(flags);
-    let mut process = Process::spawn("redis", command, logs)?;
-    process.until_ready(START_LIMIT, async || answers(port).await).await?;
-    Ok(process)
+    Process::spawn("redis", command, logs)
+}
+
+async fn is_loading(port: u16) -> bool {
+    ports::ask(port, b"PING\r\n", 8).await.is_ok_and(|answer| answer == b"-LOADING")
 }
 
 async fn answers(port: u16) -> bool {

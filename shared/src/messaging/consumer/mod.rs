@@ -15,6 +15,7 @@ mod reading;
 mod reports;
 mod partitions;
 mod placement;
+mod unassigned;
 mod waiting;
 mod blocking;
 
@@ -34,6 +35,7 @@ use batch::{Batch, DeliveryContext, Failing, Halt};
 use breaker::Breaker;
 use operator::Decision;
 use partitions::{Partitions, Polled};
+use unassigned::Unassigned;
 use waiting::Waiting;
 
 pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
@@ -56,6 +58,7 @@ pub(crate) struct Consumer<H> {
     runtime: Runtime,
     dead_letters: DeadLetterWriter,
     partitions: Partitions,
+    unassigned: Unassigned,
     waiting: Waiting,
     /// When `caught_up` was last called; `None` forces a call on the next turn.
     last_caught_up_call: Option<Instant>,
@@ -77,7 +80,9 @@ impl<H: Handler> Consumer<H> {
         prepared?;
         let partitions = Partitions::subscribe(&setup)?;
         let waiting = Waiting::new(breaker, setup.resumed.clone());
-        let consumer = Self { setup, runtime, dead_letters, partitions, waiting, last_caught_up_call: None };
+        let unassigned = Unassigned::new();
+        let consumer =
+            Self { setup, runtime, dead_letters, partitions, unassigned, waiting, last_caught_up_call: None };
         consumer.consume()
     }
 
@@ -89,6 +94,7 @@ impl<H: Handler> Consumer<H> {
                 self.partitions.place(&self.setup, &self.runtime);
                 self.retry_blocked(&mut batch)?;
             }
+            self.unassigned.look(&self.setup, &self.partitions)?;
             self.fill(&mut batch)?;
             if self.waiting.may_work(&self.setup, &self.partitions) {
                 let result = self.work(&mut batch);

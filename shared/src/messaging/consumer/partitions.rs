@@ -39,6 +39,8 @@ const OPEN_TRANSACTION: &str = "another program has left a transaction open: no 
 pub(super) struct Partitions {
     pub(super) client: BaseConsumer<Assignment>,
     pub(super) group: &'static str,
+    /// The name of the group on the broker.
+    pub(super) group_on_broker: String,
     pub(super) topic: String,
     /// Next offset to handle, per partition that the client reads.
     pub(super) next_offsets: BTreeMap<i32, i64>,
@@ -73,6 +75,7 @@ impl Partitions {
         Ok(Self {
             client,
             group: H::GROUP,
+            group_on_broker: setup.kafka.prefixed(H::GROUP),
             topic,
             next_offsets: BTreeMap::new(),
             at_end: BTreeSet::new(),

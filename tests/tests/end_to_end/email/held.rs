@@ -1,4 +1,4 @@
-//! Mails whose cause is old. They come from replayed events and are held until an operator releases
+//! Mails whose event is old. They come from replayed events and are held until an operator releases
 //! them.
 
 use std::time::Duration;

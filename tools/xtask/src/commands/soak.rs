@@ -22,7 +22,7 @@ pub async fn run(minutes: u64, seed: u64) -> Result<ExitCode> {
         ("WAYBILL_SEED", seed.to_string()),
         ("WAYBILL_SOAK_SUMMARY", summary.display().to_string()),
     ];
-    let arguments = ["--test", "soak", "--", "--nocapture"].map(str::to_owned);
+    let arguments = ["--test", "soak", "--", "--nocapture", "random_faults_under_load"].map(str::to_owned);
     let code = test::run_with(&arguments, &settings, None).await?;
     if let Ok(summary) = fs::read_to_string(&summary) {
         say(summary);
