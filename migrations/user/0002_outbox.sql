@@ -27,7 +27,9 @@ create table outbox (
     -- W3C trace context of the request that caused the event.
     traceparent text,
     tracestate text,
+    -- In the years that the time of an event can have (RFC 3339).
     occurred_at timestamptz not null
+        check (occurred_at >= '0001-01-01 00:00:00+00' and occurred_at < '10000-01-01 00:00:00+00')
 ) with (
     -- Every row is deleted soon. Without these settings the dead rows would slow down each read.
     autovacuum_vacuum_scale_factor = 0,

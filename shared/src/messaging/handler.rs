@@ -142,6 +142,11 @@ impl Failure {
         })
     }
 
+    /// Whether one of the records may be the cause, although the handler does not reject it.
+    pub(super) fn may_be_of_a_record(&self) -> bool {
+        matches!(self, Self::Retry(_)) && !self.is_outage()
+    }
+
     /// The failure as text, without the message of a database: it may quote values.
     pub(super) fn describe(&self) -> String {
         match self {
@@ -207,6 +212,12 @@ pub(super) trait Delivery {
 
     /// The handler rejected this record when it was called with it alone.
     async fn reject(&mut self, record: &Record<Self::Event>, reason: String) -> Result<(), Self::Error>;
+
+    /// With [`Split::Failing`], this record alone failed for another reason than an outage.
+    async fn fail(&mut self, record: &Record<Self::Event>, failure: Failure) -> Result<(), Self::Error>;
+
+    /// Whether [`Delivery::attempt`] or [`Delivery::reject`] has finished this record.
+    fn is_finished(&self, record: &Record<Self::Event>) -> bool;
 }
 
 /// When records are tried one by one, so that one of them does not delay the others.
@@ -220,11 +231,34 @@ pub(super) enum Split {
     Failing,
 }
 
+/// As [`deliver`], for a caller that does not wait until a failing record succeeds: a redrive or a
+/// replay. If the delivery fails although the handler's dependency works, the records that have not
+/// taken effect are tried one by one, and each failure is noted for its record.
+pub(super) async fn deliver_all<D: Delivery<Error = Failure>, H: Handler>(
+    delivery: &mut D,
+    handler: &H,
+    records: &mut Vec<Record<D::Event>>,
+    limit: Duration,
+) -> Result<(), Failure> {
+    // A single record that took too long is not tried again.
+    let split = if records.len() > 1 { Split::Slow } else { Split::Rejected };
+    match deliver(delivery, records, split).await {
+        Err(failure) if failure.may_be_of_a_record() && !failure.took_too_long() => {
+            if !timeout(limit, handler.dependency_works()).await.unwrap_or(false) {
+                return Err(failure);
+            }
+            records.retain(|record| !delivery.is_finished(record));
+            deliver(delivery, records, Split::Failing).await
+        }
+        result => result,
+    }
+}
+
 /// Hands records to a handler: first all at once, then one by one if [`Split`] says so. The SQL
 /// error of one record rolls back the whole transaction, so every record is tried again.
 ///
 /// # Errors
-/// Any failure other than a rejection. The records that succeeded one by one before the failure
+/// A failure that concerns no single record. The records that succeeded one by one before the failure
 /// have taken effect.
 pub(super) async fn deliver<D: Delivery>(
     delivery: &mut D,
@@ -247,6 +281,9 @@ pub(super) async fn deliver<D: Delivery>(
             Ok(()) => {}
             Err(failure) => match failure.rejection() {
                 Some(reason) => delivery.reject(record, reason).await?,
+                None if split == Split::Failing && failure.may_be_of_a_record() => {
+                    delivery.fail(record, failure).await?;
+                }
                 None => return Err(failure.into()),
             },
         }

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::consumer::{BATCH_BYTES, BATCH_RECORDS};
 use super::errors::{Class, class};
-use super::handler::{self, Delivery, Failure, Split};
+use super::handler::{self, Delivery, Failure};
 use super::inbox::{self, Inbox, Projection};
 use super::kafka::{KafkaConfig, create};
 use super::record::{Coordinates, Record};
@@ -219,16 +219,17 @@ impl<P: Projection> Replay<P> {
         let ids: Vec<Uuid> = records.iter().map(|record| record.envelope.id).collect();
         let known = inbox::known(live, P::GROUP, ids).await.context("cannot read the inbox of the live model")?;
         records.retain(|record| events == Events::All || known.contains(&record.envelope.id));
-        let mut delivery = ReplayBatch { copy: &self.copy, limit: self.limit, rejected: vec![] };
-        let split = if records.len() > 1 { Split::Slow } else { Split::Rejected };
-        let delivered = handler::deliver(&mut delivery, &mut records, split).await;
+        let mut delivery =
+            ReplayBatch { copy: &self.copy, limit: self.limit, applied: BTreeSet::new(), rejected: vec![] };
+        let delivered = handler::deliver_all(&mut delivery, &self.copy, &mut records, self.limit).await;
         delivered.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("cannot write to the copy's database"),
             Failure::Reject(_) | Failure::Resume => {
                 anyhow!("bug: an inbox neither rejects a batch nor stores a position")
             }
         })?;
-        // A record that is rejected here and is a dead letter of the live model stays one.
+        // A record that fails here and is not in the live model, because it is a dead letter or an
+        // operator gave it up, stays out of it.
         for (id, coordinates, reason) in delivery.rejected {
             ensure!(
                 !known.contains(&id),
@@ -243,7 +244,9 @@ impl<P: Projection> Replay<P> {
 struct ReplayBatch<'a, P> {
     copy: &'a Inbox<P>,
     limit: Duration,
-    /// Event id, coordinates and reason.
+    /// Event ids.
+    applied: BTreeSet<Uuid>,
+    /// Event id, coordinates and reason of the records that were rejected or failed.
     rejected: Vec<(Uuid, Coordinates, String)>,
 }
 
@@ -253,11 +256,21 @@ impl<P: Projection> Delivery for ReplayBatch<'_, P> {
 
     async fn attempt(&mut self, records: &mut [Record<P::Event>]) -> Result<(), Failure> {
         handler::call(self.copy, records, self.limit).await?;
+        self.applied.extend(records.iter().map(|record| record.envelope.id));
         Ok(())
     }
 
     async fn reject(&mut self, record: &Record<P::Event>, reason: String) -> Result<(), Failure> {
         self.rejected.push((record.envelope.id, record.coordinates.clone(), reason));
         Ok(())
+    }
+
+    async fn fail(&mut self, record: &Record<P::Event>, failure: Failure) -> Result<(), Failure> {
+        self.reject(record, failure.describe()).await
+    }
+
+    fn is_finished(&self, record: &Record<P::Event>) -> bool {
+        let id = record.envelope.id;
+        self.applied.contains(&id) || self.rejected.iter().any(|(rejected, ..)| *rejected == id)
     }
 }

@@ -129,6 +129,23 @@ async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     system.users.until_counted(2, 0).await;
 }
 
+/// T34 T54, I11: ten records were dead-lettered, and one of them fails with an error of the database
+/// that names no class of data. A redrive settles the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redrive_settles_all_letters_but_the_one_that_fails() {
+    let (system, db) = analytics().await;
+    let users: Vec<Uuid> = (0..10).map(|_| Uuid::now_v7()).collect();
+    crate::dead_letters::add_bug(&db, "registrations", "true").await;
+    let facts: Vec<Draft> = users.iter().map(|user| registration(*user, OTHER)).collect();
+    let written = system.kafka.write_all(USER_EVENTS, &facts).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &written).await;
+    remove_bug(&db).await;
+    add_bug(&db, users[4], "raise exception 'no'").await;
+    let all_but_one = "9 settled, 0 superseded, 1 failed again, 0 parked";
+    assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, all_but_one);
+    system.users.until_counted(9, 0).await;
+}
+
 /// T54 T19, I9: a blocked partition moves to another process and back. Nothing past its record is
 /// committed, and each process reports it while it has the partition.
 #[tokio::test(flavor = "multi_thread")]

@@ -76,16 +76,47 @@ async fn rows_of_a_missing_topic_block_no_other_topic() {
     assert_eq!(self::reason(&system, "outbox rows").await, "");
 }
 
-/// T10, I4: the name of a topic is invalid, so Kafka rejects it in another way.
+/// T10, I4: the name of a topic is invalid. For some of these names the Kafka client would panic.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_with_an_invalid_topic_blocks_no_other_topic() {
     let system = System::start_only(&[USER]).await;
     let db = system.stores.database(USER).await;
     let mut connection = db.acquire().await.unwrap();
-    insert_event(&mut connection, "order events!", Uuid::now_v7(), 1).await;
+    let long = [250, 600].map(|length| "x".repeat(length));
+    for topic in ["order events!", "über", "..", &long[0], &long[1]] {
+        insert_event(&mut connection, topic, Uuid::now_v7(), 1).await;
+    }
     assert_new_events_are_published(&system).await;
-    until_metric(&system, "outbox_blocked_topics", 1.0).await;
-    assert_eq!(count(&db, "select count(*) from outbox").await, 1);
+    until_metric(&system, "outbox_blocked_topics", 5.0).await;
+    assert_eq!(count(&db, "select count(*) from outbox").await, 5);
+}
+
+/// T10, I4: a topic has fewer partitions than the declaration of a state topic. The keys of the
+/// missing partitions wait, and everything else is published.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_topic_with_fewer_partitions_blocks_no_other_topic() {
+    let system = System::start_only(&[USER]).await;
+    system.processes.until_logged(USER, "the topics of this service exist as declared").await;
+    system.users.register().await;
+    system.stores.until_outbox_empty(USER).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.delete_topic(USER_STATE).await;
+    system.kafka.create_topic(USER_STATE, 3, &[("cleanup.policy", "compact")]).await;
+    let mut users = vec![];
+    for _ in 0..20 {
+        users.push(system.users.register().await);
+    }
+    within(SOON, "the facts of all users", async || {
+        users.iter().all(|user| system.kafka.read_key(USER_EVENTS, *user).len() == 1).then_some(())
+    })
+    .await;
+    until_metric(&system, "outbox_blocked_partitions", 3.0).await;
+    assert!(count(&db, "select count(*) from outbox").await > 0, "no key of a missing partition");
+
+    system.kafka.delete_topic(USER_STATE).await;
+    system.kafka.create_topic(USER_STATE, 6, &[("cleanup.policy", "compact")]).await;
+    system.stores.until_outbox_empty(USER).await;
+    until_metric(&system, "topic_partitions_changed", 0.0).await;
 }
 
 /// T10, I4: Kafka rejects one record of a topic. It and the later records of its key wait. All
@@ -97,12 +128,7 @@ async fn a_rejected_record_blocks_only_its_key() {
     let db = system.stores.database(USER).await;
     system.kafka.create_topic(TOPIC, 1, &[("max.message.bytes", "1000")]).await;
     let large = Uuid::now_v7();
-    let insert = "insert into outbox
-                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
-                  values ($1, $2, 'user', $3, $4, 1, 'user.profile_changed', $5, now())";
-    let payload = json!({ "user_id": large, "more": random_text() }).to_string().into_bytes();
-    let row = sqlx::query(insert).bind(Uuid::now_v7()).bind(TOPIC).bind(large).bind(key_hash(large)).bind(payload);
-    row.execute(&db).await.unwrap();
+    insert_large(&db, TOPIC, &[large]).await;
     let mut connection = db.acquire().await.unwrap();
     insert_event(&mut connection, TOPIC, large, 2).await;
     let other = Uuid::now_v7();
@@ -118,6 +144,86 @@ async fn a_rejected_record_blocks_only_its_key() {
     let versions: Vec<i64> = system.kafka.read_key(TOPIC, large).iter().map(|record| record.version()).collect();
     assert_eq!(versions, [1, 2]);
     until_metric(&system, "outbox_blocked_keys", 0.0).await;
+}
+
+/// T10, I4: one of thousands of rows is rejected. The relay finds it, and blocks no other key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejected_record_in_a_large_backlog_blocks_only_its_key() {
+    const TOPIC: &str = "small.records";
+    let mut system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.create_topic(TOPIC, 1, &[("max.message.bytes", "1000")]).await;
+    system.processes.stop(USER).await;
+    let large = Uuid::now_v7();
+    insert_large(&db, TOPIC, &[large]).await;
+    insert_keys(&db, USER_EVENTS, 10_000).await;
+
+    system.processes.start(&[USER]).await;
+    eventually_eq("rows that wait", 1, async || count(&db, "select count(*) from outbox").await).await;
+    until_metric(&system, "outbox_blocked_keys", 1.0).await;
+    let log = system.processes.log(USER);
+    let lines = log.lines().filter(|line| line.contains("outbox rows wait because Kafka does not accept them"));
+    let others: Vec<_> = lines.filter(|line| !line.contains(&large.to_string())).collect();
+    assert!(others.is_empty(), "other keys were blocked: {others:?}");
+}
+
+/// T10, I4: a topic rejects the records of all keys. It is blocked as a whole, and other events are
+/// published meanwhile. When all records fit but the oldest, the others are published.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_rejects_every_record_delays_no_other_topic() {
+    const TOPIC: &str = "tiny.records";
+    let system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.create_topic(TOPIC, 1, &[("max.message.bytes", "100")]).await;
+    let large = Uuid::now_v7();
+    insert_large(&db, TOPIC, &[large]).await;
+    insert_keys(&db, TOPIC, 300).await;
+    for _ in 0..3 {
+        assert_new_events_are_published(&system).await;
+    }
+    until_metric(&system, "outbox_blocked_topics", 1.0).await;
+    assert!(system.kafka.read(TOPIC).is_empty());
+
+    system.kafka.alter_topic(TOPIC, &[("max.message.bytes", "1000")]).await;
+    eventually_eq("rows that wait", 1, async || count(&db, "select count(*) from outbox").await).await;
+    assert_eq!(system.kafka.read(TOPIC).len(), 300);
+    assert!(system.kafka.read_key(TOPIC, large).is_empty());
+}
+
+/// T10, I4: the service may describe a topic and not write it. The topic is blocked once, with
+/// Kafka's code, and no other topic waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_may_not_be_written_is_blocked_once() {
+    const TOPIC: &str = "denied.records";
+    let mut system = System::empty().await;
+    let (kafka, _proxy) = system.own_kafka().await;
+    system.processes.start(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.create_topic(TOPIC, 1, &[]).await;
+    let topic = system.kafka.prefixed(TOPIC);
+    kafka.component.deny_writing(&topic).await.unwrap();
+    insert_keys(&db, TOPIC, 6_000).await;
+    assert_new_events_are_published(&system).await;
+    until_metric(&system, "outbox_blocked_topics", 1.0).await;
+    until_metric(&system, "outbox_blocked_keys", 0.0).await;
+    let reason = reason(&system, "outbox rows").await;
+    assert!(reason.contains("TopicAuthorizationFailed"), "{reason}");
+
+    kafka.component.allow_writing(&topic).await.unwrap();
+    system.stores.until_outbox_empty(USER).await;
+    assert_eq!(system.kafka.read(TOPIC).len(), 6_000);
+}
+
+/// Inserts an event that is larger than 1,000 bytes for each key.
+async fn insert_large(db: &PgPool, topic: &str, keys: &[Uuid]) {
+    let insert = "insert into outbox
+                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+                  values ($1, $2, 'user', $3, $4, 1, 'user.profile_changed', $5, now())";
+    for key in keys {
+        let payload = json!({ "user_id": key, "more": random_text() }).to_string().into_bytes();
+        let row = sqlx::query(insert).bind(Uuid::now_v7()).bind(topic).bind(key).bind(key_hash(*key)).bind(payload);
+        row.execute(db).await.unwrap();
+    }
 }
 
 /// Text that no compression makes small.
@@ -157,6 +263,41 @@ async fn the_keys_of_a_partition_without_leader_wait_and_no_others() {
     system.stores.until_outbox_empty(USER).await;
     assert_eq!(system.kafka.read(TOPIC).len(), KEYS);
     until_metric(&system, "outbox_blocked_partitions", 0.0).await;
+}
+
+/// T14, I3: a broker has the only replica of a partition. It dies within a round, after the relay
+/// has seen that the partition has a leader: before the records are sent, or after the broker has
+/// acknowledged them. Other events are published meanwhile. When the broker is back, everything is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_lost_within_a_round_delays_no_other_partition_for_long() {
+    for point in ["relay.after_read", "relay.after_ack"] {
+        lose_a_leader_within_a_round(point).await;
+    }
+}
+
+async fn lose_a_leader_within_a_round(point: &str) {
+    const TOPIC: &str = "one.replica";
+    const KEYS: usize = 60;
+    let mut system = System::empty_on_three_brokers().await;
+    system.kafka.create_topic(TOPIC, 3, &[("min.insync.replicas", "1")]).await;
+    let end_of_stall = system.processes.file("end-of-stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    system.processes.spawn_with(USER, &[("FAULT_AT", &format!("{point}:1:stall")), until]);
+    system.processes.until_ready(&[USER]).await;
+    let lost = system.kafka.leader_of(TOPIC, 0).await;
+    let db = system.stores.database(USER).await;
+    insert_keys(&db, TOPIC, KEYS).await;
+    system.processes.until_logged(USER, "fault point reached").await;
+    system.broker(lost).process.kill();
+    system.kafka.until_no_leader(TOPIC, 0).await;
+    std::fs::write(end_of_stall, "").unwrap();
+
+    // The round that hangs ends by its time-outs, and a new term begins.
+    let user = system.users.register().await;
+    eventually_eq("facts of a new user", 1, async || system.kafka.read_key(USER_EVENTS, user).len()).await;
+    system.broker(lost).restart().await.unwrap();
+    system.stores.until_outbox_empty(USER).await;
+    eventually_eq("records of the topic", KEYS, async || system.kafka.read(TOPIC).len()).await;
 }
 
 /// I4: a state topic gets more partitions while the services run. Records of a key stay in the

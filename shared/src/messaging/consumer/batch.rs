@@ -226,18 +226,7 @@ impl<H: Handler> BatchDelivery<'_, H> {
         } else {
             self.one_by_one_since = None;
         }
-        match handler::deliver(self, records, self.context.split).await {
-            Err(Halt::Failure(Failure::Retry(error))) if self.context.split == Split::Failing => {
-                let failure = Failure::Retry(error);
-                if failure.is_outage() {
-                    return Err(failure.into());
-                }
-                let reason = failure.describe();
-                self.failing.extend(records.iter().map(|record| (record.coordinates.partition, reason.clone())));
-                Ok(())
-            }
-            other => other,
-        }
+        handler::deliver(self, records, self.context.split).await
     }
 
     /// This release does not know the type of the event. Only the first such record is logged, for
@@ -353,5 +342,14 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         let wanted = (record.coordinates.partition, record.coordinates.offset);
         let message = self.messages.iter().find(|message| partition_offset(message) == wanted);
         self.dead_letter(message.expect("the record was decoded from one of these messages"), reason).await
+    }
+
+    async fn fail(&mut self, record: &Record<H::Event>, failure: Failure) -> Result<(), Halt> {
+        self.failing.insert(record.coordinates.partition, failure.describe());
+        Ok(())
+    }
+
+    fn is_finished(&self, record: &Record<H::Event>) -> bool {
+        self.finished.contains(&(record.coordinates.partition, record.coordinates.offset))
     }
 }

@@ -1,10 +1,13 @@
 //! A dead letter, and how it is written.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
 use anyhow::Context;
 use futures::future::try_join_all;
 use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
-use rdkafka::producer::{FutureProducer, FutureRecord};
-use std::time::Duration;
+use rdkafka::ClientConfig;
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 
 use crate::events::Kind;
 use crate::fault;
@@ -109,12 +112,15 @@ pub struct DeadLetterWriter {
     topic: String,
     /// What the records' topic holds.
     kind: Kind,
-    producer: FutureProducer,
+    settings: ClientConfig,
+    producer: Mutex<FutureProducer>,
 }
 
 impl DeadLetterWriter {
     pub fn new(kafka: &KafkaConfig, group: &str, kind: Kind) -> anyhow::Result<Self> {
-        Ok(Self { topic: topic(kafka, group), kind, producer: create(&kafka.letters())? })
+        let settings = kafka.letters();
+        let producer = Mutex::new(create(&settings)?);
+        Ok(Self { topic: topic(kafka, group), kind, settings, producer })
     }
 
     pub fn topic(&self) -> &str {
@@ -166,8 +172,18 @@ impl DeadLetterWriter {
     }
 
     async fn send(&self, record: FutureRecord<'_, String, [u8]>) -> anyhow::Result<()> {
-        let sent = self.producer.send(record, QUEUE_TIMEOUT).await;
+        let sent = self.producer()?.send(record, QUEUE_TIMEOUT).await;
         let sent = sent.map(|_| ()).map_err(|(error, _)| error);
         sent.with_context(|| format!("cannot write to the dead letters {}", self.topic))
+    }
+
+    /// A producer that failed is replaced. It fails for good if the broker refuses its first
+    /// request, for example because this service may not write to any topic yet.
+    fn producer(&self) -> anyhow::Result<FutureProducer> {
+        let mut producer = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
+        if producer.client().fatal_error().is_some() {
+            *producer = create(&self.settings)?;
+        }
+        Ok(producer.clone())
     }
 }

@@ -1,6 +1,7 @@
 //! Redrive: hands the open dead letters to the same handler again, outside the topic's order. It
 //! does not write the records to their topic again, because all other groups would read them too.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
@@ -16,7 +17,7 @@ use super::table;
 use crate::events::{Event, Kind};
 use crate::fault;
 use crate::messaging::errors::{Class, class};
-use crate::messaging::handler::{self, Delivery, Failure, Handler, Split};
+use crate::messaging::handler::{self, Delivery, Failure, Handler};
 use crate::messaging::kafka::{KafkaConfig, create};
 use crate::messaging::record::{Coordinates, Record};
 use crate::platform::telemetry;
@@ -151,10 +152,10 @@ impl<'a, H: Handler> Run<'a, H> {
                 Content::Undecodable(reason) => self.fail(letter, reason).await?,
             }
         }
-        let mut chunk = Chunk { run: self, letters: tried };
-        // A single record that took too long is not split: its failure ends the redrive.
-        let split = if records.len() > 1 { Split::Slow } else { Split::Rejected };
-        handler::deliver(&mut chunk, &mut records, split).await.map_err(|failure| match failure {
+        let handler = self.handler;
+        let limit = self.limit;
+        let mut chunk = Chunk { run: self, letters: tried, finished: BTreeSet::new() };
+        handler::deliver_all(&mut chunk, handler, &mut records, limit).await.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("the redrive stopped: a dependency is down"),
             Failure::Reject(reason) => {
                 anyhow!("the redrive stopped: the handler rejected a call without a record: {reason}")
@@ -207,6 +208,17 @@ impl<'a, H: Handler> Run<'a, H> {
 struct Chunk<'a, 'b, H> {
     run: &'a mut Run<'b, H>,
     letters: Vec<DeadLetter>,
+    /// The records that are settled or have failed again.
+    finished: BTreeSet<Coordinates>,
+}
+
+impl<H: Handler> Chunk<'_, '_, H> {
+    async fn fail_again(&mut self, record: &Record<H::Event>, reason: String) -> Result<(), Failure> {
+        let letter = self.letters.iter().find(|letter| letter.coordinates == record.coordinates);
+        let letter = letter.expect("the record was read from one of these letters").clone();
+        self.finished.insert(record.coordinates.clone());
+        Ok(self.run.fail(letter, reason).await?)
+    }
 }
 
 impl<H: Handler> Delivery for Chunk<'_, '_, H> {
@@ -216,13 +228,21 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         handler::call(self.run.handler, records, self.run.limit).await?;
         let accepted: Vec<Coordinates> = records.iter().map(|record| record.coordinates.clone()).collect();
-        Ok(self.run.settle(&accepted).await?)
+        self.run.settle(&accepted).await?;
+        self.finished.extend(accepted);
+        Ok(())
     }
 
     async fn reject(&mut self, record: &Record<H::Event>, reason: String) -> Result<(), Failure> {
-        let letter = self.letters.iter().find(|letter| letter.coordinates == record.coordinates);
-        let letter = letter.expect("the record was read from one of these letters").clone();
-        Ok(self.run.fail(letter, reason).await?)
+        self.fail_again(record, reason).await
+    }
+
+    async fn fail(&mut self, record: &Record<H::Event>, failure: Failure) -> Result<(), Failure> {
+        self.fail_again(record, failure.describe()).await
+    }
+
+    fn is_finished(&self, record: &Record<H::Event>) -> bool {
+        self.finished.contains(&record.coordinates)
     }
 }
 

@@ -20,6 +20,9 @@ const LETTER_TOPIC_UNKNOWN_MS: &str = "2000";
 /// Bytes. The largest record that a topic accepts by default has 1 MiB. Its letter has a few more
 /// headers.
 pub(in crate::messaging) const LETTER_MAX_BYTES: &str = "2097152";
+/// Bytes. librdkafka compares a record with its limit before it compresses it; the broker compares
+/// the compressed batch. A record may have come from another client with a higher limit of its own.
+const LETTER_MAX_UNCOMPRESSED_BYTES: &str = "67108864";
 /// How long (ms) Kafka waits before it reports to a replay that an empty partition has no more
 /// records.
 const REPLAY_FETCH_WAIT_MS: &str = "20";
@@ -102,6 +105,8 @@ impl KafkaConfig {
             .set("group.id", self.prefixed(group))
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("isolation.level", "read_committed")
+            // Commits the offsets that we store.
+            .set("enable.auto.commit", "true")
             .set("enable.auto.offset.store", "false")
             .set("auto.commit.interval.ms", self.offset_commit_ms.to_string())
             // We choose the start of every partition. An offset that Kafka does not have is an
@@ -179,7 +184,7 @@ impl KafkaConfig {
         producer
             .set("message.timeout.ms", LETTER_DELIVERY_TIMEOUT_MS)
             .set("topic.metadata.propagation.max.ms", LETTER_TOPIC_UNKNOWN_MS)
-            .set("message.max.bytes", LETTER_MAX_BYTES)
+            .set("message.max.bytes", LETTER_MAX_UNCOMPRESSED_BYTES)
             // The writer waits for each letter, so there are no others to send with it.
             .set("linger.ms", "0");
         producer

@@ -6,6 +6,26 @@ use std::fmt::{self, Debug, Formatter};
 use anyhow::ensure;
 use clap::Args;
 
+/// Properties of librdkafka that have two names (`CONFIGURATION.md`, "Alias for"): the other name,
+/// and the one to compare.
+const ALIASES: [(&str, &str); 10] = [
+    ("metadata.broker.list", "bootstrap.servers"),
+    ("max.in.flight", "max.in.flight.requests.per.connection"),
+    ("sasl.mechanisms", "sasl.mechanism"),
+    ("fetch.message.max.bytes", "max.partition.fetch.bytes"),
+    ("queue.buffering.max.ms", "linger.ms"),
+    ("message.send.max.retries", "retries"),
+    ("compression.codec", "compression.type"),
+    ("request.required.acks", "acks"),
+    ("delivery.timeout.ms", "message.timeout.ms"),
+    ("auto.commit.enable", "enable.auto.commit"),
+];
+
+/// The name to compare of a property that may have two.
+fn unaliased(name: &str) -> &str {
+    ALIASES.iter().find(|(other, _)| *other == name).map_or(name, |(_, name)| name)
+}
+
 /// The documentation of librdkafka lists the properties (`CONFIGURATION.md`).
 #[derive(Args, Clone)]
 pub(super) struct PropertyConfig {
@@ -44,14 +64,30 @@ impl PropertyConfig {
     /// # Errors
     /// A property is one of ours, or it would load code.
     pub fn check<'a>(&self, kinds: impl Iterator<Item = BTreeMap<&'a str, &'a str>>) -> anyhow::Result<()> {
-        let ours: BTreeSet<&str> = kinds.flat_map(BTreeMap::into_keys).collect();
+        let ours: BTreeSet<&str> = kinds.flat_map(BTreeMap::into_keys).map(unaliased).collect();
         for (name, _) in self.iter() {
             ensure!(name != "plugin.library.paths", "KAFKA_PROPERTY: {name} is refused, because it would load code");
             ensure!(
-                !ours.contains(name),
+                !ours.contains(unaliased(name)),
                 "KAFKA_PROPERTY: {name} is refused, because the service sets it itself; look for a setting in --help"
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_property_is_refused_under_both_of_its_names() {
+        for (other, name) in ALIASES {
+            for (given, ours) in [(other, name), (name, other), (name, name)] {
+                let given = PropertyConfig { kafka_property: vec![(given.to_owned(), "1".to_owned())] };
+                let kinds = || [BTreeMap::from([(ours, "2")])].into_iter();
+                assert!(given.check(kinds()).is_err(), "{given:?} although {ours} is set");
+            }
+        }
     }
 }

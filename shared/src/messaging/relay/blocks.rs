@@ -18,6 +18,12 @@ const MAX_PROBE_INTERVAL: Duration = Duration::from_secs(60);
 /// A topic of which more keys are blocked is blocked as a whole: the cause is the topic and not the
 /// records.
 const MAX_KEYS_PER_TOPIC: usize = 1_000;
+/// The same holds if records of this many keys are rejected in a row, and none of the topic is
+/// accepted in between.
+const MAX_KEYS_IN_A_ROW: usize = 5;
+/// A rejected probe costs a new producer, half a second or more. The pause after it is this many
+/// times as long as the probe, so that probes take at most a twentieth of the relay's time.
+const PROBE_PAUSE: u32 = 20;
 
 /// What an error of Kafka is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +146,10 @@ pub struct Blocks {
     topics: BTreeMap<String, Block>,
     partitions: BTreeMap<(String, i32), PartitionBlock>,
     keys: BTreeMap<Uuid, KeyBlock>,
+    /// The keys of a topic whose records were rejected since a record of it was accepted.
+    rejected_in_a_row: BTreeMap<String, BTreeSet<Uuid>>,
+    /// No block by rejection is due before this time.
+    probes_pause_until: Option<Instant>,
 }
 
 /// How much is blocked.
@@ -163,7 +173,7 @@ pub struct Excluded {
 /// What is due for a probe by a round of one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// The oldest row of the topic.
+    /// The oldest row of the topic whose key and partition are not blocked.
     Topic(String),
     /// The rejected row of the key.
     Key(Uuid, i64),
@@ -174,7 +184,7 @@ impl Blocks {
     pub fn block_topic(&mut self, topic: &str, reason: String, evidence: Evidence) {
         let block = Block::new(reason, evidence, self.topics.get(topic));
         self.topics.insert(topic.to_owned(), block);
-        self.keys.retain(|_, key| key.topic != topic);
+        self.rejected_in_a_row.remove(topic);
     }
 
     /// Blocks a partition of a topic with `count` partitions, or renews its block.
@@ -190,13 +200,33 @@ impl Blocks {
         let row = previous.map_or(row, |previous| previous.row.min(row));
         let block = Block::new(reason.clone(), Evidence::Rejection, previous.map(|previous| &previous.block));
         self.keys.insert(key, KeyBlock { topic: topic.to_owned(), row, block });
-        if self.keys.values().filter(|key| key.topic == topic).count() > MAX_KEYS_PER_TOPIC {
+        let in_a_row = self.rejected_in_a_row.entry(topic.to_owned()).or_default();
+        in_a_row.insert(key);
+        let in_a_row = in_a_row.len() >= MAX_KEYS_IN_A_ROW;
+        let too_many = self.keys.values().filter(|key| key.topic == topic).count() > MAX_KEYS_PER_TOPIC;
+        if too_many {
+            // The topic's probes find those again that are still rejected.
+            self.keys.retain(|_, key| key.topic != topic);
+        }
+        if in_a_row || too_many {
             self.block_topic(
                 topic,
                 format!("too many of its records are rejected, the last one with: {reason}"),
                 Evidence::Rejection,
             );
         }
+    }
+
+    /// Kafka has accepted records of these topics.
+    pub fn accepted<'a>(&mut self, topics: impl Iterator<Item = &'a String>) {
+        if !self.rejected_in_a_row.is_empty() {
+            topics.for_each(|topic| drop(self.rejected_in_a_row.remove(topic)));
+        }
+    }
+
+    /// Pauses the probes after one that was rejected and took this time.
+    pub fn pause_probes(&mut self, took: Duration) {
+        self.probes_pause_until = Some(Instant::now() + took * PROBE_PAUSE);
     }
 
     /// The topics that have a due block by metadata, of themselves or of a partition.
@@ -207,12 +237,16 @@ impl Blocks {
         topics.chain(partitions.map(|((topic, _), _)| topic.clone())).collect()
     }
 
-    /// The block by rejection that has been due for longest.
+    /// The block by rejection that has been due for longest. The keys of a blocked topic wait for
+    /// the topic.
     pub fn due_by_rejection(&self) -> Option<Probe> {
+        if self.probes_pause_until.is_some_and(|until| Instant::now() < until) {
+            return None;
+        }
         let due = |block: &Block| block.evidence == Evidence::Rejection && block.is_due();
         let topics = self.topics.iter().filter(|(_, block)| due(block));
         let topics = topics.map(|(topic, block)| (block.probe_at, Probe::Topic(topic.clone())));
-        let keys = self.keys.iter().filter(|(_, key)| due(&key.block));
+        let keys = self.keys.iter().filter(|(_, key)| due(&key.block) && !self.topics.contains_key(&key.topic));
         let keys = keys.map(|(key, blocked)| (blocked.block.probe_at, Probe::Key(*key, blocked.row)));
         topics.chain(keys).min_by_key(|(probe_at, _)| *probe_at).map(|(_, probe)| probe)
     }
@@ -322,11 +356,37 @@ mod tests {
 
     #[test]
     fn a_topic_with_too_many_blocked_keys_is_blocked_as_a_whole() {
+        let topic = "a".to_owned();
         let mut blocks = Blocks::default();
         for key in 0..=MAX_KEYS_PER_TOPIC as u128 {
-            blocks.block_key(Uuid::from_u128(key), "a", 7, "too large".to_owned());
+            assert_eq!(blocks.count().topics, 0, "after {key} keys");
+            blocks.block_key(Uuid::from_u128(key), &topic, 7, "too large".to_owned());
+            blocks.accepted([&topic].into_iter());
         }
         assert_eq!(blocks.count(), Blocked { topics: 1, partitions: 0, keys: 0 });
+    }
+
+    #[test]
+    fn a_topic_of_which_nothing_is_accepted_is_blocked_as_a_whole() {
+        let mut blocks = Blocks::default();
+        for key in 0..MAX_KEYS_IN_A_ROW as u128 {
+            assert_eq!(blocks.count().topics, 0, "after {key} keys");
+            blocks.block_key(Uuid::from_u128(key), "a", 7, "too large".to_owned());
+        }
+        assert_eq!(blocks.count(), Blocked { topics: 1, partitions: 0, keys: MAX_KEYS_IN_A_ROW });
+        make_due(&mut blocks);
+        assert_eq!(blocks.due_by_rejection(), Some(Probe::Topic("a".to_owned())), "the keys wait for their topic");
+    }
+
+    #[test]
+    fn probes_pause_after_a_rejected_one() {
+        let mut blocks = Blocks::default();
+        reject_topic(&mut blocks, "a");
+        make_due(&mut blocks);
+        blocks.pause_probes(Duration::from_secs(1));
+        assert_eq!(blocks.due_by_rejection(), None);
+        blocks.pause_probes(Duration::ZERO);
+        assert!(blocks.due_by_rejection().is_some());
     }
 
     #[test]

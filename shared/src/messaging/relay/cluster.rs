@@ -54,6 +54,10 @@ impl Cluster {
     /// # Errors
     /// Kafka does not answer.
     pub fn topic(&mut self, name: &str, runtime: &Runtime) -> anyhow::Result<TopicState> {
+        if !is_topic_name(name) {
+            // The client would panic for some of these names.
+            return Ok(TopicState::Unavailable(RDKafkaErrorCode::InvalidTopic.to_string()));
+        }
         let known = self.topics.get(name);
         if let Some(known) = known.filter(|known| known.asked_at.elapsed() < MAX_AGE) {
             return Ok(known.state.clone());
@@ -95,6 +99,12 @@ impl Cluster {
         let unavailable = unavailable.collect();
         Ok(TopicState::Available { partitions: i32::try_from(partitions.len())?, unavailable })
     }
+}
+
+/// Kafka's rule for the names of topics.
+fn is_topic_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=249).contains(&name.len()) && name.chars().all(allowed) && name != "." && name != ".."
 }
 
 /// The topic's `min.insync.replicas`; 1 if Kafka does not tell.

@@ -30,9 +30,10 @@ use tokio::runtime::Handle as Runtime;
 use tokio::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
+use uuid::Uuid;
 
 use super::kafka::KafkaConfig;
-use crate::events::{Kind, Topic};
+use crate::events::{Kind, Topic, key_hash};
 use crate::fault;
 use crate::platform::database::bounded;
 use crate::platform::health::Health;
@@ -51,6 +52,10 @@ pub(crate) use election::listen;
 /// Rows per round, at most. With a large backlog the cost of a transaction is negligible; a small
 /// backlog makes small rounds.
 const ROUND_ROWS: usize = 5_000;
+/// A rejected round is tried again with this fraction of its rows. Each rejection costs a new
+/// producer, half a second or more, and a round that succeeds costs milliseconds: so few large steps
+/// find a record faster than halving.
+const SPLIT: usize = 8;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The components in `/status`: whether this process can take part in publishing, and, of a leader,
 /// which rows wait.
@@ -102,8 +107,9 @@ struct Term<'a> {
     cluster: Cluster,
     blocks: Blocks,
     reported: Blocked,
-    /// Rows per round. Halved while an unexplained rejection is narrowed down.
-    round_rows: usize,
+    /// Rows per round. Reduced while an unexplained rejection is narrowed down, and by a round that
+    /// ended the last term: it may have been too large for the network.
+    round_rows: &'a mut usize,
     measured_at: Instant,
     /// State topics whose number of partitions differs from their declaration. Each is reported
     /// once.
@@ -114,8 +120,9 @@ impl Relay {
     /// Leads whenever it can, until the process stops. Any error ends the term: the producer and
     /// the connection are dropped and a new term begins. This is safe at every line.
     pub fn run(self) -> anyhow::Result<()> {
+        let mut round_rows = ROUND_ROWS;
         while !self.stop.is_cancelled() {
-            if let Err(error) = self.lead() {
+            if let Err(error) = self.lead(&mut round_rows) {
                 self.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
                 let error = format!("{error:#}");
                 tracing::warn!(error, "relay lost its term; reconnecting");
@@ -134,7 +141,7 @@ impl Relay {
     /// `init_transactions`, and only then reads the first row. So it never reads a row that a
     /// predecessor could still publish later, and a read-only database (after a failover) is
     /// noticed before anything is published.
-    fn lead(&self) -> anyhow::Result<()> {
+    fn lead(&self, round_rows: &mut usize) -> anyhow::Result<()> {
         let runtime = Runtime::current();
         let outbox = &self.config.outbox_name;
         let election =
@@ -158,7 +165,7 @@ impl Relay {
             cluster: Cluster::new(&self.kafka)?,
             blocks: Blocks::default(),
             reported: Blocked::default(),
-            round_rows: ROUND_ROWS,
+            round_rows,
             measured_at: Instant::now(),
             grown: BTreeSet::new(),
         };
@@ -226,7 +233,7 @@ impl Term<'_> {
 
     /// Publishes the oldest rows that are not blocked.
     fn publish_next(&mut self) -> anyhow::Result<Round> {
-        let limit = i64::try_from(self.round_rows)?;
+        let limit = i64::try_from(*self.round_rows)?;
         let excluded = self.blocks.excluded();
         let rows = bounded(rows::read(&mut self.db, &excluded, limit));
         let rows = self.runtime.block_on(rows).context("cannot read the outbox")?;
@@ -235,21 +242,30 @@ impl Term<'_> {
         if rows.is_empty() && found > 0 {
             return Ok(Round::Rejected); // the next read leaves out what was blocked now
         }
-        self.round(rows)
+        let count = rows.len();
+        let round = self.round(rows);
+        if round.is_err() {
+            *self.round_rows = (count / 2).max(1);
+        }
+        round
     }
 
     /// Tries one row of what was rejected, so that another rejection delays no other row.
     fn probe(&mut self, probe: &Probe) -> anyhow::Result<Round> {
         self.blocks.postpone(probe);
-        let row =
-            self.runtime.block_on(bounded(rows::read_one(&mut self.db, probe))).context("cannot read the outbox")?;
-        let Some(row) = row else {
-            self.blocks.unblock(probe); // an operator deleted it
+        let excluded = self.blocks.excluded();
+        let row = bounded(rows::read_one(&mut self.db, probe, &excluded));
+        let Some(row) = self.runtime.block_on(row).context("cannot read the outbox")? else {
+            // An operator deleted it, or the topic has only rows of blocked keys and partitions.
+            self.blocks.unblock(probe);
             return Ok(Round::Rejected);
         };
         let rows = self.leave_out_unavailable(vec![row])?;
-        if self.round(rows)? == Round::Published {
-            self.blocks.unblock(probe);
+        let begin = Instant::now();
+        match self.round(rows)? {
+            Round::Published => self.blocks.unblock(probe),
+            Round::Rejected => self.blocks.pause_probes(begin.elapsed()),
+            Round::Empty => {}
         }
         Ok(Round::Rejected)
     }
@@ -274,6 +290,9 @@ impl Term<'_> {
                 for (partition, reason) in unavailable.into_iter().filter(|(partition, _)| *partition < count) {
                     self.blocks.block_partition(topic, count, partition, reason);
                 }
+                for partition in partitions..count {
+                    self.blocks.block_partition(topic, count, partition, "it does not exist".to_owned());
+                }
                 self.notice_growth(topic, partitions);
             }
         }
@@ -285,7 +304,15 @@ impl Term<'_> {
     /// keys are, and the change is reported.
     fn notice_growth(&mut self, topic: &str, partitions: i32) {
         let Some(declared) = state_topic(topic) else { return };
-        if partitions != declared.partitions && self.grown.insert(declared.name) {
+        let component = format!("topic {}", self.relay.kafka.prefixed(topic));
+        let labels = TopicLabels { topic: topic.to_owned() };
+        if partitions == declared.partitions {
+            if self.grown.remove(declared.name) {
+                tracing::info!(topic, partitions, "the state topic has its declared number of partitions again");
+                self.relay.metrics.topic_partitions_changed.get_or_create(&labels).set(0);
+                self.relay.health.resolved(&component);
+            }
+        } else if self.grown.insert(declared.name) {
             tracing::error!(
                 topic,
                 partitions,
@@ -293,10 +320,10 @@ impl Term<'_> {
                 "the number of partitions of a state topic was changed. Records are written to the declared partitions only; \
                  the service will not start again until the topic is replaced"
             );
-            self.relay.metrics.topic_partitions_changed.get_or_create(&TopicLabels { topic: topic.to_owned() }).set(1);
+            self.relay.metrics.topic_partitions_changed.get_or_create(&labels).set(1);
             let reason =
                 format!("the topic to be replaced: it has {partitions} partitions instead of {}", declared.partitions);
-            self.relay.health.report(&format!("topic {topic}"), reason);
+            self.relay.health.report(&component, reason);
         }
     }
 
@@ -329,17 +356,18 @@ impl Term<'_> {
                 return if found {
                     self.give_up_round()
                 } else {
-                    self.split(&ids, &topics, &records, "rejected by Kafka")
+                    self.split(&ids, &topics, &records, None)
                 };
             }
             Err(RoundError::Unexplained(error)) => {
-                return self.split(&ids, &topics, &records, &error.to_string());
+                return self.split(&ids, &topics, &records, error.rdkafka_error_code());
             }
         }
         fault::point("relay.after_commit");
+        self.blocks.accepted(topics.iter());
         self.delete_published(&ids)?;
         fault::point("relay.after_delete");
-        self.round_rows = (self.round_rows * 2).min(ROUND_ROWS);
+        *self.round_rows = (*self.round_rows * 2).min(ROUND_ROWS);
         span.set_attribute("messaging.batch.message_count", ids.len() as i64);
         self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "published" }).inc();
         Ok(Round::Published)
@@ -354,12 +382,22 @@ impl Term<'_> {
     }
 
     /// The round was rejected, and the record that caused it is not known: Kafka rejects a whole
-    /// batch for one record of it. Tries half as many rows, until the record is found.
-    fn split(&mut self, ids: &[i64], topics: &[String], records: &[Outgoing], reason: &str) -> anyhow::Result<Round> {
-        if let [record] = records {
-            self.blocks.block_key(record.envelope.key, &topics[0], ids[0], reason.to_owned());
+    /// batch for one record of it. Tries fewer rows, until the record is found.
+    /// A code about a topic blocks the topic as soon as the round has no other.
+    fn split(
+        &mut self,
+        ids: &[i64],
+        topics: &[String],
+        records: &[Outgoing],
+        code: Option<RDKafkaErrorCode>,
+    ) -> anyhow::Result<Round> {
+        let reason = code.map_or("rejected by Kafka".to_owned(), |code| code.to_string());
+        if code.map(scope) == Some(Scope::Topic) && topics.iter().all(|topic| *topic == topics[0]) {
+            self.blocks.block_topic(&topics[0], reason, Evidence::Rejection);
+        } else if let [record] = records {
+            self.blocks.block_key(record.envelope.key, &topics[0], ids[0], reason);
         } else {
-            self.round_rows = (records.len() / 2).max(1);
+            *self.round_rows = (records.len() / SPLIT).max(1);
         }
         self.give_up_round()
     }
@@ -385,7 +423,7 @@ impl Term<'_> {
                     found = true;
                 }
                 Scope::Partition => {
-                    self.block_unavailable(topic, *code)?;
+                    self.block_unavailable(topic, records[*index].envelope.key, *code)?;
                     found = true;
                 }
                 Scope::Record => rejected_records.push((*index, *code)),
@@ -401,11 +439,11 @@ impl Term<'_> {
 
     /// A record was not accepted by its partition. If metadata does not show why, the term ends,
     /// and the next one tries again.
-    fn block_unavailable(&mut self, topic: &str, code: RDKafkaErrorCode) -> anyhow::Result<()> {
+    fn block_unavailable(&mut self, topic: &str, key: Uuid, code: RDKafkaErrorCode) -> anyhow::Result<()> {
         self.cluster.forget(&self.relay.kafka.prefixed(topic));
-        let blocked = self.blocks.count();
         self.judge(topic)?;
-        anyhow::ensure!(self.blocks.count() != blocked, "Kafka did not acknowledge the round: {code}");
+        let is_blocked = self.blocks.is_unavailable(topic, key_hash(key));
+        anyhow::ensure!(is_blocked, "Kafka did not acknowledge the round: {code}");
         Ok(())
     }
 

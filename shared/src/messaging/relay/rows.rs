@@ -118,15 +118,23 @@ pub async fn read(db: &mut PgConnection, excluded: &Excluded, limit: i64) -> sql
 }
 
 /// The row that a probe tries.
-pub async fn read_one(db: &mut PgConnection, probe: &Probe) -> sqlx::Result<Option<Row>> {
+pub async fn read_one(db: &mut PgConnection, probe: &Probe, excluded: &Excluded) -> sqlx::Result<Option<Row>> {
     let columns =
         "select id, topic, key_hash, event_id, aggregateid, version, type, payload, causationid, correlationid, actor,
              traceparent, tracestate, occurred_at
          from outbox";
     let query = match probe {
         Probe::Topic(topic) => {
-            let oldest = format!("{columns} where topic between $1 and $1 order by topic, id limit 1");
-            sqlx::query_as(AssertSqlSafe(oldest)).bind(topic.clone())
+            let of_topic = excluded.partitions.iter().filter(|(of, ..)| of == topic);
+            let (counts, partitions): (Vec<i32>, Vec<i32>) = of_topic.map(|(_, count, number)| (*count, *number)).unzip();
+            let oldest = format!(
+                "{columns} where topic between $1 and $1 and aggregateid <> all ($2)
+                     and not exists (select from unnest($3::int[], $4::int[]) excluded (partitions, partition)
+                                     where key_hash % excluded.partitions = excluded.partition)
+                 order by topic, id limit 1"
+            );
+            let oldest = sqlx::query_as(AssertSqlSafe(oldest)).bind(topic.clone());
+            oldest.bind(excluded.keys.clone()).bind(counts).bind(partitions)
         }
         Probe::Key(_, row) => sqlx::query_as(AssertSqlSafe(format!("{columns} where id = $1"))).bind(*row),
     };

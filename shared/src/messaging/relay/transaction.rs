@@ -30,7 +30,7 @@ const ACCOUNT_INTERVAL: Duration = Duration::from_micros(100);
 pub(super) enum RoundError {
     /// Kafka rejected these records of the round.
     Rejected(Vec<Rejection>),
-    /// Kafka rejected the round, and the error names no record.
+    /// Kafka rejected the round, and the error names no record. Its code may be about a topic.
     Unexplained(KafkaError),
     /// Anything else. It ends the term.
     Other(anyhow::Error),
@@ -86,20 +86,31 @@ impl Transactions {
         let total = records.len();
         self.producer.begin_transaction().context("cannot begin a Kafka transaction")?;
         self.reports.reset();
+        let mut enqueued = 0;
         for (index, record) in records.iter().enumerate() {
-            self.enqueue(index, record)?;
+            match self.enqueue(index, record)? {
+                Enqueued::Yes => enqueued += 1,
+                Enqueued::TransactionFailed => break,
+            }
         }
         fault::point("relay.after_enqueue");
-        let failures = self.reports.wait(total)?;
+        let failures = self.reports.wait(enqueued)?;
         fault::point("relay.after_ack");
-        if !failures.0.is_empty() {
-            return Err(RoundError::Rejected(rejections(&failures)));
+        let rejections = rejections(&failures);
+        if !rejections.is_empty() {
+            return Err(RoundError::Rejected(rejections));
         }
         self.wait_until_accounted()?;
+        // If Kafka refused a whole topic, or the transaction failed for another reason, librdkafka
+        // has discarded all records, and the commit returns the reason.
         self.producer.commit_transaction(COMMIT_TIMEOUT).map_err(|error| match error.rdkafka_error_code().map(scope) {
             Some(Scope::Term) | None => anyhow!(error).context("cannot commit the Kafka transaction").into(),
             Some(_) => RoundError::Unexplained(error),
-        })
+        })?;
+        if enqueued < total || !failures.0.is_empty() {
+            return Err(anyhow!("Kafka committed a round of which it does not have all {total} records").into());
+        }
+        Ok(())
     }
 
     /// A delivery report arrives shortly before librdkafka counts its record as delivered.
@@ -113,7 +124,7 @@ impl Transactions {
     }
 
     /// Waits while the local queue is full: to skip the record would change the order.
-    fn enqueue(&self, index: usize, outgoing: &Outgoing) -> Result<(), RoundError> {
+    fn enqueue(&self, index: usize, outgoing: &Outgoing) -> Result<Enqueued, RoundError> {
         let Outgoing { topic, partition, envelope, payload } = outgoing;
         let key = envelope.key.to_string();
         let headers = envelope
@@ -130,12 +141,16 @@ impl Transactions {
         let deadline = Instant::now() + REPORTS_TIMEOUT;
         loop {
             record = match self.producer.send(record) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(Enqueued::Yes),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), unsent))
                     if Instant::now() < deadline =>
                 {
                     std::thread::sleep(QUEUE_FULL_PAUSE);
                     unsent
+                }
+                // Kafka has rejected an earlier record of the round. This one is not the cause.
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::State), _)) => {
+                    return Ok(Enqueued::TransactionFailed);
                 }
                 Err((cause, _)) => {
                     return Err(match cause.rdkafka_error_code() {
@@ -148,6 +163,12 @@ impl Transactions {
             };
         }
     }
+}
+
+enum Enqueued {
+    Yes,
+    /// The transaction cannot be committed any more, so no further record is accepted.
+    TransactionFailed,
 }
 
 /// The failures by record. Records that librdkafka discarded because another one failed are left

@@ -3,7 +3,7 @@
 use tests::record::Draft;
 use tests::services::{ANALYTICS_USERS, USER_EVENTS, dead_letters_of};
 use tests::{System, eventually, eventually_eq};
-use topology::ANALYTICS;
+use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
 use super::analytics;
@@ -45,6 +45,24 @@ async fn a_consumer_waits_until_its_dead_letter_can_be_written() {
     assert_eq!(system.processes.counted(ANALYTICS_USERS, "dead_lettered").await, 4.0);
     assert!(healthcheck_succeeds(&system).await);
     assert!(!system.processes.has_ended(ANALYTICS));
+}
+
+/// T33, I11: A service that only consumes starts before it may write to any topic. The broker refuses
+/// a producer id, and its producer of dead letters fails for good. When the service may write, it
+/// writes its letters, without a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_may_write_later_writes_its_dead_letters() {
+    let mut system = System::empty().await;
+    let (kafka, _proxy) = system.own_kafka().await;
+    system.processes.start(&[USER, EMAIL, ANALYTICS]).await;
+    system.processes.stop(ANALYTICS).await;
+    kafka.component.deny_producing().await.unwrap();
+    system.processes.start(&[ANALYTICS]).await;
+    kafka.component.allow_producing().await.unwrap();
+
+    let bad = write_bad_and_good(&system).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[bad]).await;
+    system.users.until_counted(1, 0).await;
 }
 
 /// Runs the subcommand `healthcheck`, as a container platform does.

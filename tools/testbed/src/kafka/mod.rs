@@ -82,19 +82,50 @@ impl Kafka {
 
     /// From now on the broker refuses to let anybody read this topic.
     pub async fn deny_reading(&self, topic: &str) -> Result<()> {
-        self.change_rules(&["--add"], topic).await
+        self.change_rules(&["--add"], "Read", topic).await
     }
 
     /// Ends [`Kafka::deny_reading`].
     pub async fn allow_reading(&self, topic: &str) -> Result<()> {
-        self.change_rules(&["--remove", "--force"], topic).await
+        self.change_rules(&["--remove", "--force"], "Read", topic).await
     }
 
-    /// Adds or removes rules: everybody may do everything with the topic but read it.
-    async fn change_rules(&self, change: &[&str], topic: &str) -> Result<()> {
+    /// From now on the broker refuses to let anybody write this topic. Everybody may describe it.
+    pub async fn deny_writing(&self, topic: &str) -> Result<()> {
+        self.change_rules(&["--add"], "Write", topic).await
+    }
+
+    /// Ends [`Kafka::deny_writing`].
+    pub async fn allow_writing(&self, topic: &str) -> Result<()> {
+        self.change_rules(&["--remove", "--force"], "Write", topic).await
+    }
+
+    /// From now on nobody may write to any topic, so an idempotent producer gets no producer id.
+    pub async fn deny_producing(&self) -> Result<()> {
+        self.change_producing(&["--add"]).await
+    }
+
+    /// Ends [`Kafka::deny_producing`].
+    pub async fn allow_producing(&self) -> Result<()> {
+        self.change_producing(&["--remove", "--force"]).await
+    }
+
+    async fn change_producing(&self, change: &[&str]) -> Result<()> {
+        self.change_rules(change, "Write", "*").await?;
+        let all = ["--allow-principal", "User:*", "--operation", "All", "--cluster"];
+        let but_one = ["--deny-principal", "User:*", "--operation", "IdempotentWrite", "--cluster"];
+        for rule in [all, but_one] {
+            let arguments: Vec<&str> = change.iter().chain(&rule).copied().collect();
+            self.tool("org.apache.kafka.tools.AclCommand", &arguments).await?;
+        }
+        Ok(())
+    }
+
+    /// Adds or removes rules: everybody may do everything with the topic but this operation.
+    async fn change_rules(&self, change: &[&str], denied: &str, topic: &str) -> Result<()> {
         let all = ["--allow-principal", "User:*", "--operation", "All", "--topic", topic];
-        let not_read = ["--deny-principal", "User:*", "--operation", "Read", "--topic", topic];
-        for rule in [all, not_read] {
+        let but_one = ["--deny-principal", "User:*", "--operation", denied, "--topic", topic];
+        for rule in [all, but_one] {
             let arguments: Vec<&str> = change.iter().chain(&rule).copied().collect();
             self.tool("org.apache.kafka.tools.AclCommand", &arguments).await?;
         }
