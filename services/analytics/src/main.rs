@@ -93,7 +93,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = database::pool(config.database_url.expose().parse()?);
+    let db = database::open(config.database_url.expose()).await?;
     let kafka = &config.service.kafka;
     redrive(kafka, &Inbox::new(db.clone(), Registered), &options).await?;
     redrive(kafka, &Inbox::new(db, Mailed), &options).await

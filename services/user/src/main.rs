@@ -90,7 +90,7 @@ async fn main() -> anyhow::Result<()> {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
         Command::Republish(options) => {
-            let db = database::pool(config.database_url.expose().parse()?);
+            let db = database::open(config.database_url.expose()).await?;
             republish::republish(&db, &options).await
         }
     }
