@@ -36,6 +36,7 @@ mod relay_blocks;
 mod relay_crashes;
 mod relay_leadership;
 mod republishing;
+mod secured_collector;
 mod secured_kafka;
 mod secured_postgres;
 mod secured_valkey;
