@@ -27,7 +27,7 @@ use shared::messaging::{Handler, Redrive, RelayConfig, dead_letter, list_dead_le
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
-use shared::platform::settings::number;
+use shared::platform::settings::{self, number};
 use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use smtp::Server;
 use sqlx::PgPool;
@@ -104,7 +104,7 @@ impl SecretSetting for DatabaseUrl {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Cli { config, command } = Cli::parse();
+    let Cli { config, command } = settings::parse();
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,

@@ -18,7 +18,7 @@ use shared::messaging::RelayConfig;
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
-use shared::platform::settings::number;
+use shared::platform::settings::{self, number};
 use shared::service::{self, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -82,7 +82,7 @@ impl SecretSetting for IdempotencySecret {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Cli { config, command } = Cli::parse();
+    let Cli { config, command } = settings::parse();
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
