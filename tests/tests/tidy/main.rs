@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod compose;
 mod declared;
 mod imports;
 mod problems;
