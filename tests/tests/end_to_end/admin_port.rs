@@ -43,8 +43,8 @@ fn allowed() -> (StatusCode, String) {
     (StatusCode::NOT_FOUND, "record-not-blocked".to_owned())
 }
 
-/// Every action needs a known token, also on routes that only answer reads. Reading needs none.
-/// The file is read again for each action, so a token can be replaced without a restart.
+/// T63: every action needs a known token, also on routes that only answer reads. Reading needs
+/// none. The file is read again for each action, so a token can be replaced without a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_action_needs_a_token_and_its_name_is_logged() {
     let mut system = System::empty().await;
@@ -85,7 +85,8 @@ async fn an_action_needs_a_token_and_its_name_is_logged() {
     assert!(!log.contains(ON_CALL) && !log.contains(ROBOT), "a token is in the log");
 }
 
-/// The subcommand sends its token, from the environment or from a file, and explains a refusal.
+/// T63: the subcommand sends its token, from the environment or from a file, and explains a
+/// refusal.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_subcommand_dead_letter_sends_its_token() {
     let mut system = System::empty().await;
@@ -108,7 +109,7 @@ async fn the_subcommand_dead_letter_sends_its_token() {
     }
 }
 
-/// A port that other machines may reach accepts no action without tokens. Reading works.
+/// T63: a port that other machines may reach accepts no action without tokens. Reading works.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_that_is_not_on_loopback_accepts_no_action_without_tokens() {
     let mut system = System::empty().await;

@@ -74,8 +74,8 @@ async fn a_service_works_behind_a_pooler_in_session_mode() {
     system.processes.run_with(USER, &["republish"], &settings).await.unwrap();
 }
 
-/// The service does not use a pooler in transaction mode, and `/status` says what to do. It continues
-/// when the pooler is switched to session mode.
+/// T62: the service does not use a pooler in transaction mode, and `/status` says what to do. It
+/// continues when the pooler is switched to session mode.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_refuses_a_pooler_in_transaction_mode() {
     let mut system = System::empty().await;
@@ -93,8 +93,8 @@ async fn a_service_refuses_a_pooler_in_transaction_mode() {
     register(&system).await;
 }
 
-/// A relay asks again in each term whether its session is its own, because the pooler may be switched
-/// while the service runs. The advisory lock would exclude no other relay.
+/// T62: a relay asks again in each term whether its session is its own, because the pooler may be
+/// switched while the service runs. The advisory lock would exclude no other relay.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_does_not_lead_behind_a_pooler_that_was_switched_to_transaction_mode() {
     let mut system = System::empty().await;

@@ -109,7 +109,7 @@ async fn traces_are_exported_over_tls_with_headers_and_a_client_certificate() {
     .await;
 }
 
-/// A collector that cannot prove its name gets nothing, and one that refuses the service gets
+/// T61: a collector that cannot prove its name gets nothing, and one that refuses the service gets
 /// nothing. The service works, says why, counts the losses, and exports when the collector is
 /// corrected.
 #[tokio::test(flavor = "multi_thread")]

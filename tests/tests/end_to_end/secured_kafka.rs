@@ -132,8 +132,8 @@ sasl.enabled.mechanisms=SCRAM-SHA-512
     }
 }
 
-/// The user does not exist in Kafka yet, so the login is refused. The service says so, keeps running,
-/// and continues without a restart when the user exists.
+/// T61: the user does not exist in Kafka yet, so the login is refused. The service says so, keeps
+/// running, and continues without a restart when the user exists.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_whose_login_is_refused_says_so_and_continues_when_it_is_accepted() {
     let mut secured = Secured::start().await;
@@ -145,7 +145,7 @@ async fn a_service_whose_login_is_refused_says_so_and_continues_when_it_is_accep
     secured.assert_events_are_published().await;
 }
 
-/// Each fault of a certificate has a reason of its own in `/status`.
+/// T61: each fault of a certificate has a reason of its own in `/status`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_says_what_is_wrong_with_the_certificate_of_a_broker() {
     let mut secured = Secured::start().await;
@@ -170,8 +170,8 @@ async fn a_service_says_what_is_wrong_with_the_certificate_of_a_broker() {
     }
 }
 
-/// A service logs in with a certificate. Without one, or with one of an unknown authority, `/status`
-/// says what to check.
+/// T61: a service logs in with a certificate. Without one, or with one of an unknown authority,
+/// `/status` says what to check.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_proves_itself_to_kafka_with_a_certificate() {
     let mut secured = Secured::start().await;
@@ -247,8 +247,8 @@ async fn a_changed_password_file_ends_the_process_with_an_error() {
     secured.assert_events_are_published().await;
 }
 
-/// A service does not start with settings of Kafka that contradict each other or that librdkafka does
-/// not know. The error names the setting.
+/// A service does not start with settings of Kafka that contradict each other or that librdkafka
+/// does not know. The error names the setting.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_settings_of_kafka_are_errors_at_the_start() {
     let mut system = System::empty().await;

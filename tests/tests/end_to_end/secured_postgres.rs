@@ -90,8 +90,8 @@ fn secured_url(url: &str, parameters: &str) -> String {
     format!("{}?{parameters}", url.replace("127.0.0.1", "localhost"))
 }
 
-/// All sessions of all services are encrypted and have presented the certificate: those of the pool,
-/// those of the relay, and those of subcommands.
+/// All sessions of all services are encrypted and have presented the certificate: those of the
+/// pool, those of the relay, and those of subcommands.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_session_uses_tls_with_a_client_certificate() {
     let mut secured = Secured::start().await;
@@ -128,8 +128,8 @@ async fn every_session_uses_tls_with_a_client_certificate() {
     }
 }
 
-/// Each fault has a reason of its own in `/status`, which says what to do. The process keeps running,
-/// and continues without a restart when the fault is corrected at the server.
+/// T61: each fault has a reason of its own in `/status`, which says what to do. The process keeps
+/// running, and continues without a restart when the fault is corrected at the server.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_says_why_postgres_is_not_usable_and_continues_when_it_is() {
     let mut secured = Secured::start().await;
@@ -183,8 +183,8 @@ async fn a_service_says_why_postgres_is_not_usable_and_continues_when_it_is() {
     secured.system.processes.until_ready(&[USER]).await;
 }
 
-/// The certificate of the server expires while a service runs. Its sessions stay, so it notices when
-/// it opens new ones.
+/// T61: the certificate of the server expires while a service runs. Its sessions stay, so it
+/// notices when it opens new ones.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_running_service_survives_an_expired_certificate_of_postgres() {
     let mut secured = Secured::start().await;

@@ -68,7 +68,8 @@ async fn the_cache_uses_valkey_over_tls_as_a_limited_user() {
     assert!(!system.processes.log(CACHE).contains(PASSWORD), "the password is in the log");
 }
 
-/// A server whose authority is unknown is not used. `/status` says why, and the process keeps running.
+/// T61: a server whose authority is unknown is not used. `/status` says why, and the process keeps
+/// running.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_does_not_use_a_valkey_that_cannot_prove_its_name() {
     let mut system = System::start_only(&[USER]).await;
@@ -94,8 +95,8 @@ async fn the_cache_does_not_use_a_valkey_that_cannot_prove_its_name() {
     }
 }
 
-/// The certificate has expired, and the password is wrong. `/status` says so, and the cache continues
-/// without a restart when they are corrected at the server.
+/// T61: the certificate has expired, and the password is wrong. `/status` says so, and the cache
+/// continues without a restart when they are corrected at the server.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_continues_when_the_certificate_and_the_password_of_valkey_are_corrected() {
     let mut system = System::start_only(&[USER]).await;
