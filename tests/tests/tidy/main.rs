@@ -124,6 +124,16 @@ fn members_take_versions_and_lints_from_the_workspace() {
     }
 }
 
+/// rustls takes its cryptography from one crate. With two of them in a program it panics at the first
+/// handshake.
+#[test]
+fn rustls_has_one_provider_of_cryptography() {
+    let lock = read("Cargo.lock");
+    let has = |name: &str| lock.contains(&format!("name = \"{name}\"\n"));
+    assert!(has("ring") && has("rustls"), "the names were not found: the rule checks nothing");
+    assert!(!has("aws-lc-rs"), "a dependency enables aws-lc-rs: choose its feature for ring");
+}
+
 /// Kafka's metrics cannot tell `_` from `.`.
 #[test]
 fn topics_and_groups_have_no_underscore() {
