@@ -19,6 +19,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 
+use crate::waiting::eventually;
+
 /// Length of the header of a gRPC message: one byte for compression (0: none) and four for the
 /// length.
 const FRAME_HEADER: usize = 5;
@@ -64,7 +66,8 @@ impl Otlp {
     }
 
     async fn listen(address: &str, tls: Option<TlsAcceptor>) -> Self {
-        let listener = TcpListener::bind(address).await.unwrap();
+        // An earlier collector on the port ends a moment after it was dropped.
+        let listener = eventually("the port is free", async || TcpListener::bind(address).await.ok()).await;
         let address = listener.local_addr().unwrap();
         let received = Received::default();
         let scheme = if tls.is_some() { "https" } else { "http" };
