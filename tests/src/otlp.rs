@@ -25,6 +25,10 @@ use crate::waiting::eventually;
 /// length.
 const FRAME_HEADER: usize = 5;
 
+/// Codes of gRPC.
+const OK: &str = "0";
+const UNAUTHENTICATED: &str = "16";
+
 type Received = Arc<Mutex<Exports>>;
 
 #[derive(Default)]
@@ -32,6 +36,21 @@ struct Exports {
     spans: Vec<ResourceSpans>,
     /// The headers of the last export.
     headers: HeaderMap,
+    /// The value of `authorization` that an export needs.
+    required: Option<String>,
+}
+
+impl Exports {
+    /// Keeps the export, if its caller may send one.
+    fn take(&mut self, export: ExportTraceServiceRequest, headers: HeaderMap) -> bool {
+        let given = headers.get("authorization").map(HeaderValue::as_bytes);
+        let accepted = self.required.as_ref().is_none_or(|required| given == Some(required.as_bytes()));
+        if accepted {
+            self.spans.extend(export.resource_spans);
+            self.headers = headers;
+        }
+        accepted
+    }
 }
 
 /// Receives until it is dropped.
@@ -78,6 +97,11 @@ impl Otlp {
     /// The value for `OTEL_EXPORTER_OTLP_ENDPOINT`.
     pub fn url(&self) -> String {
         format!("{}://{}", self.scheme, self.address)
+    }
+
+    /// From now on exports need this value of `authorization`.
+    pub fn require(&self, authorization: &str) {
+        self.received.lock().unwrap().required = Some(authorization.to_owned());
     }
 
     /// A header of the last export.
@@ -170,17 +194,13 @@ async fn take(
         bytes.extend_from_slice(&chunk);
     }
     let export = ExportTraceServiceRequest::decode(&bytes[FRAME_HEADER..])?;
-    {
-        let mut received = received.lock().unwrap();
-        received.spans.extend(export.resource_spans);
-        received.headers = headers;
-    }
+    let accepted = received.lock().unwrap().take(export, headers);
     let head = Response::builder().header("content-type", "application/grpc").body(())?;
     let mut answer = respond.send_response(head, false)?;
     answer.send_data(Bytes::from_static(&[0; FRAME_HEADER]), false)?;
     answer.send_trailers(HeaderMap::from_iter([(
         http::HeaderName::from_static("grpc-status"),
-        HeaderValue::from_static("0"),
+        HeaderValue::from_static(if accepted { OK } else { UNAUTHENTICATED }),
     )]))?;
     Ok(())
 }

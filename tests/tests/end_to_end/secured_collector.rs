@@ -141,6 +141,14 @@ async fn a_wrong_certificate_of_the_collector_loses_traces_and_nothing_else() {
         assert!(collector.spans().is_empty());
         secured.system.processes.stop(USER).await;
     }
+    let collector = secured.collector(&good).await;
+    collector.require("Bearer another");
+    secured.start(&[]).await;
+    secured.until_lost("Unauthenticated").await;
+    assert!(collector.spans().is_empty());
+    drop(collector);
+    secured.system.processes.stop(USER).await;
+
     let collector = secured.collector(&unknown).await;
     secured.start(&[]).await;
     secured.until_lost("UnknownIssuer").await;
