@@ -114,9 +114,12 @@ async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0);
     let done = dead_letter(&record, "user 17 of the import of May").await.unwrap();
     assert!(done.contains(&record), "{done}");
-    let log = system.processes.log(ANALYTICS);
-    let decided = log.lines().find(|line| line.contains("an operator dead-letters a record"));
-    assert!(decided.is_some_and(|line| line.contains("\"on-call\"") && line.contains(&record)), "{log}");
+    eventually("the decision is logged with the operator and the record", async || {
+        let log = system.processes.log(ANALYTICS);
+        let mut decided = log.lines().filter(|line| line.contains("an operator dead-letters a record"));
+        decided.any(|line| line.contains("\"on-call\"") && line.contains(&record)).then_some(())
+    })
+    .await;
 
     system.users.until_counted(1, 0).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;

@@ -119,10 +119,21 @@ async fn the_cache_continues_when_the_certificate_and_the_password_of_valkey_are
         let set = set.arg("SETUSER").arg("cache").arg("resetpass").arg(format!(">{password}"));
         let () = set.query_async(&mut system.stores.valkey().await).await.unwrap();
     };
+    let set_right = async |right: &str| {
+        let mut set = redis::cmd("ACL");
+        let set = set.arg("SETUSER").arg("cache").arg(right);
+        let () = set.query_async(&mut system.stores.valkey().await).await.unwrap();
+    };
     set_password("battery-staple").await;
     system.processes.spawn_with(CACHE, &settings);
-    until_reason(&system, "password").await;
+    until_reason(&system, "check user and password").await;
     set_password(PASSWORD).await;
+    system.processes.until_ready(&[CACHE]).await;
+
+    set_right("-info").await;
+    system.processes.spawn_with(CACHE, &settings);
+    until_reason(&system, "check its acl").await;
+    set_right("+info").await;
     system.processes.until_ready(&[CACHE]).await;
     assert!(!system.processes.log(CACHE).contains(PASSWORD), "the password is in the log");
 }
