@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::time::{Duration, timeout};
 
 use super::faults::{Refused, refusal};
@@ -80,6 +80,8 @@ pub async fn session(
         let mut session = connect(&options).await?;
         let mut other = connect(&options).await?;
         pooler::require_own_processes(&mut session, &mut other).await?;
+        // Without it Postgres logs a broken connection. Its failure changes nothing.
+        let _ = other.close().await;
         apply(&mut session, settings_statement(settings)).await.context("cannot set the limits of the session")?;
         Ok(session)
     });
