@@ -23,6 +23,7 @@ pub mod load;
 pub mod mail;
 pub mod mail_front;
 pub mod otlp;
+pub mod pooler;
 pub mod processes;
 pub mod proxy;
 pub mod record;
@@ -30,6 +31,7 @@ pub mod services;
 pub mod soak;
 pub mod stores;
 pub mod system;
+pub mod tap;
 pub mod users;
 mod waiting;
 

@@ -11,9 +11,6 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufStream
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
-use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 
 use crate::certificates::{Authority, Certificate};
 
@@ -47,13 +44,19 @@ impl Front {
     /// signed by it.
     pub async fn start(self, server: SocketAddr) -> RunningFront {
         let authority = Authority::create();
-        let Certificate { certificate, key } = authority.certificate(self.name);
-        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate.der().clone()], PrivateKeyDer::try_from(key.serialize_der()).unwrap())
-            .unwrap();
+        let certificate = authority.certificate(self.name);
+        self.start_with(server, authority, &certificate).await
+    }
+
+    /// As [`Front::start`], with a certificate that was valid until yesterday.
+    pub async fn start_expired(self, server: SocketAddr) -> RunningFront {
+        let authority = Authority::create();
+        let certificate = authority.expired_certificate(self.name);
+        self.start_with(server, authority, &certificate).await
+    }
+
+    async fn start_with(self, server: SocketAddr, authority: Authority, certificate: &Certificate) -> RunningFront {
+        let config = certificate.server(None);
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();

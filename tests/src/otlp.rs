@@ -13,18 +13,50 @@ use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, any_value};
 use opentelemetry_proto::tonic::trace::v1::ResourceSpans;
 use prost::Message;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+
+use crate::waiting::eventually;
 
 /// Length of the header of a gRPC message: one byte for compression (0: none) and four for the
 /// length.
 const FRAME_HEADER: usize = 5;
 
-type Received = Arc<Mutex<Vec<ResourceSpans>>>;
+/// Codes of gRPC.
+const OK: &str = "0";
+const UNAUTHENTICATED: &str = "16";
+
+type Received = Arc<Mutex<Exports>>;
+
+#[derive(Default)]
+struct Exports {
+    spans: Vec<ResourceSpans>,
+    /// The headers of the last export.
+    headers: HeaderMap,
+    /// The value of `authorization` that an export needs.
+    required: Option<String>,
+}
+
+impl Exports {
+    /// Keeps the export, if its caller may send one.
+    fn take(&mut self, export: ExportTraceServiceRequest, headers: HeaderMap) -> bool {
+        let given = headers.get("authorization").map(HeaderValue::as_bytes);
+        let accepted = self.required.as_ref().is_none_or(|required| given == Some(required.as_bytes()));
+        if accepted {
+            self.spans.extend(export.resource_spans);
+            self.headers = headers;
+        }
+        accepted
+    }
+}
 
 /// Receives until it is dropped.
 pub struct Otlp {
     received: Received,
+    scheme: &'static str,
     address: SocketAddr,
     server: JoinHandle<()>,
 }
@@ -43,26 +75,48 @@ pub struct Span {
 
 impl Otlp {
     pub async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::listen("127.0.0.1:0", None).await
+    }
+
+    /// A collector with TLS, on this port of `localhost`.
+    pub async fn start_secured(port: u16, mut tls: ServerConfig) -> Self {
+        tls.alpn_protocols = vec![b"h2".to_vec()];
+        Self::listen(&format!("127.0.0.1:{port}"), Some(TlsAcceptor::from(Arc::new(tls)))).await
+    }
+
+    async fn listen(address: &str, tls: Option<TlsAcceptor>) -> Self {
+        // An earlier collector on the port ends a moment after it was dropped.
+        let listener = eventually("the port is free", async || TcpListener::bind(address).await.ok()).await;
         let address = listener.local_addr().unwrap();
         let received = Received::default();
-        let server = tokio::spawn(accept(listener, received.clone()));
-        Self { received, address, server }
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let server = tokio::spawn(accept(listener, tls, received.clone()));
+        Self { received, scheme, address, server }
     }
 
     /// The value for `OTEL_EXPORTER_OTLP_ENDPOINT`.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
+    }
+
+    /// From now on exports need this value of `authorization`.
+    pub fn require(&self, authorization: &str) {
+        self.received.lock().unwrap().required = Some(authorization.to_owned());
+    }
+
+    /// A header of the last export.
+    pub fn header(&self, name: &str) -> Option<String> {
+        Some(self.received.lock().unwrap().headers.get(name)?.to_str().unwrap().to_owned())
     }
 
     pub fn spans(&self) -> Vec<Span> {
-        self.received.lock().unwrap().iter().flat_map(spans).collect()
+        self.received.lock().unwrap().spans.iter().flat_map(spans).collect()
     }
 
     /// Everything that was received, as text, including attributes and events: to search it for
     /// data that must not be there.
     pub fn text(&self) -> String {
-        format!("{:?}", self.received.lock().unwrap())
+        format!("{:?}", self.received.lock().unwrap().spans)
     }
 }
 
@@ -100,24 +154,39 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-async fn accept(listener: TcpListener, received: Received) {
+/// The connections end with the listener.
+async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, received: Received) {
+    let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
-        tokio::spawn(serve(stream, received.clone()));
+        connections.spawn(connection(stream, tls.clone(), received.clone()));
+    }
+}
+
+async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, received: Received) -> anyhow::Result<()> {
+    match tls {
+        None => serve(stream, received).await,
+        Some(tls) => serve(tls.accept(stream).await?, received).await,
     }
 }
 
 /// Serves one connection until the exporter closes it.
-async fn serve(stream: TcpStream, received: Received) -> anyhow::Result<()> {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, received: Received) -> anyhow::Result<()> {
     let mut connection = h2::server::handshake(stream).await?;
     while let Some(request) = connection.accept().await {
         let (request, respond) = request?;
-        tokio::spawn(take(request.into_body(), respond, received.clone()));
+        let (head, body) = request.into_parts();
+        tokio::spawn(take(head.headers, body, respond, received.clone()));
     }
     Ok(())
 }
 
 /// Receives one export and answers with an empty message.
-async fn take(mut body: RecvStream, mut respond: SendResponse<Bytes>, received: Received) -> anyhow::Result<()> {
+async fn take(
+    headers: HeaderMap,
+    mut body: RecvStream,
+    mut respond: SendResponse<Bytes>,
+    received: Received,
+) -> anyhow::Result<()> {
     let mut bytes = vec![];
     while let Some(chunk) = body.data().await {
         let chunk = chunk?;
@@ -125,13 +194,13 @@ async fn take(mut body: RecvStream, mut respond: SendResponse<Bytes>, received: 
         bytes.extend_from_slice(&chunk);
     }
     let export = ExportTraceServiceRequest::decode(&bytes[FRAME_HEADER..])?;
-    received.lock().unwrap().extend(export.resource_spans);
+    let accepted = received.lock().unwrap().take(export, headers);
     let head = Response::builder().header("content-type", "application/grpc").body(())?;
     let mut answer = respond.send_response(head, false)?;
     answer.send_data(Bytes::from_static(&[0; FRAME_HEADER]), false)?;
     answer.send_trailers(HeaderMap::from_iter([(
         http::HeaderName::from_static("grpc-status"),
-        HeaderValue::from_static("0"),
+        HeaderValue::from_static(if accepted { OK } else { UNAUTHENTICATED }),
     )]))?;
     Ok(())
 }

@@ -83,6 +83,11 @@ impl Proxy {
         (proxy, through)
     }
 
+    /// The `host:port` to which new connections go.
+    pub fn target(&self) -> String {
+        self.target.borrow().clone()
+    }
+
     /// New connections go to this `host:port`, as after a failover. Open ones stay where they are.
     pub fn redirect(&self, target: String) {
         self.target.send_replace(target);

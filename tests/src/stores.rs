@@ -67,6 +67,11 @@ impl Stores {
         PgPool::connect(self.owner_url(service)).await.unwrap()
     }
 
+    /// The URLs of a service's database.
+    pub fn urls(&self, service: Service) -> &Database {
+        &self.databases[service.name]
+    }
+
     /// The URL with which `<service> migrate` and `analytics rebuild` run.
     pub fn owner_url(&self, service: Service) -> &str {
         &self.databases[service.name].owner_url

@@ -15,6 +15,7 @@ use shared::messaging::{Inbox, Projection, Redrive, dead_letter, list_dead_lette
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
+use shared::platform::settings;
 use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -63,7 +64,7 @@ impl SecretSetting for DatabaseUrl {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Cli { config, command } = Cli::parse();
+    let Cli { config, command } = settings::parse();
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
@@ -93,7 +94,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = database::pool(config.database_url.expose().parse()?);
+    let db = database::open(config.database_url.expose()).await?;
     let kafka = &config.service.kafka;
     redrive(kafka, &Inbox::new(db.clone(), Registered), &options).await?;
     redrive(kafka, &Inbox::new(db, Mailed), &options).await

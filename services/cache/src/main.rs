@@ -14,7 +14,7 @@ use anyhow::ensure;
 use clap::{Parser, Subcommand};
 use shared::messaging::{Handler, dead_letter, list_dead_letters, redrive};
 use shared::platform::health::healthcheck;
-use shared::platform::settings::number;
+use shared::platform::settings::{self, number};
 use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
 use valkey::ValkeyConfig;
 use view::View;
@@ -54,7 +54,7 @@ struct Config {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Cli { config, command } = Cli::parse();
+    let Cli { config, command } = settings::parse();
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use redis::RedisError;
+use redis::{ErrorKind, RedisError};
 use shared::platform::health::Health;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -35,8 +35,14 @@ async fn ask(view: View, health: Health) -> anyhow::Result<()> {
 /// Of the errors of a connection the text is shown: it names the fault of a certificate, for example.
 /// Others may quote a key.
 fn unreachable(error: &anyhow::Error) -> String {
-    match error.downcast_ref::<RedisError>().filter(|error| error.is_io_error()) {
-        Some(error) => format!("Valkey to answer: {error}"),
-        None => "Valkey to answer".to_owned(),
+    match error.downcast_ref::<RedisError>() {
+        Some(error) if error.is_io_error() => format!("Valkey to answer: {error}"),
+        Some(error) if error.kind() == ErrorKind::AuthenticationFailed => {
+            "Valkey to accept the login: check user and password in VALKEY_URL".to_owned()
+        }
+        Some(error) if error.code() == Some("NOPERM") => {
+            "Valkey to let the user of VALKEY_URL run the commands of this service: check its ACL".to_owned()
+        }
+        _ => "Valkey to answer".to_owned(),
     }
 }

@@ -27,7 +27,7 @@ use shared::messaging::{Handler, Redrive, RelayConfig, dead_letter, list_dead_le
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
-use shared::platform::settings::number;
+use shared::platform::settings::{self, number};
 use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
 use smtp::Server;
 use sqlx::PgPool;
@@ -104,7 +104,7 @@ impl SecretSetting for DatabaseUrl {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Cli { config, command } = Cli::parse();
+    let Cli { config, command } = settings::parse();
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
@@ -118,9 +118,9 @@ async fn main() -> anyhow::Result<()> {
             list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
-        Command::SendHeld(options) => operator::send_held(&config.database()?, &options).await,
-        Command::RetryFailed(options) => operator::retry_failed(&config.database()?, &options).await,
-        Command::RetryUnknown(options) => operator::retry_unknown(&config.database()?, &options).await,
+        Command::SendHeld(options) => operator::send_held(&config.database().await?, &options).await,
+        Command::RetryFailed(options) => operator::retry_failed(&config.database().await?, &options).await,
+        Command::RetryUnknown(options) => operator::retry_unknown(&config.database().await?, &options).await,
     }
 }
 
@@ -156,7 +156,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = config.database()?;
+    let db = config.database().await?;
     let metrics = DeliveryMetrics::default();
     let kafka = &config.service.kafka;
     redrive(kafka, &config.welcome(&db, &metrics), &options).await?;
@@ -165,8 +165,8 @@ async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
 
 impl Config {
     /// The database, for the subcommands.
-    fn database(&self) -> anyhow::Result<PgPool> {
-        Ok(database::pool(self.database_url.expose().parse()?))
+    async fn database(&self) -> anyhow::Result<PgPool> {
+        database::open(self.database_url.expose()).await
     }
 
     fn welcome(&self, db: &PgPool, metrics: &DeliveryMetrics) -> Welcome {

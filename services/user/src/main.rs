@@ -18,7 +18,7 @@ use shared::messaging::RelayConfig;
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
-use shared::platform::settings::number;
+use shared::platform::settings::{self, number};
 use shared::service::{self, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
 
@@ -82,7 +82,7 @@ impl SecretSetting for IdempotencySecret {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Cli { config, command } = Cli::parse();
+    let Cli { config, command } = settings::parse();
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
@@ -90,7 +90,7 @@ async fn main() -> anyhow::Result<()> {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
         Command::Republish(options) => {
-            let db = database::pool(config.database_url.expose().parse()?);
+            let db = database::open(config.database_url.expose()).await?;
             republish::republish(&db, &options).await
         }
     }

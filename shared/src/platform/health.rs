@@ -136,13 +136,14 @@ async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
 /// # Errors
 /// The service does not answer, or it waits for something; then the message says for what.
 pub async fn healthcheck(admin_addr: SocketAddr) -> anyhow::Result<()> {
-    match ask(admin_addr, "GET", "/status", None, HEALTHCHECK_TIMEOUT).await? {
+    match ask(admin_addr, "GET", "/status", "", None, HEALTHCHECK_TIMEOUT).await? {
         (200, _) => Ok(()),
         (_, body) => bail!("the service runs, and waits: {body}"),
     }
 }
 
-/// Sends a request to the admin port of the running service. Returns the status and the body.
+/// Sends a request to the admin port of the running service, with these header lines. Returns the
+/// status and the body.
 ///
 /// # Errors
 /// The service does not answer in time, or not with HTTP.
@@ -150,6 +151,7 @@ pub(crate) async fn ask(
     admin_addr: SocketAddr,
     method: &str,
     path: &str,
+    headers: &str,
     body: Option<&Value>,
     limit: Duration,
 ) -> anyhow::Result<(u16, String)> {
@@ -159,7 +161,7 @@ pub(crate) async fn ask(
     }
     let body = body.map(Value::to_string).unwrap_or_default();
     let request = format!(
-        "{method} {path} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.0\r\n{headers}content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     let answer = timeout(limit, async {

@@ -9,6 +9,7 @@ pub mod telemetry;
 pub mod health;
 pub mod database;
 pub mod problem;
+pub mod admin;
 pub mod preconditions;
 pub mod http;
 pub mod server;

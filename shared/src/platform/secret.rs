@@ -105,6 +105,11 @@ impl<S: SecretSetting> Args for Secret<S> {
 pub struct OptionalSecret<S>(Option<Secret<S>>);
 
 impl<S> OptionalSecret<S> {
+    #[cfg(test)]
+    pub fn none() -> Self {
+        Self(None)
+    }
+
     pub fn get(&self) -> Option<&Secret<S>> {
         self.0.as_ref()
     }

@@ -18,7 +18,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use super::metrics::Metrics;
-use super::traces;
+use super::traces::CollectorConfig;
 use crate::events::Envelope;
 
 /// The modules that log each handled event at the level debug.
@@ -42,10 +42,8 @@ pub struct TelemetryConfig {
     /// The format of log lines.
     #[arg(long, env, value_enum, default_value_t)]
     pub log_format: LogFormat,
-    /// The collector for traces, by OTLP over gRPC, for example http://localhost:4317. Without it
-    /// traces are dropped.
-    #[arg(long, env, hide_env_values = true)]
-    pub otel_exporter_otlp_endpoint: Option<String>,
+    #[command(flatten)]
+    pub collector: CollectorConfig,
 }
 
 impl TelemetryConfig {
@@ -88,7 +86,7 @@ impl TraceContext {
 /// and records carry a trace id, and then dropped.
 ///
 /// # Errors
-/// The OTLP endpoint is not a URL, or RUST_LOG is not a valid filter.
+/// A setting of the collector cannot be used, or RUST_LOG is not a valid filter.
 pub(crate) fn init(
     service: &'static str,
     config: &TelemetryConfig,
@@ -96,8 +94,8 @@ pub(crate) fn init(
 ) -> anyhow::Result<SdkTracerProvider> {
     let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
     let mut provider = SdkTracerProvider::builder().with_resource(resource);
-    if let Some(endpoint) = &config.otel_exporter_otlp_endpoint {
-        provider = provider.with_span_processor(traces::processor(endpoint, metrics)?);
+    if let Some(processor) = config.collector.processor(metrics)? {
+        provider = provider.with_span_processor(processor);
     }
     let provider = provider.build();
     let filter = config.filter(service)?;
@@ -112,6 +110,9 @@ pub(crate) fn init(
     let subscriber = tracing_subscriber::registry().with(filter).with(lines).with(traces);
     tracing::subscriber::set_global_default(subscriber).context("a tracing subscriber is already installed")?;
     hide_panic_messages();
+    if config.collector.reveals_headers() {
+        tracing::warn!("OTEL_EXPORTER_OTLP_HEADERS are sent without encryption: use an endpoint with https://");
+    }
     Ok(provider)
 }
 

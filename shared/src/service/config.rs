@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::messaging::{BreakerConfig, KafkaConfig};
+use crate::platform::admin::AdminTokens;
+use crate::platform::secret::OptionalSecret;
 use crate::platform::server::HttpConfig;
 use crate::platform::settings::number;
 use crate::platform::telemetry::TelemetryConfig;
@@ -13,10 +15,13 @@ use crate::platform::telemetry::TelemetryConfig;
 /// Settings that every service has. Each can be given as a flag or as an environment variable.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
-    /// Address of /livez, /readyz, /status, /metrics, and /dead-letters for the subcommand
-    /// `dead-letter`. Keep it off the public network: it has no authentication.
+    /// Address of the admin port: /livez, /readyz, /status, /metrics, and /dead-letters for the
+    /// subcommand `dead-letter`. Keep it off the public network: reading needs no token. Actions
+    /// need one of ADMIN_TOKENS.
     #[arg(long, env, default_value = "127.0.0.1:9080")]
     pub admin_addr: SocketAddr,
+    #[command(flatten)]
+    pub admin_tokens: OptionalSecret<AdminTokens>,
     #[command(flatten)]
     pub http: HttpConfig,
     /// How long the process keeps serving after SIGTERM, in milliseconds. From then on /readyz

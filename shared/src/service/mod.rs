@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
 use crate::messaging::{self, BlockedRecords, Consumer, ConsumerSetup, Declared, Handler, Relay, RelayConfig, Wake};
+use crate::platform::admin::{self, Guard};
 use crate::platform::health::{self, Health};
 use crate::platform::http::Layers;
 use crate::platform::metrics::Metrics;
@@ -74,8 +75,8 @@ impl Service {
     /// Installs telemetry and opens the admin port.
     ///
     /// # Errors
-    /// The admin port is in use, a telemetry setting is invalid, or two settings contradict each
-    /// other.
+    /// The admin port is in use, a setting of telemetry or of the admin port is invalid, or two
+    /// settings contradict each other.
     pub async fn start(name: &'static str, config: &ServiceConfig) -> anyhow::Result<Self> {
         config.check()?;
         let mut config = config.clone();
@@ -97,6 +98,7 @@ impl Service {
         service.health.waiting(START, "all tasks of the process to start");
         let routes = health::router(service.health.clone(), service.metrics.clone());
         let routes = routes.merge(service.blocked_records.clone().routes());
+        let routes = admin::guarded(routes, Guard::new(&service.config.admin_tokens, service.config.admin_addr)?);
         let routes = http::identified(routes, service.draining.clone());
         let overloaded = http::identified(http::overloaded(), service.draining.clone());
         let admin = service.server(routes, overloaded, ADMIN_CONNECTIONS, Counter::default());

@@ -65,6 +65,10 @@ impl Processes {
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    pub fn is_set(&self, name: &str) -> bool {
+        self.environment.iter().any(|(known, _)| known == name)
+    }
+
     pub fn setting(&self, name: &str) -> &str {
         let (_, value) = self.environment.iter().find(|(known, _)| known == name).unwrap();
         value

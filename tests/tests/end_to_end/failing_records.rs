@@ -90,6 +90,9 @@ async fn a_record_that_fails_blocks_only_its_partition_until_the_cause_is_fixed(
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     let (mut system, db) = analytics().await;
+    let token = "0123456789abcdef0123456789abcdef";
+    system.processes.set("ADMIN_TOKEN", token);
+    system.processes.start_with(ANALYTICS, &[("ADMIN_TOKENS", &format!("on-call:{token}"))]).await;
     let failing = Uuid::now_v7();
     add_bug(&db, failing, "raise exception 'no'").await;
     let facts = [(failing, BLOCKED), (Uuid::now_v7(), BLOCKED)].map(|(user, partition)| registration(user, partition));
@@ -111,6 +114,12 @@ async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0);
     let done = dead_letter(&record, "user 17 of the import of May").await.unwrap();
     assert!(done.contains(&record), "{done}");
+    eventually("the decision is logged with the operator and the record", async || {
+        let log = system.processes.log(ANALYTICS);
+        let mut decided = log.lines().filter(|line| line.contains("an operator dead-letters a record"));
+        decided.any(|line| line.contains("\"on-call\"") && line.contains(&record)).then_some(())
+    })
+    .await;
 
     system.users.until_counted(1, 0).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;

@@ -3,6 +3,7 @@
 
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod admin_port;
 mod analytics_queries;
 mod analytics_rebuild;
 mod bad_requests;
@@ -28,6 +29,7 @@ mod network_faults;
 mod outages;
 mod outbox;
 mod outcome_counters;
+mod poolers;
 mod readme;
 mod rebalancing;
 mod registration;
@@ -35,7 +37,9 @@ mod relay_blocks;
 mod relay_crashes;
 mod relay_leadership;
 mod republishing;
+mod secured_collector;
 mod secured_kafka;
+mod secured_postgres;
 mod secured_valkey;
 mod sessions;
 mod settings;

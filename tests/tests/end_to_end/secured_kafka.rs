@@ -6,21 +6,24 @@ use std::path::PathBuf;
 use testbed::kafka::Kafka;
 use testbed::testing::free_port;
 use tests::certificates::Authority;
-use tests::services::USER_EVENTS;
+use tests::services::{CACHE_PROFILES, USER_EVENTS};
 use tests::system::Own;
+use tests::tap::Tap;
 use tests::{System, eventually, eventually_eq};
-use topology::USER;
+use topology::{CACHE, USER};
 
 const NAME: &str = "waybill";
 const PASSWORD: &str = "correct horse";
 
-/// A broker with two listeners for services: one with a valid certificate for `localhost`, and one
-/// whose certificate has expired.
+/// A broker with three listeners for services: one with a valid certificate for `localhost`, one
+/// whose certificate has expired, and one that asks for a client certificate instead of a login.
 struct Secured {
     system: System,
     kafka: Own<Kafka>,
     brokers: String,
     expired: String,
+    mutual: String,
+    signs: Authority,
     authority: PathBuf,
 }
 
@@ -32,7 +35,8 @@ impl Secured {
         let [valid, expired] = ["valid.pem", "expired.pem"].map(|file| folder.join(file));
         authority.certificate("localhost").write(&valid);
         authority.expired_certificate("localhost").write(&expired);
-        let [secure, outdated, plain, controller] = [(); 4].map(|()| free_port());
+        let authority_file = authority.write(folder.join("authority.pem"));
+        let [secure, outdated, mutual, plain, controller] = [(); 5].map(|()| free_port());
         let listener = |name: &str, keystore: &PathBuf| {
             format!(
                 "listener.name.{name}.sasl.enabled.mechanisms=SCRAM-SHA-512
@@ -44,21 +48,28 @@ listener.name.{name}.ssl.keystore.location={}",
         };
         let settings = format!(
             "listeners=PLAINTEXT://127.0.0.1:{plain},SECURE://127.0.0.1:{secure},OUTDATED://127.0.0.1:{outdated},\
-             CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SECURE://localhost:{secure},OUTDATED://localhost:{outdated}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,OUTDATED:SASL_SSL,CONTROLLER:PLAINTEXT
+             MUTUAL://127.0.0.1:{mutual},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{plain},SECURE://localhost:{secure},OUTDATED://localhost:{outdated},\
+             MUTUAL://localhost:{mutual}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,OUTDATED:SASL_SSL,MUTUAL:SSL,CONTROLLER:PLAINTEXT
+listener.name.mutual.ssl.keystore.type=PEM
+listener.name.mutual.ssl.keystore.location={}
+listener.name.mutual.ssl.truststore.type=PEM
+listener.name.mutual.ssl.truststore.location={}
+listener.name.mutual.ssl.client.auth=required
 inter.broker.listener.name=PLAINTEXT
 controller.quorum.voters=1@127.0.0.1:{controller}
 sasl.enabled.mechanisms=SCRAM-SHA-512
 {}
 {}",
+            valid.display(),
+            authority_file.display(),
             listener("secure", &valid),
             listener("outdated", &expired)
         );
         let kafka = system.own_kafka_on(plain, &settings).await;
-        let authority = authority.write(folder.join("authority.pem"));
-        let [brokers, expired] = [secure, outdated].map(|port| format!("localhost:{port}"));
-        Self { system, kafka, brokers, expired, authority }
+        let [brokers, expired, mutual] = [secure, outdated, mutual].map(|port| format!("localhost:{port}"));
+        Self { system, kafka, brokers, expired, mutual, signs: authority, authority: authority_file }
     }
 
     /// Lets the user log in with this password.
@@ -86,6 +97,24 @@ sasl.enabled.mechanisms=SCRAM-SHA-512
         self.system.processes.spawn_with(USER, &settings);
     }
 
+    /// Starts the user service without a login and with this client certificate. It takes the
+    /// listener that asks for one.
+    fn spawn_with_certificate(&mut self, certificate: Option<&(PathBuf, PathBuf)>) {
+        let mutual = self.mutual.clone();
+        let mut settings = vec![
+            ("KAFKA_BROKERS", &*mutual),
+            ("KAFKA_SECURITY_PROTOCOL", "ssl"),
+            ("KAFKA_SASL_MECHANISM", ""),
+            ("KAFKA_USER", ""),
+            ("KAFKA_PASSWORD", ""),
+        ];
+        if let Some((certificate, key)) = certificate {
+            settings.push(("KAFKA_CERTIFICATE_FILE", certificate.to_str().unwrap()));
+            settings.push(("KAFKA_KEY_FILE", key.to_str().unwrap()));
+        }
+        self.spawn(&settings);
+    }
+
     /// Waits until `/status` gives a reason for `kafka` that contains this text.
     async fn until_reason(&self, text: &str) {
         eventually(&format!("/status says {text:?} about kafka"), async || {
@@ -103,8 +132,8 @@ sasl.enabled.mechanisms=SCRAM-SHA-512
     }
 }
 
-/// The user does not exist in Kafka yet, so the login is refused. The service says so, keeps running,
-/// and continues without a restart when the user exists.
+/// T61: the user does not exist in Kafka yet, so the login is refused. The service says so, keeps
+/// running, and continues without a restart when the user exists.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_whose_login_is_refused_says_so_and_continues_when_it_is_accepted() {
     let mut secured = Secured::start().await;
@@ -116,7 +145,7 @@ async fn a_service_whose_login_is_refused_says_so_and_continues_when_it_is_accep
     secured.assert_events_are_published().await;
 }
 
-/// Each fault of a certificate has a reason of its own in `/status`.
+/// T61: each fault of a certificate has a reason of its own in `/status`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_says_what_is_wrong_with_the_certificate_of_a_broker() {
     let mut secured = Secured::start().await;
@@ -141,6 +170,61 @@ async fn a_service_says_what_is_wrong_with_the_certificate_of_a_broker() {
     }
 }
 
+/// T61: a service logs in with a certificate. Without one, or with one of an unknown authority,
+/// `/status` says what to check.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_proves_itself_to_kafka_with_a_certificate() {
+    let mut secured = Secured::start().await;
+    let write = |authority: &Authority, name: &str| {
+        let file = |end: &str| secured.system.processes.file(&format!("{name}{end}"));
+        authority.certificate("waybill").write_apart(file(".pem"), file("-key.pem"))
+    };
+    let known = write(&secured.signs, "known");
+    let unknown = write(&Authority::create(), "unknown");
+    for certificate in [None, Some(&unknown)] {
+        secured.spawn_with_certificate(certificate);
+        secured.until_reason("check KAFKA_CERTIFICATE_FILE and KAFKA_KEY_FILE").await;
+        assert!(!secured.system.processes.has_ended(USER), "a refused certificate must not end the process");
+        secured.system.processes.stop(USER).await;
+    }
+    secured.spawn_with_certificate(Some(&known));
+    secured.system.processes.until_ready(&[USER]).await;
+    secured.assert_events_are_published().await;
+}
+
+/// The rack is in the requests for records, so that a broker can name a replica in the same zone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_names_its_rack() {
+    const RACK: &str = "zone-of-the-test";
+    let mut system = System::empty().await;
+    let (_kafka, proxy) = system.own_kafka().await;
+    let tap = Tap::before(proxy.target()).await;
+    proxy.redirect(tap.address());
+    system.processes.start(&[USER]).await;
+    let address = proxy.address();
+    system.processes.start_with(CACHE, &[("KAFKA_BROKERS", &*address), ("KAFKA_CLIENT_RACK", RACK)]).await;
+    eventually("the rack is sent", async || tap.has_seen(RACK).then_some(())).await;
+}
+
+/// Static members keep their partitions when they restart, and the other members notice nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_a_static_member_causes_no_rebalance() {
+    let mut system = System::empty().await;
+    system.processes.start(&[USER]).await;
+    system.processes.start_with(CACHE, &[("KAFKA_GROUP_INSTANCE_ID", "one")]).await;
+    let mut other = system.processes.spawn_another_with(CACHE, &[("KAFKA_GROUP_INSTANCE_ID", "two")]);
+    other.until_ready().await;
+    let members = async || system.kafka.members(CACHE_PROFILES);
+    let both =
+        |members: &[String]| members.len() == 2 && members[0].starts_with("one-0") && members[1].starts_with("two-0");
+    eventually("two static members", async || both(&members().await).then_some(())).await;
+    let before = system.processes.rebalances(CACHE);
+    other.kill();
+    let mut other = system.processes.spawn_another_with(CACHE, &[("KAFKA_GROUP_INSTANCE_ID", "two")]);
+    other.until_ready().await;
+    assert_eq!(system.processes.rebalances(CACHE), before, "rebalances of the member that kept running");
+}
+
 /// librdkafka reads a password only when a client is created. When its file changes, the process
 /// ends with an error that says so, and the next one uses the new password.
 #[tokio::test(flavor = "multi_thread")]
@@ -163,8 +247,8 @@ async fn a_changed_password_file_ends_the_process_with_an_error() {
     secured.assert_events_are_published().await;
 }
 
-/// A service does not start with settings of Kafka that contradict each other or that librdkafka does
-/// not know. The error names the setting.
+/// A service does not start with settings of Kafka that contradict each other or that librdkafka
+/// does not know. The error names the setting.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_settings_of_kafka_are_errors_at_the_start() {
     let mut system = System::empty().await;

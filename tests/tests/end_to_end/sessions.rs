@@ -35,6 +35,13 @@ async fn requests_succeed_again_when_new_sessions_are_writable() {
     ] {
         sqlx::raw_sql(statement).execute(&mut superuser).await.unwrap();
     }
+    // Postgres signals all sessions at once.
+    eventually("the open sessions are read-only", async || {
+        let read_only: String =
+            sqlx::query_scalar("show default_transaction_read_only").fetch_one(&mut superuser).await.unwrap();
+        (read_only == "on").then_some(())
+    })
+    .await;
     within(SOON, "a registration succeeds", async || register(&system).await).await;
     let statuses = register_at_once(&system, None).await;
     assert_eq!(statuses, [StatusCode::CREATED; CONCURRENT], "after the first success");
@@ -68,7 +75,7 @@ async fn a_session_that_lost_its_prepared_statements_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_whose_plans_are_invalid_is_replaced() {
     let url = testing::empty_database(USER).await.owner_url;
-    let db = database::pool(url.parse().unwrap());
+    let db = database::pool(database::options(&url).unwrap());
     sqlx::raw_sql("create table changed (one int)").execute(&db).await.unwrap();
     // On the same session each time: the pool would open a second one while the first is returned.
     let read = async || {

@@ -1,5 +1,7 @@
 //! Settings that a service refuses, and secrets, which it never shows.
 
+use std::collections::BTreeSet;
+
 use tests::System;
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 
@@ -142,4 +144,32 @@ async fn a_secret_comes_from_its_variable_or_from_a_file() {
     system.processes.set("USER_DATABASE_URL_FILE", "/nowhere/secret");
     let error = refused(&system, USER, &[]).await;
     assert!(error.contains("USER_DATABASE_URL_FILE") && error.contains("/nowhere/secret"), "{error}");
+}
+
+/// The variables that the harness sets for every process.
+const OF_THE_HARNESS: [&str; 3] = ["HTTP_ADDR", "ADMIN_ADDR", "DRAIN_MS"];
+
+/// Docker Compose passes a variable without a value (`${KAFKA_CA_FILE:-}`) as the empty text. It means
+/// "not set", for every setting of every service.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_variable_is_not_set() {
+    let mut system = System::empty().await;
+    for service in SERVICES {
+        let help = system.processes.run(service, &["--help"]).await.unwrap();
+        let names = help.split("[env: ").skip(1).map(|rest| rest.split(['=', ']']).next().unwrap().to_owned());
+        let names: BTreeSet<String> = names.collect();
+        for known in ["KAFKA_CA_FILE", "KAFKA_PROPERTY", "RUST_LOG", "OTEL_EXPORTER_OTLP_ENDPOINT", "SHUTDOWN_MS"] {
+            assert!(names.contains(known), "{known} is not in the help of {}: {help}", service.name);
+        }
+        let empty = names.iter().map(String::as_str).filter(|name| !OF_THE_HARNESS.contains(name));
+        let empty: Vec<(&str, &str)> =
+            empty.filter(|name| !system.processes.is_set(name)).map(|name| (name, "")).collect();
+        system.processes.spawn_with(service, &empty);
+    }
+    system.processes.until_ready(&SERVICES).await;
+    let user = system.users.register().await;
+    system.until_applied(&[user]).await;
+    system.processes.set("KAFKA_CA_FILE", "");
+    let help = system.processes.run(USER, &["--help"]).await.unwrap();
+    assert!(help.contains("[env: KAFKA_CA_FILE"), "{help}");
 }

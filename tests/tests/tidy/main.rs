@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
+mod compose;
 mod declared;
 mod imports;
 mod problems;
@@ -121,6 +122,16 @@ fn members_take_versions_and_lints_from_the_workspace() {
             assert!(!own, "{path}: this version belongs into the root manifest: {line}");
         }
     }
+}
+
+/// rustls takes its cryptography from one crate. With two of them in a program it panics at the first
+/// handshake.
+#[test]
+fn rustls_has_one_provider_of_cryptography() {
+    let lock = read("Cargo.lock");
+    let has = |name: &str| lock.contains(&format!("name = \"{name}\"\n"));
+    assert!(has("ring") && has("rustls"), "the names were not found: the rule checks nothing");
+    assert!(!has("aws-lc-rs"), "a dependency enables aws-lc-rs: choose its feature for ring");
 }
 
 /// Kafka's metrics cannot tell `_` from `.`.

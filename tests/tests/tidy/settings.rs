@@ -61,6 +61,16 @@ fn no_secret_has_a_flag() {
     }
 }
 
+/// An empty variable counts as unset, for every setting of every service.
+#[test]
+fn every_service_reads_its_settings_in_the_same_way() {
+    for service in topology::SERVICES {
+        let main = read(&format!("services/{}/src/main.rs", service.name));
+        let parses = main.contains("= settings::parse();") && !main.contains("Cli::parse()");
+        assert!(parses, "services/{}/src/main.rs does not use `settings::parse`", service.name);
+    }
+}
+
 /// The supervisor of the containers waits longer than a service takes to stop.
 #[test]
 fn the_grace_period_of_the_compose_file_is_longer_than_a_stop_takes() {

@@ -38,6 +38,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// `kill -9` its child processes exit a moment later, and no other server starts before that.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
 const PREDECESSOR_POLL: Duration = Duration::from_millis(200);
+/// How long a server may take to read changed files.
+const RELOAD_LIMIT: Duration = Duration::from_secs(10);
 /// Tests run many services against one server, each with a pool of connections.
 const MAX_CONNECTIONS: &str = "max_connections=300";
 
@@ -48,6 +50,15 @@ pub enum Durability {
     Disk,
     /// Only a `kill -9` of the server: `fsync` is off, which is faster.
     Process,
+}
+
+/// The certificate of a server, in PEM format.
+#[derive(Clone, Copy)]
+pub struct Tls<'a> {
+    pub certificate: &'a str,
+    pub key: &'a str,
+    /// The authority that signs the certificates of clients.
+    pub client_authority: &'a str,
 }
 
 pub struct Postgres {
@@ -107,6 +118,55 @@ impl Postgres {
         sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await?;
         sqlx::raw_sql("select pg_reload_conf()").execute(&mut connection).await?;
         Ok(connection.close().await?)
+    }
+
+    /// From now on the server offers TLS with this certificate to new sessions, or no TLS.
+    pub async fn set_tls(&self, tls: Option<Tls<'_>>) -> Result<()> {
+        if let Some(Tls { certificate, key, client_authority }) = tls {
+            self.write("server.crt", certificate)?;
+            self.write("server.key", key)?;
+            self.write("clients.crt", client_authority)?;
+        }
+        let ssl = if tls.is_some() { "on" } else { "off" };
+        self.alter(&[&format!("ssl = {ssl}"), "ssl_ca_file = 'clients.crt'"]).await
+    }
+
+    /// From now on new sessions are accepted by these lines of pg_hba.conf. The superuser may always
+    /// connect.
+    pub async fn set_rules(&self, rules: &str) -> Result<()> {
+        self.write("pg_hba.conf", &format!("host all postgres 127.0.0.1/32 scram-sha-256\n{rules}\n"))?;
+        self.alter(&[]).await
+    }
+
+    /// Changes settings and waits until new sessions have them.
+    async fn alter(&self, settings: &[&str]) -> Result<()> {
+        let mut connection = PgConnection::connect(&self.url()).await.context("cannot connect to Postgres")?;
+        for setting in settings {
+            sqlx::raw_sql(AssertSqlSafe(format!("alter system set {setting}"))).execute(&mut connection).await?;
+        }
+        let before: String = sqlx::query_scalar("select pg_conf_load_time()::text").fetch_one(&mut connection).await?;
+        sqlx::raw_sql("select pg_reload_conf()").execute(&mut connection).await?;
+        connection.close().await?;
+        let deadline = Instant::now() + RELOAD_LIMIT;
+        loop {
+            let mut connection = PgConnection::connect(&self.url()).await.context("cannot connect to Postgres")?;
+            let loaded: String =
+                sqlx::query_scalar("select pg_conf_load_time()::text").fetch_one(&mut connection).await?;
+            connection.close().await?;
+            if loaded != before {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "Postgres does not read its changed files");
+            sleep(PREDECESSOR_POLL).await;
+        }
+    }
+
+    /// Writes a file that only the server may read.
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let file = self.folder.join("data").join(name);
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+        give_to_server(&file)
     }
 
     /// A fast shutdown: the server disconnects its clients and rolls open transactions back.
@@ -211,13 +271,28 @@ async fn create_services(superuser_url: &str) -> Result<()> {
 fn program(fetched: &Fetched, name: &str, folder: &Path) -> Result<Command> {
     let mut command = process::command(fetched.postgres.join("bin").join(name));
     command.current_dir(folder);
-    if geteuid().is_root() {
-        let nobody = User::from_name("nobody")?
-            .context("Postgres does not run as root and there is no user `nobody`: run this as another user")?;
-        chown(folder, Some(nobody.uid.as_raw()), Some(nobody.gid.as_raw()))?;
+    if let Some(nobody) = substitute()? {
+        give_to_server(folder)?;
         command.uid(nobody.uid.as_raw()).gid(nobody.gid.as_raw());
     }
     Ok(command)
+}
+
+/// The user as whom the server runs, if this process is root.
+pub fn substitute() -> Result<Option<User>> {
+    if !geteuid().is_root() {
+        return Ok(None);
+    }
+    let nobody = User::from_name("nobody")?
+        .context("Postgres does not run as root and there is no user `nobody`: run this as another user")?;
+    Ok(Some(nobody))
+}
+
+fn give_to_server(path: &Path) -> Result<()> {
+    if let Some(nobody) = substitute()? {
+        chown(path, Some(nobody.uid.as_raw()), Some(nobody.gid.as_raw()))?;
+    }
+    Ok(())
 }
 
 async fn initialise(fetched: &Fetched, folder: &Path, logs: &Logs) -> Result<()> {

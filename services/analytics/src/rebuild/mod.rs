@@ -26,7 +26,7 @@ use shared::messaging::KafkaConfig;
 use shared::platform::database;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, PgConnection};
+use sqlx::{Connection, PgConnection};
 
 use options::print_line;
 use replays::Replays;
@@ -52,14 +52,13 @@ pub async fn run(
     migrations: &Migrator,
     options: &Rebuild,
 ) -> anyhow::Result<()> {
-    let server: PgConnectOptions =
-        database_url.parse().context("the database URL is not postgres://user:password@host:port/name")?;
+    let server = database::options(database_url)?;
     let mut live = lock(&server).await?;
     let schema = create_schema(&mut live, &server, migrations).await?;
     print_line(&format!("rebuilding in the schema {schema}"));
     fault::point("rebuild.created");
 
-    let rebuilt = database::pool(server.clone().options([("search_path", &schema)]));
+    let rebuilt = database::pool_with(server.clone(), &[("search_path", &schema)]);
     let mut replays = Replays::new(kafka, rebuilt)?;
     replays.require_history(options)?;
     let mut compared = false;
@@ -128,7 +127,7 @@ async fn create_schema(
     let schema = format!("rebuild_{}", mint_id().simple());
     execute(live, format!("create schema {schema}")).await.context("cannot create the schema of the rebuild")?;
     let limits = [MIGRATION_LIMITS, ("search_path", &schema)];
-    let mut connection = server.clone().options(limits).connect().await?;
+    let mut connection = database::session(server, "rebuild migrations", &limits).await?;
     migrations.run(&mut connection).await.context("cannot create the tables of the rebuild")?;
     connection.close().await?;
     Ok(schema)

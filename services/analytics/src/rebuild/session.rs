@@ -1,8 +1,8 @@
 //! The sessions of the rebuild that touch the live model.
 
-use anyhow::Context;
+use shared::platform::database;
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection};
+use sqlx::{AssertSqlSafe, PgConnection};
 
 /// Limits of the session that holds the lock and swaps. If the rebuild freezes during the swap,
 /// Postgres closes its session after 5 s; at any other point, after a minute.
@@ -21,7 +21,7 @@ pub const LOCK_LIVE: &str = "lock table _sqlx_migrations, inbox in share row exc
 
 /// Opens a session with the limits above.
 pub async fn connect(server: &PgConnectOptions) -> anyhow::Result<PgConnection> {
-    server.clone().options(SESSION_LIMITS).connect().await.context("cannot connect to the database")
+    database::session(server, "rebuild", &SESSION_LIMITS).await
 }
 
 /// Whether the cause is another session's lock: a lock time-out or a deadlock.

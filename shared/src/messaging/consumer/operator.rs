@@ -8,12 +8,12 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use axum::extract::State;
 use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router, routing};
+use axum::{Extension, Json, Router, routing};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -21,8 +21,10 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::messaging::record::Coordinates;
+use crate::platform::admin::{AdminToken, Operator, is_token};
 use crate::platform::health;
 use crate::platform::problem::{IntoProblem, Kind, problem};
+use crate::platform::secret::{OptionalSecret, Secret};
 
 const INVALID_DEAD_LETTER: Kind = Kind::new("invalid-dead-letter", StatusCode::BAD_REQUEST);
 const RECORD_NOT_BLOCKED: Kind = Kind::new("record-not-blocked", StatusCode::NOT_FOUND);
@@ -41,6 +43,8 @@ pub struct DeadLetterRecord {
     /// Why, for the reader of the dead letter. Name no person in it: it is kept with the letter.
     #[arg(long, value_parser = reason)]
     pub reason: String,
+    #[command(flatten)]
+    token: OptionalSecret<AdminToken>,
 }
 
 fn reason(text: &str) -> Result<String, String> {
@@ -55,12 +59,20 @@ fn reason(text: &str) -> Result<String, String> {
 /// result.
 ///
 /// # Errors
-/// The service does not answer, no consumer of it waits at this record, or Kafka does not accept
+/// ADMIN_TOKEN is malformed, the service does not answer or does not accept it, no consumer of it waits at this record, or Kafka does not accept
 /// the letter.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn dead_letter(admin_addr: SocketAddr, options: &DeadLetterRecord) -> anyhow::Result<()> {
     let body = json!({ "coordinates": options.coordinates.to_string(), "reason": options.reason });
-    let (status, body) = health::ask(admin_addr, "POST", "/dead-letters", Some(&body), ANSWER_TIMEOUT * 2).await?;
+    let authorization = match options.token.get().map(Secret::expose) {
+        None => String::new(),
+        Some(token) => {
+            ensure!(is_token(token), "ADMIN_TOKEN is not a token: it has 32 to 512 visible ASCII characters");
+            format!("authorization: Bearer {token}\r\n")
+        }
+    };
+    let answer = health::ask(admin_addr, "POST", "/dead-letters", &authorization, Some(&body), ANSWER_TIMEOUT * 2);
+    let (status, body) = answer.await?;
     if status != StatusCode::OK.as_u16() {
         bail!("the service answered {status}: {body}");
     }
@@ -156,6 +168,7 @@ struct DeadLettered {
 
 async fn decide(
     State(records): State<BlockedRecords>,
+    Extension(Operator(operator)): Extension<Operator>,
     request: Result<Json<Request>, JsonRejection>,
 ) -> Result<Json<DeadLettered>, Response> {
     let Json(request) = request.map_err(|rejection| rejection.into_problem().into_response())?;
@@ -170,6 +183,7 @@ async fn decide(
         );
         return Err(refuse(RECORD_NOT_BLOCKED, detail));
     }
+    tracing::info!(operator, %coordinates, "an operator dead-letters a record");
     let mut groups = vec![];
     for (group, answer) in waiting {
         let failed = match timeout(ANSWER_TIMEOUT, answer).await {

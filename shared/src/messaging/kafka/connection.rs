@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{KafkaConfig, create_with};
 use crate::platform::health::Health;
-use crate::platform::tls;
+use crate::platform::tls::{self, HandshakeFault};
 
 /// The component in `/status`.
 const COMPONENT: &str = "kafka";
@@ -100,26 +100,40 @@ fn why(kafka: &KafkaConfig, code: Option<RDKafkaErrorCode>) -> String {
         Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed) => {
             "Kafka to accept the login: check KAFKA_USER, KAFKA_PASSWORD and KAFKA_SASL_MECHANISM".to_owned()
         }
-        Some(RDKafkaErrorCode::SSL) => {
-            let cause = certificate_fault(kafka).unwrap_or_else(|| "the TLS handshake fails".to_owned());
-            format!("a broker with a valid certificate: {cause}; check KAFKA_CA_FILE and KAFKA_BROKERS")
-        }
         Some(RDKafkaErrorCode::Resolve) => "the host names in KAFKA_BROKERS to be resolved".to_owned(),
-        _ => "a broker to answer: check KAFKA_BROKERS, and whether KAFKA_SECURITY_PROTOCOL fits the port".to_owned(),
+        // A broker that refuses our certificate only closes the connection.
+        code => match certificate_fault(kafka) {
+            Some(HandshakeFault::Refused(cause)) => {
+                format!("a broker to accept our certificate: {cause}; check KAFKA_CERTIFICATE_FILE and KAFKA_KEY_FILE")
+            }
+            Some(fault) => {
+                format!("a broker with a valid certificate: {}; check KAFKA_CA_FILE and KAFKA_BROKERS", fault.text())
+            }
+            None if code == Some(RDKafkaErrorCode::SSL) => {
+                "a broker with a valid certificate: the TLS handshake fails; check KAFKA_CA_FILE and KAFKA_BROKERS"
+                    .to_owned()
+            }
+            None => {
+                "a broker to answer: check KAFKA_BROKERS, and whether KAFKA_SECURITY_PROTOCOL fits the port".to_owned()
+            }
+        },
     }
 }
 
-/// What is wrong with the certificate of the first broker. librdkafka reports every fault with the
-/// same text, so this makes a handshake of its own.
-fn certificate_fault(kafka: &KafkaConfig) -> Option<String> {
+/// What is wrong with the certificate of the first broker, or with ours. librdkafka reports every
+/// fault with the same text, so this makes a handshake of its own.
+fn certificate_fault(kafka: &KafkaConfig) -> Option<HandshakeFault> {
     if !kafka.security.has_tls() {
         return None;
     }
-    let ca_file = kafka.security.kafka_ca_file.as_deref();
+    let client = match kafka.security.tls_client() {
+        Ok(client) => client,
+        Err(error) => return Some(HandshakeFault::Other(format!("{error:#}"))),
+    };
     let broker = kafka.kafka_brokers.split(',').next()?.trim();
     let (host, port) = broker.rsplit_once(':')?;
     let port = port.parse().ok()?;
-    let handshake = tls::handshake_fault("KAFKA_CA_FILE", ca_file, host.trim_matches(['[', ']']), port);
+    let handshake = tls::handshake_fault(client, host.trim_matches(['[', ']']), port);
     tokio::runtime::Handle::current().block_on(handshake)
 }
 

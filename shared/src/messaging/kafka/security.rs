@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use rdkafka::ClientConfig;
+use tokio_rustls::rustls::ClientConfig as TlsClient;
 
 use crate::platform::secret::{OptionalSecret, SecretSetting};
+use crate::platform::tls;
 
 /// The values have the names of Kafka's own documentation.
 #[derive(Args, Clone, Debug)]
@@ -28,7 +30,7 @@ pub(super) struct SecurityConfig {
     /// A file with the certificates of the authorities that may sign the brokers' certificates, in
     /// PEM format. Default: those of the operating system.
     #[arg(long, env)]
-    pub(super) kafka_ca_file: Option<PathBuf>,
+    kafka_ca_file: Option<PathBuf>,
     /// A file with the certificate of this service, in PEM format, if the brokers ask for one.
     #[arg(long, env)]
     kafka_certificate_file: Option<PathBuf>,
@@ -129,6 +131,13 @@ impl SecurityConfig {
 
     pub fn has_tls(&self) -> bool {
         self.kafka_security_protocol.has_tls()
+    }
+
+    /// A client with the same files, to find out why librdkafka cannot connect.
+    pub fn tls_client(&self) -> anyhow::Result<TlsClient> {
+        let identity = self.kafka_certificate_file.as_deref().zip(self.kafka_key_file.as_deref());
+        let identity = identity.map(|(one, other)| (("KAFKA_CERTIFICATE_FILE", one), ("KAFKA_KEY_FILE", other)));
+        tls::client_with("KAFKA_CA_FILE", self.kafka_ca_file.as_deref(), identity)
     }
 
     /// The files that librdkafka reads when a client is created, with the names of their settings.

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use sqlx::PgConnection;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
-use sqlx::{ConnectOptions, PgConnection};
 use tokio::sync::Notify;
 use tokio::time::{Duration, Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::rows;
-use crate::platform::database::bounded;
+use crate::platform::database::{bounded, session};
 use crate::platform::metrics::Metrics;
 
 /// How often a follower tries to take the lock.
@@ -97,8 +97,9 @@ impl Election<'_> {
     /// on this connection and never within a request's transaction: `NOTIFY` there would serialise
     /// all commits. Calls `waiting` when another relay leads. `None`: the process stops.
     pub async fn win(&self, waiting: impl Fn()) -> anyhow::Result<Option<(PgConnection, Names)>> {
-        let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
-        let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
+        // Checked in each term: a pooler that was switched to transaction mode would hand out the lock
+        // more than once.
+        let mut db = session(self.database, "relay", &SESSION_LIMITS).await?;
         let names = Names::of(&mut db, self.outbox).await.context("cannot read the name of the database")?;
         let mut measured_at: Option<Instant> = None;
         while !self.stop.is_cancelled() {

@@ -5,10 +5,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, bail};
+use sqlx::PgConnection;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, PgConnection};
 use tokio::time::{Duration, sleep};
+
+use super::connect::{options, session};
 
 /// The session that migrates. Statements have no time limit, because a migration may take long. A
 /// frozen process must keep neither the locks of its transaction nor the lock of the migrator.
@@ -34,7 +36,7 @@ pub(super) enum Schema {
 /// The subcommand `migrate`. Waits until the database answers and until each lock is free.
 ///
 /// # Errors
-/// The URL is malformed, the server rejects the login, or a migration fails.
+/// The URL is malformed, Postgres and this process do not accept each other, or a migration fails.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn migrate(url: &str, migrations: &Migrator) -> anyhow::Result<()> {
     let options = options(url)?;
@@ -50,7 +52,7 @@ pub async fn migrate(url: &str, migrations: &Migrator) -> anyhow::Result<()> {
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 async fn migrate_once(options: &PgConnectOptions, migrations: &Migrator) -> anyhow::Result<()> {
     let outcome = async {
-        let mut db = connect(options).await?;
+        let mut db = session(options, "migrator", &SESSION_LIMITS).await?;
         let Difference { missing, .. } = difference(&mut db, migrations).await?;
         apply(&mut db, migrations, &missing).await
     };
@@ -73,7 +75,7 @@ pub(super) fn pause_after(error: &anyhow::Error) -> Option<Duration> {
 
 /// Looks at the database, and migrates it if this role may.
 pub(super) async fn prepare(options: &PgConnectOptions, migrations: &Migrator) -> anyhow::Result<Schema> {
-    let mut db = connect(options).await?;
+    let mut db = session(options, "migrator", &SESSION_LIMITS).await?;
     let Difference { missing, newer } = difference(&mut db, migrations).await?;
     if missing.is_empty() {
         if !newer.is_empty() {
@@ -93,15 +95,6 @@ pub(super) async fn prepare(options: &PgConnectOptions, migrations: &Migrator) -
     }
     apply(&mut db, migrations, &missing).await?;
     Ok(Schema::Current)
-}
-
-pub(super) fn options(url: &str) -> anyhow::Result<PgConnectOptions> {
-    url.parse().context("the database URL is not postgres://user:password@host:port/name")
-}
-
-async fn connect(options: &PgConnectOptions) -> anyhow::Result<PgConnection> {
-    let options = options.clone().application_name("migrator").options(SESSION_LIMITS);
-    options.connect().await.context("cannot connect to the database")
 }
 
 /// How the database differs from this release.

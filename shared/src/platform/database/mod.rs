@@ -1,11 +1,17 @@
 //! The connection pool. Its time-outs keep a frozen process from blocking the process that takes
 //! over its work.
 
+mod connect;
+mod faults;
 mod migrations;
+mod pooler;
 mod sessions;
 
+pub use connect::{options, session};
 pub use migrations::migrate;
 pub use sessions::report;
+
+use std::sync::Arc;
 
 use anyhow::ensure;
 use sqlx::migrate::Migrator;
@@ -15,6 +21,7 @@ use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::health::Health;
+use faults::{Refused, refusal};
 use migrations::Schema;
 
 /// Set on every pooled session, so that Postgres ends the transactions and locks of a frozen
@@ -43,7 +50,7 @@ pub(crate) async fn connect(
     health: &Health,
     stop: &CancellationToken,
 ) -> anyhow::Result<PgPool> {
-    let options = migrations::options(url)?;
+    let options = options(url)?;
     health.waiting(COMPONENT, "the database to answer");
     let mut logged = String::new();
     // Postgres rolls back a migration that is cancelled.
@@ -51,6 +58,7 @@ pub(crate) async fn connect(
         let (reason, pause) = match prepared {
             Ok(Schema::Current) => break,
             Ok(Schema::Behind(reason)) => (reason, RETRY_INTERVAL),
+            Err(error) if error.is::<Refused>() => (error.to_string(), RETRY_INTERVAL),
             Err(error) => match migrations::pause_after(&error) {
                 Some(pause) => (format!("{error:#}"), pause),
                 None => return Err(error.context("cannot prepare the database")),
@@ -68,12 +76,33 @@ pub(crate) async fn connect(
     Ok(pool(options))
 }
 
+/// A pool for a subcommand.
+///
+/// # Errors
+/// The URL is malformed, or Postgres and this process do not accept each other. While the database is
+/// down, the pool waits for it.
+pub async fn open(url: &str) -> anyhow::Result<PgPool> {
+    let options = options(url)?;
+    match session(&options, "check", &[]).await {
+        Err(error) if error.is::<Refused>() => Err(error.context("cannot connect to the database, waiting for")),
+        _ => Ok(pool(options)),
+    }
+}
+
 /// A pool whose sessions have the limits above. It connects on first use.
 pub fn pool(options: PgConnectOptions) -> PgPool {
+    pool_with(options, &[])
+}
+
+/// As [`pool`]. Its sessions have further settings.
+pub fn pool_with(options: PgConnectOptions, settings: &[(&str, &str)]) -> PgPool {
+    let all = [&SESSION_LIMITS[..], settings].concat();
+    let statement: Arc<str> = connect::settings_statement(&all).into();
     PgPoolOptions::new()
         .max_connections(POOL_SIZE)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
+        .after_connect(move |connection, _| Box::pin(connect::apply(connection, statement.to_string())))
         .before_acquire(|connection, meta| {
             Box::pin(async move {
                 if !sessions::is_trusted(meta.age) {
@@ -88,7 +117,7 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
         // By default the pool pings a returned connection without a time-out. A dead connection
         // would keep its slot permanently, and ten of them would exhaust the pool.
         .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
-        .connect_lazy_with(options.options(SESSION_LIMITS))
+        .connect_lazy_with(options)
 }
 
 async fn ping(connection: &mut PgConnection) -> sqlx::Result<()> {
@@ -132,7 +161,10 @@ pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
                 health.report(COMPONENT, "the database to be writable");
                 sessions::doubt();
             }
-            Err(_) => health.waiting(COMPONENT, "the database to answer"),
+            Err(error) => {
+                let reason = refusal(&error).unwrap_or_else(|| "the database to answer".to_owned());
+                health.waiting(COMPONENT, reason);
+            }
         }
         sleep(Duration::from_secs(1)).await;
     }

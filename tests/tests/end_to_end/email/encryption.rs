@@ -57,7 +57,7 @@ async fn a_wrong_password_fails_no_mail() {
     assert!(until_not_sent(&system, id).await.contains("reply 535 5.7.8 to AUTH"), "the log must name the reply");
 }
 
-/// A certificate of an unknown authority or for another host is not accepted, and no mail is sent
+/// A certificate of an unknown authority, for another host, or that has expired is not accepted, and no mail is sent
 /// without encryption to a server that offers none.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_mail_is_sent_to_a_server_that_cannot_prove_its_name() {
@@ -82,6 +82,15 @@ async fn no_mail_is_sent_to_a_server_that_cannot_prove_its_name() {
     let id = system.users.register().await;
     let log = until_not_sent(&system, id).await;
     assert!(log.contains("invalid peer certificate"), "{log}");
+
+    let expired = Front { implicit: true, login: None, name: "localhost" }.start_expired(system.mail.address()).await;
+    let [host, port, authority] = expired.settings(system.processes.folder());
+    let settings = [(host.0, &*host.1), (port.0, &*port.1), (authority.0, &*authority.1), ("SMTP_TLS", "implicit")];
+    system.processes.start_with(EMAIL, &settings).await;
+    let id = system.users.register().await;
+    let log = until_not_sent(&system, id).await;
+    assert!(log.contains("certificate expired"), "{log}");
+    assert_eq!(system.mail.all(), []);
 
     // The mail server itself has no STARTTLS.
     let system = System::start_mailing(&[("SMTP_TLS", "starttls")]).await;

@@ -137,6 +137,11 @@ impl Process {
         self.signal(Signal::SIGUSR1);
     }
 
+    /// Sends SIGHUP: most servers read their settings again.
+    pub fn signal_reload(&mut self) {
+        self.signal(Signal::SIGHUP);
+    }
+
     /// Sends SIGCONT, which ends a `freeze`.
     pub fn thaw(&mut self) {
         self.signal(Signal::SIGCONT);
