@@ -19,6 +19,8 @@ const DELIVERY: Uuid = uuid!("01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02");
 /// these samples are never edited; new ones are added.
 const USER_REF: &str = r#"{"user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01"}"#;
 const PROFILE: &str = r#"{"email":"ada@example.com","display_name":"Ada Lovelace"}"#;
+const OWNED_PROFILE: &str =
+    r#"{"email":"ada@example.com","display_name":"Ada Lovelace","owner":"01a0a3f0-8d7e-8c60-b9f2-2f6d6f0f1a06"}"#;
 const SENT: &str = r#"{"delivery_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02","user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01","template":"welcome"}"#;
 const FAILED: &str = r#"{"delivery_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02","user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01","template":"welcome","smtp_code":550}"#;
 const HEADERS: [(&str, &str); 10] = [
@@ -62,8 +64,12 @@ fn user_events() -> Vec<Sample<UserEvent>> {
 }
 
 fn user_states() -> Vec<Sample<UserState>> {
-    let profile = Profile { email: "ada@example.com".to_owned(), display_name: "Ada Lovelace".to_owned() };
-    vec![("user.state", PROFILE, UserState::Current(profile))]
+    let profile = |owner| {
+        let display_name = "Ada Lovelace".to_owned();
+        UserState::Current(Profile { email: "ada@example.com".to_owned(), display_name, owner })
+    };
+    let owner = uuid!("01a0a3f0-8d7e-8c60-b9f2-2f6d6f0f1a06");
+    vec![("user.state", PROFILE, profile(None)), ("user.state", OWNED_PROFILE, profile(Some(owner)))]
 }
 
 fn email_events() -> Vec<Sample<EmailEvent>> {

@@ -17,6 +17,7 @@ pub mod certificates;
 pub mod checker;
 pub mod clock;
 pub mod http;
+pub mod identity;
 pub mod judge;
 pub mod kafka;
 pub mod load;
@@ -31,6 +32,7 @@ pub mod soak;
 pub mod stores;
 pub mod system;
 pub mod users;
+pub mod web;
 mod waiting;
 
 pub use system::System;

@@ -5,6 +5,7 @@ use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use serde::{Deserialize, Serialize};
+use shared::platform::access::PublicRoutes;
 use shared::platform::problem::{INVALID_QUERY, IntoProblem, Unavailable, problem};
 use sqlx::PgPool;
 use time::format_description::well_known::Rfc3339;
@@ -13,11 +14,12 @@ use time::{OffsetDateTime, UtcOffset};
 /// Buckets per answer: a year of days, or two weeks of hours.
 const BUCKETS_MAX: i32 = 400;
 
-pub fn routes(db: PgPool) -> Router {
-    Router::new()
+pub fn routes(db: PgPool) -> PublicRoutes {
+    let about_all = Router::new()
         .route("/registrations", routing::get(registrations))
         .route("/funnel", routing::get(funnel))
-        .with_state(db)
+        .with_state(db);
+    PublicRoutes::default().for_admins(about_all)
 }
 
 #[derive(Deserialize)]

@@ -10,5 +10,7 @@ pub mod health;
 pub mod database;
 pub mod problem;
 pub mod preconditions;
+mod fetch;
+pub mod access;
 pub mod http;
 pub mod server;

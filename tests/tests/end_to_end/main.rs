@@ -40,6 +40,7 @@ mod secured_valkey;
 mod sessions;
 mod settings;
 mod startup;
+mod tokens;
 mod topics;
 mod tracing;
 mod wrong_clocks;
