@@ -5,6 +5,7 @@
 
 mod analytics_queries;
 mod analytics_rebuild;
+mod audit;
 mod bad_requests;
 mod breaker;
 mod broker_failures;
@@ -28,6 +29,7 @@ mod network_faults;
 mod outages;
 mod outbox;
 mod outcome_counters;
+mod rate_limits;
 mod readme;
 mod rebalancing;
 mod registration;

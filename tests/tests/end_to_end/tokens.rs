@@ -69,7 +69,7 @@ fn invalid_tokens(identities: &Identities) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// T76: tokens that the identity provider did not make for this system, or that it made for another
+/// T81: tokens that the identity provider did not make for this system, or that it made for another
 /// time, are refused with the reason.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_valid_token_of_the_identity_provider_is_accepted() {
@@ -123,7 +123,7 @@ enum Right {
 
 /// Every public route of every service, with who may call it. A new one is added here and to the
 /// requests of [`request`].
-const ROUTES: [(Service, Method, &str, Right); 8] = [
+const ROUTES: [(Service, Method, &str, Right); 9] = [
     (USER, Method::POST, "/users", Right::Anyone),
     (USER, Method::GET, "/users/{id}", Right::Owner),
     (USER, Method::PATCH, "/users/{id}", Right::Owner),
@@ -131,6 +131,7 @@ const ROUTES: [(Service, Method, &str, Right); 8] = [
     (EMAIL, Method::GET, "/users/{id}/emails", Right::Owner),
     (ANALYTICS, Method::GET, "/registrations", Right::Admin),
     (ANALYTICS, Method::GET, "/funnel", Right::Admin),
+    (ANALYTICS, Method::GET, "/audit", Right::Owner),
     (CACHE, Method::GET, "/profiles/{id}", Right::Owner),
 ];
 /// In the table of its own, because it ends the user.
@@ -142,12 +143,13 @@ fn request(users: &Users, (service, method, route, _): &(Service, Method, &str, 
         ("POST", "/users") => users.registration(&address(), None),
         ("PATCH", "/users/{id}") => users.renaming(user, "Countess"),
         ("PUT", "/users/{id}/email") => users.change_of_email(user, &address()),
+        ("GET", "/audit") => users.request(Method::GET, ANALYTICS, &format!("/audit?user_id={user}")),
         ("GET", "/registrations") => users.request(Method::GET, ANALYTICS, "/registrations?bucket=day"),
         _ => users.request(method.clone(), *service, &route.replace("{id}", &user.to_string())),
     }
 }
 
-/// T77: every route, called without a token, by a stranger, by the owner of the user, and by an
+/// T82: every route, called without a token, by a stranger, by the owner of the user, and by an
 /// administrator. A route of the code that the table lacks is an error.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_route_answers_only_its_owner_and_administrators() {
@@ -166,6 +168,11 @@ async fn every_route_answers_only_its_owner_and_administrators() {
     let user = owner.register().await;
     owner.until_cached(user, 1).await;
     owner.until_mailed(user).await;
+    eventually("the audit has the registration", async || {
+        let audit = owner.get(ANALYTICS, &format!("/audit?user_id={user}")).await.ok()?;
+        audit.body["entries"].get(0).map(drop)
+    })
+    .await;
     for route in ROUTES.iter().chain([&ERASURE]) {
         let (_, _, _, right) = route;
         let answers = async |caller: &Users| send_with_retries(|| request(caller, route, user)).await;
@@ -195,7 +202,7 @@ fn named((service, method, route, _): &(Service, Method, &str, Right)) -> String
     format!("{} {method} {route}", service.name)
 }
 
-/// The routes in the sources of the services.
+/// The routes in the sources of the services. Each has its public routes in the file `http.rs`.
 fn routes_in_code() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for service in SERVICES {
@@ -215,7 +222,7 @@ fn routes_in_code() -> BTreeSet<String> {
     found
 }
 
-/// T77: with one `Idempotency-Key` two principals send two requests. Neither gets the answer of the
+/// T82: with one `Idempotency-Key` two principals send two requests. Neither gets the answer of the
 /// other.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_idempotency_key_of_two_principals_is_two_keys() {
@@ -234,7 +241,7 @@ async fn one_idempotency_key_of_two_principals_is_two_keys() {
     assert_eq!(register("first", &mine).await, first, "a repetition");
 }
 
-/// T76, I16: the actor of an event is a keyed hash. The subject of the token is in no record, table,
+/// T81, I14: the actor of an event is a keyed hash. The subject of the token is in no record, table,
 /// cache key, log line or metric, not even if it is a UUID and would fit.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_subject_of_a_token_is_stored_nowhere() {
@@ -271,7 +278,7 @@ async fn the_subject_of_a_token_is_stored_nowhere() {
     assert!(mails.iter().all(|record| record.header("ce_actor").is_none()), "no caller gave a command for a mail");
 }
 
-/// T78: a new key is accepted, and a removed one refused, without a restart.
+/// T83: a new key is accepted, and a removed one refused, without a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_are_rotated_in_their_file() {
     let mut system = System::empty().await;
@@ -304,7 +311,7 @@ async fn keys_are_rotated_in_their_file() {
     .await;
 }
 
-/// T78: the service starts and waits without the URL. While the URL is down the known keys stay.
+/// T83: the service starts and waits without the URL. While the URL is down the known keys stay.
 /// Callers that name unknown keys cannot make the service read the URL again and again.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_come_from_a_url_that_may_be_down() {
@@ -338,7 +345,7 @@ async fn keys_come_from_a_url_that_may_be_down() {
     assert_eq!(answer().await, Some(404), "the known keys stay");
 }
 
-/// T76: a service that cannot check tokens as its operator wants does not start. One that checks none
+/// T81: a service that cannot check tokens as its operator wants does not start. One that checks none
 /// says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_incomplete_check_of_tokens_is_refused_at_start() {
