@@ -1,10 +1,15 @@
 //! Certificates for components with TLS, new ones for each test.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
 use time::OffsetDateTime;
 use time::ext::NumericalDuration;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 
 /// An authority that signs certificates.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -61,6 +66,18 @@ fn named(name: &str) -> DistinguishedName {
 }
 
 impl Certificate {
+    /// Accepts connections with TLS.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        let key = PrivateKeyDer::try_from(self.key.serialize_der()).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![self.certificate.der().clone()], key)
+            .unwrap();
+        TlsAcceptor::from(Arc::new(config))
+    }
+
     /// Writes the private key and then the certificate into one file, in PEM format.
     pub fn write(&self, file: &Path) {
         std::fs::write(file, self.key.serialize_pem() + &self.certificate.pem()).unwrap();

@@ -1,4 +1,4 @@
-//! A web server with one document, which a test changes and counts the requests for.
+//! A web server with TLS and one document, which a test changes and counts the requests for.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -6,6 +6,9 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+
+use crate::certificates::Certificate;
 
 #[derive(Default)]
 struct Served {
@@ -22,7 +25,9 @@ pub struct Web {
 }
 
 impl Web {
-    pub async fn start() -> Self {
+    /// With a certificate for `localhost`.
+    pub async fn start(certificate: &Certificate) -> Self {
+        let acceptor = certificate.acceptor();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let served = Arc::<Mutex<Served>>::default();
@@ -31,14 +36,14 @@ impl Web {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 // A client may end the connection at any time.
-                let _ = answer(stream, &answers).await;
+                let _ = answer(stream, &acceptor, &answers).await;
             }
         });
         Self { address, served, server }
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}/keys?of=tests", self.address)
+        format!("https://localhost:{}/keys?of=tests", self.address.port())
     }
 
     /// The answer from now on. `None`: 503.
@@ -57,7 +62,8 @@ impl Drop for Web {
     }
 }
 
-async fn answer(mut stream: TcpStream, served: &Mutex<Served>) -> std::io::Result<()> {
+async fn answer(stream: TcpStream, acceptor: &TlsAcceptor, served: &Mutex<Served>) -> std::io::Result<()> {
+    let mut stream = acceptor.accept(stream).await?;
     let mut request = vec![];
     while !request.ends_with(b"\r\n\r\n") {
         if stream.read_buf(&mut request).await? == 0 {
@@ -74,5 +80,6 @@ async fn answer(mut stream: TcpStream, served: &Mutex<Served>) -> std::io::Resul
     let body = document.unwrap_or_default();
     let length = body.len();
     let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
-    stream.write_all(answer.as_bytes()).await
+    stream.write_all(answer.as_bytes()).await?;
+    stream.shutdown().await
 }

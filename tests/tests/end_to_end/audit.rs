@@ -115,8 +115,7 @@ async fn an_audit_is_read_page_by_page() {
 /// and why: an older release, or another program.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fact_that_comes_again_has_one_entry() {
-    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
-    let judge = system.judge().await;
+    let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
     let user = Uuid::now_v7();
     let without_cause = Draft::user_event("user.registered", user, 1);
     let without_cause = ["ce_causationid", "ce_correlationid", "ce_actor"]
@@ -129,5 +128,5 @@ async fn a_fact_that_comes_again_has_one_entry() {
     let entries = until_audited(&system.users, user, 1).await;
     let unknown = json!([null, null, null]);
     assert_eq!(json!([entries[0]["actor"], entries[0]["causation_id"], entries[0]["correlation_id"]]), unknown);
-    judge.check(&mut system).await;
+    assert_eq!(system.stores.count(ANALYTICS, "select count(*) from audit").await, 1);
 }

@@ -241,8 +241,9 @@ fn reason(error: &ErrorKind) -> &'static str {
         ErrorKind::InvalidAudience => "it is for another audience (aud)",
         ErrorKind::InvalidAlgorithm => "its algorithm is not that of its key",
         ErrorKind::InvalidSignature => "its signature is wrong",
-        ErrorKind::MissingRequiredClaim(_) => "it lacks one of the claims exp, iss, aud and sub",
-        ErrorKind::Json(_) | ErrorKind::InvalidClaimFormat(_) => "one of its claims has another type",
+        ErrorKind::MissingRequiredClaim(_) | ErrorKind::InvalidClaimFormat(_) | ErrorKind::Json(_) => {
+            "one of its claims is missing or has another type"
+        }
         _ => "it is not a valid JWT",
     }
 }
