@@ -43,6 +43,9 @@ create table deliveries (
     -- That event and its chain, which the events about the mail continue.
     causationid uuid,
     correlationid uuid,
+    -- The actor of that event: the principal that registered the user. It and administrators may see
+    -- the delivery. Null: registered without a token.
+    owner uuid,
     -- The trace of that event, which the mail and its own events continue.
     traceparent text,
     tracestate text,

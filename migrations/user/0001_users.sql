@@ -10,8 +10,12 @@ create table users (
     -- holds the version.
     email text check (length(email) between 3 and 254),
     display_name text check (length(display_name) between 1 and 100),
+    -- The principal that registered the user: it and administrators may read and change the row. A
+    -- keyed hash. Null: registered without a token, or erased.
+    owner uuid,
     -- Personal data is either complete or completely erased.
-    check ((email is null) = (display_name is null))
+    check ((email is null) = (display_name is null)),
+    check (email is not null or owner is null)
 );
 
 -- One account per mailbox. In practice mail servers do not distinguish upper and lower case, so

@@ -19,6 +19,8 @@ const DELIVERY: Uuid = uuid!("01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02");
 /// these samples are never edited; new ones are added.
 const USER_REF: &str = r#"{"user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01"}"#;
 const PROFILE: &str = r#"{"email":"ada@example.com","display_name":"Ada Lovelace"}"#;
+const OWNED_PROFILE: &str =
+    r#"{"email":"ada@example.com","display_name":"Ada Lovelace","owner":"01a0a3f0-8d7e-8c60-b9f2-2f6d6f0f1a06"}"#;
 const SENT: &str = r#"{"delivery_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02","user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01","template":"welcome"}"#;
 const FAILED: &str = r#"{"delivery_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a02","user_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a01","template":"welcome","smtp_code":550}"#;
 const HEADERS: [(&str, &str); 10] = [
@@ -33,6 +35,9 @@ const HEADERS: [(&str, &str); 10] = [
     ("content-type", "application/json"),
     ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
 ];
+
+/// Fields that were added after the first release.
+const OPTIONAL: [&str; 1] = ["owner"];
 
 /// Headers that were added after the first release.
 const CAUSE: [(&str, &str); 3] = [
@@ -62,8 +67,12 @@ fn user_events() -> Vec<Sample<UserEvent>> {
 }
 
 fn user_states() -> Vec<Sample<UserState>> {
-    let profile = Profile { email: "ada@example.com".to_owned(), display_name: "Ada Lovelace".to_owned() };
-    vec![("user.state", PROFILE, UserState::Current(profile))]
+    let profile = |owner| {
+        let display_name = "Ada Lovelace".to_owned();
+        UserState::Current(Profile { email: "ada@example.com".to_owned(), display_name, owner })
+    };
+    let owner = uuid!("01a0a3f0-8d7e-8c60-b9f2-2f6d6f0f1a06");
+    vec![("user.state", PROFILE, profile(None)), ("user.state", OWNED_PROFILE, profile(Some(owner)))]
 }
 
 fn email_events() -> Vec<Sample<EmailEvent>> {
@@ -134,9 +143,18 @@ fn assert_every_field_is_required<E: Event + PartialEq>(samples: Vec<Sample<E>>)
     for (kind, data, _) in samples {
         let sample: Value = serde_json::from_str(data).unwrap();
         for field in sample.as_object().unwrap().keys() {
+            let is_optional = OPTIONAL.contains(&field.as_str());
             let mut without = sample.clone();
             without.as_object_mut().unwrap().remove(field);
-            let others = [json!(null), json!([]), json!({}), json!(true), json!(-7.5)];
+            if is_optional {
+                assert!(
+                    matches!(E::decode(kind, Some(without.to_string().as_bytes())), Ok(Some(_))),
+                    "{kind}: {without}"
+                );
+                without[field] = json!("ada");
+            }
+            let nothing = if is_optional { json!("") } else { json!(null) };
+            let others = [nothing, json!([]), json!({}), json!(true), json!(-7.5)];
             let changed = others.map(|other| {
                 let mut changed = sample.clone();
                 changed[field] = other;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
 use time::OffsetDateTime;
 use time::ext::NumericalDuration;
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
@@ -96,6 +97,11 @@ impl Certificate {
         };
         let key = PrivateKeyDer::try_from(self.key.serialize_der()).unwrap();
         builder.with_single_cert(vec![self.certificate.der().clone()], key).unwrap()
+    }
+
+    /// Accepts connections with TLS.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(Arc::new(self.server(None)))
     }
 
     /// Writes the private key and then the certificate into one file, in PEM format.

@@ -17,6 +17,7 @@ pub mod certificates;
 pub mod checker;
 pub mod clock;
 pub mod http;
+pub mod identity;
 pub mod judge;
 pub mod kafka;
 pub mod load;
@@ -33,6 +34,7 @@ pub mod stores;
 pub mod system;
 pub mod tap;
 pub mod users;
+pub mod web;
 mod waiting;
 
 pub use system::System;

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -56,8 +55,7 @@ impl Front {
     }
 
     async fn start_with(self, server: SocketAddr, authority: Authority, certificate: &Certificate) -> RunningFront {
-        let config = certificate.server(None);
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = certificate.acceptor();
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut tasks = JoinSet::new();

@@ -11,6 +11,7 @@ pub const TOPICS: [&str; 3] = [USER_EVENTS, USER_STATE, EMAIL_EVENTS];
 /// Groups of the analytics service.
 pub const ANALYTICS_USERS: &str = ANALYTICS.groups[0].name;
 pub const ANALYTICS_EMAILS: &str = ANALYTICS.groups[1].name;
+pub const ANALYTICS_AUDIT: &str = ANALYTICS.groups[2].name;
 /// Groups of the email service.
 pub const EMAIL_WELCOME: &str = EMAIL.groups[0].name;
 pub const EMAIL_RECIPIENTS: &str = EMAIL.groups[1].name;

@@ -9,7 +9,7 @@ use testbed::postgres::Database;
 use topology::{ANALYTICS, EMAIL, Service, USER};
 use uuid::Uuid;
 
-use crate::checker::{Analytics, Delivery, Inserted, Person, Recipient, Steps, StoredUser};
+use crate::checker::{Analytics, Audited, Delivery, Inserted, Person, Recipient, Steps, StoredUser};
 use crate::services::{TOPICS, topic_of};
 use crate::waiting::eventually_eq;
 
@@ -206,6 +206,11 @@ impl Stores {
             funnel: funnel.into_iter().map(|(user, registered, mailed)| (user, Steps { registered, mailed })).collect(),
             totals: query::<(i64, i64)>(&db, totals).await[0],
             inbox,
+            audit: query::<(Uuid, Uuid, String)>(&db, "select event_id, user_id, type from audit")
+                .await
+                .into_iter()
+                .map(|(event, user, kind)| Audited { event, user, kind })
+                .collect(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The facet `users`: the services' public APIs, as clients call them.
 
-use reqwest::{Client, RequestBuilder, StatusCode};
+use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::json;
 use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 use uuid::Uuid;
@@ -13,6 +13,8 @@ use crate::waiting::{eventually, eventually_eq};
 #[derive(Clone)]
 pub struct Users {
     addresses: Addresses,
+    /// The bearer token of every request.
+    token: Option<String>,
 }
 
 /// An address that no other user has.
@@ -22,12 +24,26 @@ pub fn address() -> String {
 
 impl Users {
     pub(crate) fn new(addresses: Addresses) -> Self {
-        Self { addresses }
+        Self { addresses, token: None }
     }
 
     /// A client that calls this process of its service instead of the first one.
     pub fn at(&self, process: &ServiceProcess) -> Self {
-        Self { addresses: self.addresses.with(process) }
+        Self { addresses: self.addresses.with(process), ..self.clone() }
+    }
+
+    /// A client that sends this bearer token.
+    pub fn bearing(&self, token: &str) -> Self {
+        Self { token: Some(token.to_owned()), ..self.clone() }
+    }
+
+    /// A request, not yet sent.
+    pub fn request(&self, method: Method, service: Service, path: &str) -> RequestBuilder {
+        let request = Client::new().request(method, self.url(service, path));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
     }
 
     pub fn url(&self, service: Service, path: &str) -> String {
@@ -35,7 +51,7 @@ impl Users {
     }
 
     pub async fn get(&self, service: Service, path: &str) -> reqwest::Result<Answer> {
-        send(Client::new().get(self.url(service, path))).await
+        send(self.request(Method::GET, service, path)).await
     }
 
     /// Registers a new user, with retries, and returns the id.
@@ -69,7 +85,7 @@ impl Users {
     /// `POST /users`, not yet sent.
     pub fn registration(&self, email: &str, key: Option<&str>) -> RequestBuilder {
         let body = json!({ "email": email, "display_name": "Ada Lovelace" });
-        let mut request = Client::new().post(self.url(USER, "/users")).json(&body);
+        let mut request = self.request(Method::POST, USER, "/users").json(&body);
         if let Some(key) = key {
             request = request.header("idempotency-key", key);
         }
@@ -84,13 +100,17 @@ impl Users {
     /// `PATCH /users/{id}`, not yet sent.
     pub fn renaming(&self, id: Uuid, display_name: &str) -> RequestBuilder {
         let body = json!({ "display_name": display_name });
-        Client::new().patch(self.url(USER, &format!("/users/{id}"))).json(&body)
+        self.request(Method::PATCH, USER, &format!("/users/{id}")).json(&body)
     }
 
     /// `PUT /users/{id}/email`.
     pub async fn change_email(&self, id: Uuid, email: &str) -> reqwest::Result<Answer> {
-        let body = json!({ "email": email });
-        send(Client::new().put(self.url(USER, &format!("/users/{id}/email"))).json(&body)).await
+        send(self.change_of_email(id, email)).await
+    }
+
+    /// `PUT /users/{id}/email`, not yet sent.
+    pub fn change_of_email(&self, id: Uuid, email: &str) -> RequestBuilder {
+        self.request(Method::PUT, USER, &format!("/users/{id}/email")).json(&json!({ "email": email }))
     }
 
     /// `DELETE /users/{id}`.
@@ -100,7 +120,7 @@ impl Users {
 
     /// `DELETE /users/{id}`, not yet sent.
     pub fn erasure(&self, id: Uuid) -> RequestBuilder {
-        Client::new().delete(self.url(USER, &format!("/users/{id}")))
+        self.request(Method::DELETE, USER, &format!("/users/{id}"))
     }
 
     /// `GET /profiles/{id}` of the cache.
@@ -141,6 +161,16 @@ impl Users {
     /// Waits until the user's welcome mail is sent.
     pub async fn until_mailed(&self, id: Uuid) {
         self.until_delivery_is(id, "sent").await;
+    }
+
+    /// Waits until the user's deliveries have ended, and there is one.
+    pub async fn until_delivery_ended(&self, id: Uuid) {
+        eventually("the delivery has ended", async || {
+            let states = self.deliveries(id).await;
+            let ended = |state: &String| ["sent", "failed", "cancelled"].contains(&state.as_str());
+            (!states.is_empty() && states.iter().all(ended)).then_some(())
+        })
+        .await;
     }
 
     /// The analytics service's funnel: `(registered, mailed)`. `(-1, -1)` if there is no answer.

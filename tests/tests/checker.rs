@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use testbed::smtp_sink::{Mail, Outcome as Answer};
 use tests::checker::{
-    Analytics, Delivery, Email, History, Inserted, Operation, Outcome, Person, Recipient, Request, Steps, StoredUser,
-    violations,
+    Analytics, Audited, Delivery, Email, Fact, History, Inserted, Operation, Outcome, Person, Recipient, Request,
+    Steps, StoredUser, violations,
 };
 use tests::record::{Draft, Record};
 use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_EVENTS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
@@ -79,6 +79,7 @@ fn correct_history() -> History {
         funnel: BTreeMap::from([(ADA, steps), (BOB, steps)]),
         totals: (2, 2),
         inbox: inbox.into_iter().map(|(topic, ids)| (topic, ids.into_iter().collect())).collect(),
+        audit: Fact::distinct(&history.facts).iter().map(Audited::from).collect(),
     });
     history.counted = BTreeMap::from([(ANALYTICS_USERS, 4)]);
     history
@@ -291,6 +292,13 @@ fn a_read_model_that_differs_from_its_topics_is_reported() {
     assert_reported("I7", |history| {
         analytics(history).inbox.get_mut(USER_EVENTS).unwrap().insert(Uuid::from_u128(3));
     });
+    assert_reported("I7", |history| {
+        let copy = analytics(history).audit[0].clone();
+        analytics(history).audit.push(copy);
+    });
+    assert_reported("I7", |history| analytics(history).audit[0].kind = "user.deleted".to_owned());
+    assert_reported("I7", |history| analytics(history).audit[0].event = Uuid::from_u128(3));
+    assert_reported("I9", |history| analytics(history).audit.pop());
 }
 
 #[test]

@@ -1,17 +1,19 @@
 //! The analytics service: read models folded from `user.events.v1` and `email.events.v1`, and
-//! queries on them over HTTP. An [`Inbox`] applies each event once, by its id. The service changes
-//! no data of another service and publishes no events.
+//! queries on them over HTTP. An [`Inbox`] applies each event once, by its id. The [`Audit`] is its
+//! own inbox. The service changes no data of another service and publishes no events.
 
+mod audit;
 mod http;
 mod projections;
 mod rebuild;
 
 use std::net::SocketAddr;
 
+use audit::Audit;
 use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
 use rebuild::Rebuild;
-use shared::messaging::{Inbox, Projection, Redrive, dead_letter, list_dead_letters, redrive};
+use shared::messaging::{Handler, Inbox, Projection, Redrive, dead_letter, list_dead_letters, redrive};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
@@ -21,7 +23,8 @@ use sqlx::migrate::Migrator;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/analytics");
 
-/// Counts registrations, and how many of the registered users were mailed.
+/// Counts registrations, and how many of the registered users were mailed. Keeps an audit of all
+/// changes of users.
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -75,7 +78,7 @@ async fn main() -> anyhow::Result<()> {
             dead_letter(config.service.admin_addr, &options).await
         }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
-            list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP], options)
+            list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP, Audit::GROUP], options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
         Command::Rebuild(options) => {
@@ -89,6 +92,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let db = service.database(config.database_url.expose(), &MIGRATIONS).await?;
     service.consume(Inbox::new(db.clone(), Registered));
     service.consume(Inbox::new(db.clone(), Mailed));
+    service.consume(Audit { db: db.clone() });
     service.http(config.http_addr, http::routes(db)).await?;
     service.run().await
 }
@@ -97,5 +101,6 @@ async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
     let db = database::open(config.database_url.expose()).await?;
     let kafka = &config.service.kafka;
     redrive(kafka, &Inbox::new(db.clone(), Registered), &options).await?;
-    redrive(kafka, &Inbox::new(db, Mailed), &options).await
+    redrive(kafka, &Inbox::new(db.clone(), Mailed), &options).await?;
+    redrive(kafka, &Audit { db }, &options).await
 }

@@ -10,6 +10,7 @@ use axum::{Json, Router, routing};
 use serde::Deserialize;
 use serde_json::json;
 use shared::events::Profile;
+use shared::platform::access::{Caller, PublicRoutes};
 use shared::platform::preconditions::Preconditions;
 use shared::platform::problem::{INVALID_QUERY, IntoProblem, Kind, STORE_UNAVAILABLE, problem, retry_later};
 use shared::platform::settings::number;
@@ -34,8 +35,8 @@ pub struct App {
     pub waiters: Waiters,
 }
 
-pub fn routes(app: App) -> Router {
-    Router::new().route("/profiles/{id}", routing::get(profile)).with_state(app)
+pub fn routes(app: App) -> PublicRoutes {
+    PublicRoutes::default().for_owners(Router::new().route("/profiles/{id}", routing::get(profile)).with_state(app))
 }
 
 #[derive(Deserialize)]
@@ -47,6 +48,7 @@ struct Freshness {
 
 async fn profile(
     State(App { view, waiters }): State<App>,
+    caller: Caller,
     id: Result<Path<Uuid>, PathRejection>,
     freshness: Result<Query<Freshness>, QueryRejection>,
     preconditions: Preconditions,
@@ -61,13 +63,13 @@ async fn profile(
         no_answer()
     })?;
     if found.satisfies(min_version) {
-        return Ok(answer(id, &found, &preconditions));
+        return Ok(answer(&caller, id, &found, &preconditions));
     }
     if min_version == 0 {
         return Err(retry_later(VIEW_INCOMPLETE, "the cache is being filled from the topic; retry the request"));
     }
     match waiters.wait(id, min_version, WAIT_LIMIT).await {
-        Ended::Found(found) => Ok(answer(id, &found, &preconditions)),
+        Ended::Found(found) => Ok(answer(&caller, id, &found, &preconditions)),
         Ended::TooLate => {
             let detail = "the cache does not have this version yet; if a command returned it, it will arrive; retry \
                           the request";
@@ -81,10 +83,14 @@ async fn profile(
     }
 }
 
-fn answer(id: Uuid, Lookup { version, profile, .. }: &Lookup, preconditions: &Preconditions) -> Response {
-    let Some(Profile { email, display_name }) = profile else {
+fn answer(caller: &Caller, id: Uuid, found: &Lookup, preconditions: &Preconditions) -> Response {
+    let Lookup { version, profile, .. } = found;
+    let Some(Profile { email, display_name, owner }) = profile else {
         return problem(UNKNOWN_USER, "no user has this id; it may have been deleted").into_response();
     };
+    if let Err(forbidden) = caller.require_owner(*owner) {
+        return forbidden.into_response();
+    }
     let body = json!({ "id": id, "version": version, "email": email, "display_name": display_name });
     preconditions.answer_with(*version, Json(body))
 }

@@ -212,7 +212,7 @@ mod tests {
 
     fn current(version: i64) -> UserState {
         let email = format!("v{version}@example.com");
-        UserState::Current(Profile { email, display_name: format!("Version {version}") })
+        UserState::Current(Profile { email, display_name: format!("Version {version}"), owner: None })
     }
 
     /// A record in partition 0 with the user's state at this version.

@@ -99,6 +99,7 @@ struct Intents {
     requested_at: Vec<OffsetDateTime>,
     causations: Vec<Option<Uuid>>,
     correlations: Vec<Option<Uuid>>,
+    owners: Vec<Option<Uuid>>,
     traceparents: Vec<Option<String>>,
     tracestates: Vec<Option<String>>,
 }
@@ -113,6 +114,7 @@ impl Intents {
         self.requested_at.push(record.envelope.time);
         self.causations.push(cause.causation);
         self.correlations.push(cause.correlation);
+        self.owners.push(record.envelope.cause.actor);
         self.traceparents.push(trace.traceparent);
         self.tracestates.push(trace.tracestate);
     }
@@ -126,17 +128,17 @@ impl Intents {
 async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> sqlx::Result<u64> {
     let stored = sqlx::query_scalar!(
         r#"insert into deliveries
-               (id, user_id, template, version, status, due_at, requested_at, causationid, correlationid, traceparent,
-                tracestate)
-           select intent.id, intent.user_id, $9, intent.version, state.status,
+               (id, user_id, template, version, status, due_at, requested_at, causationid, correlationid, owner,
+                traceparent, tracestate)
+           select intent.id, intent.user_id, $10, intent.version, state.status,
                case state.status when 'pending' then now() end, intent.requested_at, intent.causationid,
-               intent.correlationid, intent.traceparent, intent.tracestate
-           from unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::timestamptz[], $5::uuid[], $6::uuid[], $7::text[],
-                       $8::text[])
-               as intent (id, user_id, version, requested_at, causationid, correlationid, traceparent, tracestate)
+               intent.correlationid, intent.owner, intent.traceparent, intent.tracestate
+           from unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::timestamptz[], $5::uuid[], $6::uuid[], $7::uuid[],
+                       $8::text[], $9::text[])
+               as intent (id, user_id, version, requested_at, causationid, correlationid, owner, traceparent, tracestate)
            join recipients r using (user_id)
            cross join lateral (select case when r.email is null and r.version > 0 then 'cancelled'
-                                   when intent.requested_at <= now() - $10::interval then 'held'
+                                   when intent.requested_at <= now() - $11::interval then 'held'
                                    when r.email is null then 'unaddressed'
                                    else 'pending' end as status) state
            on conflict (user_id, template, version) do nothing
@@ -147,6 +149,7 @@ async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> s
         &intents.requested_at,
         &intents.causations as &[Option<Uuid>],
         &intents.correlations as &[Option<Uuid>],
+        &intents.owners as &[Option<Uuid>],
         &intents.traceparents as &[Option<String>],
         &intents.tracestates as &[Option<String>],
         mail::WELCOME.name,
@@ -292,7 +295,11 @@ mod tests {
     }
 
     fn profile(user: Uuid, version: i64) -> Record<UserState> {
-        let profile = Profile { email: format!("v{version}@example.com"), display_name: format!("Version {version}") };
+        let profile = Profile {
+            email: format!("v{version}@example.com"),
+            display_name: format!("Version {version}"),
+            owner: None,
+        };
         Record::sample(user, version, UserState::Current(profile))
     }
 

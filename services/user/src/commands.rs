@@ -6,6 +6,7 @@
 
 use shared::events::{Cause, Profile, UserEvent, UserRef, UserState, mint_id};
 use shared::messaging::outbox;
+use shared::platform::access::Caller;
 use shared::platform::preconditions::Preconditions;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -22,79 +23,97 @@ pub struct User {
 /// Finds a user that is not erased.
 pub async fn find(db: &mut PgConnection, id: Uuid) -> Result<User, Error> {
     let row = sqlx::query!(
-        r#"select version, email as "email!", display_name as "display_name!" from users where id = $1 and email is not null"#,
+        r#"select version, email as "email!", display_name as "display_name!", owner
+           from users where id = $1 and email is not null"#,
         id
     );
     let row = row.fetch_optional(db).await?.ok_or(Error::UnknownUser)?;
-    Ok(User { id, version: row.version, profile: Profile { email: row.email, display_name: row.display_name } })
+    let profile = Profile { email: row.email, display_name: row.display_name, owner: row.owner };
+    Ok(User { id, version: row.version, profile })
 }
 
-pub async fn register(tx: &mut PgConnection, profile: Profile) -> Result<User, Error> {
+/// The caller owns the user.
+pub async fn register(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    email: String,
+    display_name: String,
+) -> Result<User, Error> {
+    let profile = Profile { email, display_name, owner: caller.actor() };
     let user = User { id: mint_id(), version: 1, profile };
     let inserted = sqlx::query!(
-        "insert into users (id, version, email, display_name) values ($1, $2, $3, $4) on conflict do nothing",
+        "insert into users (id, version, email, display_name, owner) values ($1, $2, $3, $4, $5) on conflict do nothing",
         user.id,
         user.version,
         user.profile.email,
         user.profile.display_name,
+        user.profile.owner,
     );
     if inserted.execute(&mut *tx).await?.rows_affected() == 0 {
         return Err(Error::AddressTaken);
     }
-    publish_change(tx, &user, UserEvent::Registered).await?;
+    publish_change(tx, caller, &user, UserEvent::Registered).await?;
     Ok(user)
 }
 
 pub async fn rename(
     tx: &mut PgConnection,
+    caller: &Caller,
     id: Uuid,
     preconditions: &Preconditions,
     display_name: &str,
 ) -> Result<User, Error> {
-    lock(tx, id, preconditions).await?;
+    lock(tx, caller, id, preconditions).await?;
     let row = sqlx::query!(
         r#"update users set version = version + 1, display_name = $2 where id = $1
-           returning version, email as "email!", display_name as "display_name!""#,
+           returning version, email as "email!", display_name as "display_name!", owner"#,
         id,
         display_name,
     );
     let row = row.fetch_one(&mut *tx).await?;
-    let profile = Profile { email: row.email, display_name: row.display_name };
+    let profile = Profile { email: row.email, display_name: row.display_name, owner: row.owner };
     let user = User { id, version: row.version, profile };
-    publish_change(tx, &user, UserEvent::ProfileChanged).await?;
+    publish_change(tx, caller, &user, UserEvent::ProfileChanged).await?;
     Ok(user)
 }
 
 pub async fn change_email(
     tx: &mut PgConnection,
+    caller: &Caller,
     id: Uuid,
     preconditions: &Preconditions,
     email: &str,
 ) -> Result<User, Error> {
-    lock(tx, id, preconditions).await?;
+    lock(tx, caller, id, preconditions).await?;
     let row = sqlx::query!(
         r#"update users set version = version + 1, email = $2 where id = $1
-           returning version, email as "email!", display_name as "display_name!""#,
+           returning version, email as "email!", display_name as "display_name!", owner"#,
         id,
         email,
     );
     let row = row.fetch_one(&mut *tx).await.map_err(Error::address_taken)?;
-    let profile = Profile { email: row.email, display_name: row.display_name };
+    let profile = Profile { email: row.email, display_name: row.display_name, owner: row.owner };
     let user = User { id, version: row.version, profile };
-    publish_change(tx, &user, UserEvent::EmailChanged).await?;
+    publish_change(tx, caller, &user, UserEvent::EmailChanged).await?;
     Ok(user)
 }
 
 /// Erases the personal data in this database. The tombstone erases it in all other services. The
 /// row and its version stay. Returns the version of the erasure.
-pub async fn erase(tx: &mut PgConnection, id: Uuid, preconditions: &Preconditions) -> Result<i64, Error> {
-    lock(tx, id, preconditions).await?;
+pub async fn erase(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    id: Uuid,
+    preconditions: &Preconditions,
+) -> Result<i64, Error> {
+    lock(tx, caller, id, preconditions).await?;
     let version = sqlx::query_scalar!(
-        "update users set version = version + 1, email = null, display_name = null where id = $1 returning version",
+        "update users set version = version + 1, email = null, display_name = null, owner = null where id = $1
+         returning version",
         id,
     );
     let version = version.fetch_one(&mut *tx).await?;
-    let cause = Cause::command();
+    let cause = Cause::command(caller.actor());
     outbox::publish(tx, cause, id, version, &UserEvent::Deleted(UserRef { user_id: id })).await?;
     outbox::publish(tx, cause, id, version, &UserState::Erased).await?;
     Ok(version)
@@ -113,13 +132,14 @@ pub struct Republished {
 /// state record of a user is always its newest state.
 pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Republished> {
     let rows = sqlx::query!(
-        "select id, version, email, display_name from users where id = any($1) order by id for update",
+        "select id, version, email, display_name, owner from users where id = any($1) order by id for update",
         users
     );
-    let cause = Cause::command();
+    let cause = Cause::command(None);
     let mut republished = Republished::default();
     for row in rows.fetch_all(&mut *tx).await? {
-        let profile = row.email.zip(row.display_name).map(|(email, display_name)| Profile { email, display_name });
+        let person = row.email.zip(row.display_name);
+        let profile = person.map(|(email, display_name)| Profile { email, display_name, owner: row.owner });
         let state = match profile {
             Some(profile) => {
                 republished.states += 1;
@@ -136,17 +156,25 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
 }
 
 /// Publishes one fact and one state record, both with the user's version.
-async fn publish_change(tx: &mut PgConnection, user: &User, fact: fn(UserRef) -> UserEvent) -> Result<(), Error> {
-    let cause = Cause::command();
+async fn publish_change(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    user: &User,
+    fact: fn(UserRef) -> UserEvent,
+) -> Result<(), Error> {
+    let cause = Cause::command(caller.actor());
     outbox::publish(tx, cause, user.id, user.version, &fact(UserRef { user_id: user.id })).await?;
     outbox::publish(tx, cause, user.id, user.version, &UserState::Current(user.profile.clone())).await?;
     Ok(())
 }
 
-/// Locks the user's row until the end of the transaction, and checks the caller's preconditions. A
-/// command that waited for the lock sees the version that the other one has made.
-async fn lock(tx: &mut PgConnection, id: Uuid, preconditions: &Preconditions) -> Result<(), Error> {
-    let version = sqlx::query_scalar!("select version from users where id = $1 and email is not null for update", id);
-    let current = version.fetch_optional(tx).await?.ok_or(Error::UnknownUser)?;
+/// Locks the user's row until the end of the transaction, and checks that the caller may change it
+/// and that its preconditions are true. A command that waited for the lock sees the version that the
+/// other one has made.
+async fn lock(tx: &mut PgConnection, caller: &Caller, id: Uuid, preconditions: &Preconditions) -> Result<(), Error> {
+    let row = sqlx::query!("select version, owner from users where id = $1 and email is not null for update", id);
+    let row = row.fetch_optional(tx).await?.ok_or(Error::UnknownUser)?;
+    caller.require_owner(row.owner)?;
+    let current = row.version;
     if preconditions.allow_change_of(Some(current)) { Ok(()) } else { Err(Error::StaleVersion { current }) }
 }

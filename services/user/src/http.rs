@@ -10,9 +10,10 @@ use axum::{Json, Router, routing};
 use headers::HeaderMapExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use shared::events::{Profile, check_address};
+use shared::events::check_address;
 use shared::fault;
 use shared::messaging::Wake;
+use shared::platform::access::{Caller, PublicRoutes, Rates};
 use shared::platform::preconditions::{self, Preconditions};
 use shared::platform::problem::IntoProblem;
 use sqlx::{PgPool, Postgres, Transaction};
@@ -30,14 +31,17 @@ pub struct App {
     pub db: PgPool,
     pub wake: Wake,
     pub idempotency: Hasher,
+    /// The limits of registrations: each sends a mail to an address that the caller chooses.
+    pub registrations: Rates,
 }
 
-pub fn routes(app: App) -> Router {
-    Router::new()
+pub fn routes(app: App) -> PublicRoutes {
+    let routes = Router::new()
         .route("/users", routing::post(register))
         .route("/users/{id}", routing::get(show).patch(rename).delete(erase))
         .route("/users/{id}/email", routing::put(change_email))
-        .with_state(app)
+        .with_state(app);
+    PublicRoutes::default().for_owners(routes)
 }
 
 #[derive(Deserialize, Serialize)]
@@ -71,6 +75,7 @@ type Id = Result<Path<Uuid>, PathRejection>;
 
 /// What the head of a command says besides the user's id.
 struct Head {
+    caller: Caller,
     preconditions: Preconditions,
     key: Option<Key>,
     /// The path and the preconditions as text. A repetition has the same.
@@ -84,14 +89,19 @@ impl FromRequestParts<App> for Head {
         let Ok(route) = MatchedPath::from_request_parts(parts, app).await else {
             return Err(anyhow::anyhow!("a command was routed without a route").into());
         };
-        let scope = format!("{} {}", parts.method, route.as_str());
+        let Ok(caller) = Caller::from_request_parts(parts, app).await else {
+            return Err(anyhow::anyhow!("a command was routed without a caller").into());
+        };
+        let principal = caller.actor().map(|principal| principal.to_string()).unwrap_or_default();
+        let scope = format!("{principal} {} {}", parts.method, route.as_str());
         let headers = &parts.headers;
         let mut target = vec![parts.uri.path().to_owned()];
         for name in preconditions::names() {
             let lines = headers.get_all(name).into_iter().map(|line| String::from_utf8_lossy(line.as_bytes()));
             target.extend(lines.map(|line| format!("{name}: {line}")));
         }
-        Ok(Self { preconditions: Preconditions::of(headers), key: idempotency_key(headers, scope)?, target })
+        let preconditions = Preconditions::of(headers);
+        Ok(Self { caller, preconditions, key: idempotency_key(headers, scope)?, target })
     }
 }
 
@@ -141,10 +151,9 @@ impl Begun {
 
 async fn register(State(app): State<App>, head: Head, body: Body<Registration>) -> Result<Response, Error> {
     let Json(registration) = body.map_err(malformed)?;
-    let profile = Profile {
-        email: valid_email(&registration.email)?,
-        display_name: valid_display_name(&registration.display_name)?,
-    };
+    let email = valid_email(&registration.email)?;
+    let display_name = valid_display_name(&registration.display_name)?;
+    app.registrations.check(&head.caller)?;
     let mut command = match begin(&app, &head, &registration).await? {
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
@@ -152,13 +161,14 @@ async fn register(State(app): State<App>, head: Head, body: Body<Registration>) 
     if !head.preconditions.allow_change_of(None) {
         return Err(Error::NothingToMatch);
     }
-    let user = commands::register(&mut command.tx, profile).await?;
+    let user = commands::register(&mut command.tx, &head.caller, email, display_name).await?;
     command.commit(StatusCode::CREATED, Accepted { id: user.id, version: user.version }).await
 }
 
-async fn show(State(app): State<App>, id: Id, preconditions: Preconditions) -> Result<Response, Error> {
+async fn show(State(app): State<App>, caller: Caller, id: Id, preconditions: Preconditions) -> Result<Response, Error> {
     let Path(id) = id.map_err(malformed)?;
     let User { id, version, profile } = commands::find(&mut *app.db.acquire().await?, id).await?;
+    caller.require_owner(profile.owner)?;
     let body = json!({ "id": id, "version": version, "email": profile.email, "display_name": profile.display_name });
     Ok(preconditions.answer_with(version, Json(body)))
 }
@@ -171,7 +181,7 @@ async fn rename(State(app): State<App>, id: Id, head: Head, body: Body<Renaming>
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
     };
-    let user = commands::rename(&mut command.tx, id, &head.preconditions, &display_name).await?;
+    let user = commands::rename(&mut command.tx, &head.caller, id, &head.preconditions, &display_name).await?;
     command.commit(StatusCode::OK, Accepted { id, version: user.version }).await
 }
 
@@ -183,7 +193,7 @@ async fn change_email(State(app): State<App>, id: Id, head: Head, body: Body<New
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
     };
-    let user = commands::change_email(&mut command.tx, id, &head.preconditions, &email).await?;
+    let user = commands::change_email(&mut command.tx, &head.caller, id, &head.preconditions, &email).await?;
     command.commit(StatusCode::OK, Accepted { id, version: user.version }).await
 }
 
@@ -193,7 +203,7 @@ async fn erase(State(app): State<App>, id: Id, head: Head) -> Result<Response, E
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
     };
-    let version = commands::erase(&mut command.tx, id, &head.preconditions).await?;
+    let version = commands::erase(&mut command.tx, &head.caller, id, &head.preconditions).await?;
     command.commit(StatusCode::NO_CONTENT, Accepted { id, version }).await
 }
 

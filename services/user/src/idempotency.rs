@@ -51,10 +51,10 @@ pub enum Claimed<T> {
     Answered(StatusCode, T),
 }
 
-/// The value of the header and its scope: the same value on two routes is two keys. Once callers
-/// are authenticated, the caller belongs to the scope too.
+/// The value of the header and its scope: the same value on two routes, or from two principals, is
+/// two keys.
 pub struct Key {
-    /// Method and route, such as `PATCH /users/{id}`.
+    /// Principal, method and route, such as `… PATCH /users/{id}`.
     pub scope: String,
     /// Printable ASCII.
     pub text: String,

@@ -15,6 +15,7 @@ use clap::{Parser, Subcommand};
 use republish::Republish;
 use shared::events::Topic;
 use shared::messaging::RelayConfig;
+use shared::platform::access::Rates;
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
@@ -59,6 +60,14 @@ struct Config {
     /// it. Default: one day, which is also how long a segment stays open.
     #[arg(long, env, default_value_t = 86_400_000, value_parser = number::<u64>(100..=604_800_000))]
     heartbeat_interval_ms: u64,
+    /// How many users one address may register per hour, with each process of the service. Each
+    /// registration sends a mail. 0: no limit. If a proxy is in front of the service, set
+    /// TRUSTED_PROXIES too.
+    #[arg(long, env, default_value_t = 0, value_parser = number::<u32>(0..=1_000_000))]
+    registrations_per_address: u32,
+    /// The same, for the bearer of a token. 0: no limit. Administrators have none.
+    #[arg(long, env, default_value_t = 20, value_parser = number::<u32>(0..=1_000_000))]
+    registrations_per_principal: u32,
     #[command(flatten)]
     relay: RelayConfig,
     #[command(flatten)]
@@ -105,6 +114,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.spawn("idempotency expiry", idempotency::expire(db.clone()));
     let interval = Duration::from_millis(config.heartbeat_interval_ms);
     service.spawn("heartbeat", heartbeat::run(db.clone(), wake.clone(), interval));
-    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency })).await?;
+    let registrations = Rates::per_hour(
+        "registrations",
+        config.registrations_per_address,
+        config.registrations_per_principal,
+        &service.metrics(),
+    );
+    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations })).await?;
     service.run().await
 }

@@ -3,6 +3,7 @@
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use problem_details::ProblemDetails;
+use shared::platform::access::{Forbidden, TooMany};
 use shared::platform::problem::{Kind, PRECONDITION_FAILED, Unavailable, internal_error, problem, retry_later};
 
 const INVALID_FIELD: Kind = Kind::new("invalid-field", StatusCode::UNPROCESSABLE_ENTITY);
@@ -36,6 +37,10 @@ pub enum Error {
     /// Another transaction holds a lock that this request needs.
     #[error("another request is changing the same user or key")]
     Busy,
+    #[error(transparent)]
+    Forbidden(#[from] Forbidden),
+    #[error(transparent)]
+    TooMany(#[from] TooMany),
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
     #[error(transparent)]
@@ -92,6 +97,8 @@ impl IntoResponse for Error {
                 problem(IDEMPOTENCY_KEY_REUSED, detail).into_response()
             }
             Self::Busy => retry_later(BUSY, "another request is changing the same user or key; retry the request"),
+            Self::Forbidden(error) => error.into_response(),
+            Self::TooMany(error) => error.into_response(),
             Self::Unavailable(error) => error.into_response(),
             Self::Internal(error) => {
                 tracing::error!(error = %format!("{error:#}"), "cannot answer a request");

@@ -58,10 +58,10 @@ pub struct Cause {
 }
 
 impl Cause {
-    /// The cause of the events of a new command.
-    pub fn command() -> Self {
+    /// The cause of the events of a new command. `actor` is who gave it.
+    pub fn command(actor: Option<Uuid>) -> Self {
         let command = mint_id();
-        Self { causation: Some(command), correlation: Some(command), actor: None }
+        Self { causation: Some(command), correlation: Some(command), actor }
     }
 
     /// The cause of the events that a service publishes because of this one. No caller gave
@@ -245,7 +245,7 @@ mod tests {
             key: mint_id(),
             version: 1,
             time: now(),
-            cause: Cause { actor: Some(mint_id()), ..Cause::command() },
+            cause: Cause::command(Some(mint_id())),
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
             tracestate: None,
         }

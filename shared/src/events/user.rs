@@ -72,6 +72,10 @@ pub enum UserState {
 pub struct Profile {
     pub email: String,
     pub display_name: String,
+    /// The principal that registered the user: only it and administrators may read the profile. A
+    /// keyed hash, as the actor of an event. `None`: registered without a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Uuid>,
 }
 
 impl Event for UserState {
@@ -98,7 +102,11 @@ impl Event for UserState {
 
     #[cfg(feature = "test-support")]
     fn samples(_user: Uuid) -> Vec<Self> {
-        let profile = Profile { email: "ada@example.com".to_owned(), display_name: "Ada Lovelace".to_owned() };
+        let profile = Profile {
+            email: "ada@example.com".to_owned(),
+            display_name: "Ada Lovelace".to_owned(),
+            owner: Some(super::mint_id()),
+        };
         vec![Self::Current(profile), Self::Erased]
     }
 }

@@ -3,12 +3,15 @@
 //! it, or it is retried, redriven or replayed. So the effects of facts must commute, and for state
 //! the highest version must win.
 
+use std::collections::HashSet;
 use std::ops::AddAssign;
 use std::panic::AssertUnwindSafe;
 use std::slice;
 
 use futures::FutureExt;
+use sqlx::PgConnection;
 use tokio::time::{Duration, timeout};
+use uuid::Uuid;
 
 use super::record::Record;
 use crate::events::Event;
@@ -45,6 +48,13 @@ pub trait Handler: Send + Sync + 'static {
     fn caught_up(&self, _end: EndOfPartition) -> impl Future<Output = Result<(), Failure>> + Send {
         async { Ok(()) }
     }
+}
+
+/// A handler whose database records the ids of the events that it contains, in the transaction of
+/// their effects. A [`Replay`](super::Replay) can fold the same events into a copy.
+pub trait Recorded: Handler {
+    /// Which of these events the read model contains. The search path of `live` selects the model.
+    fn recorded(live: &mut PgConnection, ids: Vec<Uuid>) -> impl Future<Output = sqlx::Result<HashSet<Uuid>>> + Send;
 }
 
 /// A partition that a consumer has read to its end.

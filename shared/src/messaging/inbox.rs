@@ -8,7 +8,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use super::handler::{Failure, Handler, Outcome};
+use super::handler::{Failure, Handler, Outcome, Recorded};
 use super::record::Record;
 use crate::events::Event;
 use crate::fault;
@@ -79,6 +79,18 @@ impl<P: Projection> Handler for Inbox<P> {
     }
 }
 
+impl<P: Projection> Recorded for Inbox<P> {
+    async fn recorded(live: &mut PgConnection, ids: Vec<Uuid>) -> sqlx::Result<HashSet<Uuid>> {
+        let known: Vec<Uuid> =
+            sqlx::query_scalar("select event_id from inbox where handler = $1 and event_id = any($2::uuid[])")
+                .bind(P::GROUP)
+                .bind(ids)
+                .fetch_all(live)
+                .await?;
+        Ok(known.into_iter().collect())
+    }
+}
+
 /// Records the ids and returns those that were not known. The ids are sorted: two batches that
 /// insert the same ids in opposite orders would deadlock.
 async fn insert(tx: &mut PgConnection, group: &str, ids: impl Iterator<Item = Uuid>) -> sqlx::Result<HashSet<Uuid>> {
@@ -92,15 +104,4 @@ async fn insert(tx: &mut PgConnection, group: &str, ids: impl Iterator<Item = Uu
     .fetch_all(tx)
     .await?;
     Ok(new.into_iter().collect())
-}
-
-/// Which of these events the read model contains. The search path of `db` selects the model.
-pub(super) async fn known(db: &mut PgConnection, group: &str, ids: Vec<Uuid>) -> sqlx::Result<HashSet<Uuid>> {
-    let known: Vec<Uuid> =
-        sqlx::query_scalar("select event_id from inbox where handler = $1 and event_id = any($2::uuid[])")
-            .bind(group)
-            .bind(ids)
-            .fetch_all(db)
-            .await?;
-    Ok(known.into_iter().collect())
 }

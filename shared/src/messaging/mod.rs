@@ -17,7 +17,7 @@ pub(crate) use consumer::{BlockedRecords, Consumer, ConsumerSetup};
 pub use consumer::{BreakerConfig, DeadLetterRecord, dead_letter};
 pub use dead_letters::{ListDeadLetters, Redrive, list_dead_letters, redrive};
 pub(crate) use dead_letters::{count_open_dead_letters, declared_topic as dead_letter_topic};
-pub use handler::{EndOfPartition, Failure, Handler, Outcome};
+pub use handler::{EndOfPartition, Failure, Handler, Outcome, Recorded};
 pub use inbox::{Inbox, Projection};
 pub use kafka::KafkaConfig;
 pub(crate) use kafka::{report_unknown_connection, watch_connection, watch_files};

@@ -83,7 +83,7 @@ impl<E: Event> Record<E> {
             key,
             version,
             time: crate::events::now(),
-            cause: crate::events::Cause::command(),
+            cause: crate::events::Cause::command(None),
             traceparent: None,
             tracestate: None,
         };

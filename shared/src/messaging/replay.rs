@@ -17,8 +17,7 @@ use uuid::Uuid;
 
 use super::consumer::{BATCH_BYTES, BATCH_RECORDS};
 use super::errors::{Class, class};
-use super::handler::{self, Delivery, Failure};
-use super::inbox::{self, Inbox, Projection};
+use super::handler::{self, Delivery, Failure, Recorded};
 use super::kafka::{KafkaConfig, create};
 use super::record::{Coordinates, Record};
 use crate::events::Event;
@@ -42,30 +41,30 @@ enum Events {
 }
 
 /// The replay of one topic into a copy of a read model.
-pub struct Replay<P> {
+pub struct Replay<H> {
     consumer: BaseConsumer,
     topic: String,
-    copy: Inbox<P>,
+    copy: H,
     /// The time limit for one batch.
     limit: Duration,
     /// The first offset that Kafka still has, per partition.
     beginning: Offsets,
     /// The next offset to apply, per partition. The copy contains every earlier event that its
-    /// projection accepts.
+    /// handler accepts.
     next_offsets: Offsets,
 }
 
-impl<P: Projection> Replay<P> {
-    /// `copy` is an inbox on the tables to fill, which are empty.
+impl<H: Recorded> Replay<H> {
+    /// `copy` handles events with the tables to fill, which are empty.
     ///
     /// # Errors
     /// Kafka does not answer.
-    pub fn new(kafka: &KafkaConfig, copy: Inbox<P>) -> anyhow::Result<Self> {
+    pub fn new(kafka: &KafkaConfig, copy: H) -> anyhow::Result<Self> {
         telemetry::hide_panic_messages();
         // The group's own name, because the group is asked for its committed offsets.
         let mut replay = Self {
-            consumer: create(&kafka.replay(P::GROUP))?,
-            topic: kafka.prefixed(P::Event::TOPIC.name),
+            consumer: create(&kafka.replay(H::GROUP))?,
+            topic: kafka.prefixed(H::Event::TOPIC.name),
             copy,
             limit: kafka.handle_timeout(),
             beginning: Offsets::new(),
@@ -118,7 +117,7 @@ impl<P: Projection> Replay<P> {
             list.add_partition(&self.topic, *partition);
         }
         let committed = block_in_place(|| self.consumer.committed_offsets(list, KAFKA_TIMEOUT))
-            .with_context(|| format!("cannot get the committed offsets of the group {} from Kafka", P::GROUP))?;
+            .with_context(|| format!("cannot get the committed offsets of the group {} from Kafka", H::GROUP))?;
         let mut lag = 0;
         for element in committed.elements() {
             element.error()?;
@@ -215,9 +214,9 @@ impl<P: Projection> Replay<P> {
     /// has lost this connection, and its locks with it, stops here.
     async fn apply(&self, live: &mut PgConnection, batch: &[OwnedMessage], events: Events) -> anyhow::Result<()> {
         let decoded = batch.iter().map(|message| Record::decode(message.key(), message, Coordinates::of(message)));
-        let mut records: Vec<Record<P::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();
+        let mut records: Vec<Record<H::Event>> = decoded.filter_map(|record| record.ok().flatten()).collect();
         let ids: Vec<Uuid> = records.iter().map(|record| record.envelope.id).collect();
-        let known = inbox::known(live, P::GROUP, ids).await.context("cannot read the inbox of the live model")?;
+        let known = H::recorded(live, ids).await.context("cannot read the live model")?;
         records.retain(|record| events == Events::All || known.contains(&record.envelope.id));
         let mut delivery =
             ReplayBatch { copy: &self.copy, limit: self.limit, applied: BTreeSet::new(), rejected: vec![] };
@@ -225,7 +224,7 @@ impl<P: Projection> Replay<P> {
         delivered.map_err(|failure| match failure {
             Failure::Retry(error) => error.context("cannot write to the copy's database"),
             Failure::Reject(_) | Failure::Resume => {
-                anyhow!("bug: an inbox neither rejects a batch nor stores a position")
+                anyhow!("bug: a read model neither rejects a batch nor stores a position")
             }
         })?;
         // A record that fails here and is not in the live model, because it is a dead letter or an
@@ -241,8 +240,8 @@ impl<P: Projection> Replay<P> {
 }
 
 /// One batch that is applied to the copy.
-struct ReplayBatch<'a, P> {
-    copy: &'a Inbox<P>,
+struct ReplayBatch<'a, H> {
+    copy: &'a H,
     limit: Duration,
     /// Event ids.
     applied: BTreeSet<Uuid>,
@@ -250,26 +249,26 @@ struct ReplayBatch<'a, P> {
     rejected: Vec<(Uuid, Coordinates, String)>,
 }
 
-impl<P: Projection> Delivery for ReplayBatch<'_, P> {
-    type Event = P::Event;
+impl<H: Recorded> Delivery for ReplayBatch<'_, H> {
+    type Event = H::Event;
     type Error = Failure;
 
-    async fn attempt(&mut self, records: &mut [Record<P::Event>]) -> Result<(), Failure> {
+    async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         handler::call(self.copy, records, self.limit).await?;
         self.applied.extend(records.iter().map(|record| record.envelope.id));
         Ok(())
     }
 
-    async fn reject(&mut self, record: &Record<P::Event>, reason: String) -> Result<(), Failure> {
+    async fn reject(&mut self, record: &Record<H::Event>, reason: String) -> Result<(), Failure> {
         self.rejected.push((record.envelope.id, record.coordinates.clone(), reason));
         Ok(())
     }
 
-    async fn fail(&mut self, record: &Record<P::Event>, failure: Failure) -> Result<(), Failure> {
+    async fn fail(&mut self, record: &Record<H::Event>, failure: Failure) -> Result<(), Failure> {
         self.reject(record, failure.describe()).await
     }
 
-    fn is_finished(&self, record: &Record<P::Event>) -> bool {
+    fn is_finished(&self, record: &Record<H::Event>) -> bool {
         let id = record.envelope.id;
         self.applied.contains(&id) || self.rejected.iter().any(|(rejected, ..)| *rejected == id)
     }

@@ -1,5 +1,5 @@
 //! What every public HTTP route gets: a request id, a span in the caller's trace, a latency metric,
-//! limits of time, size and number, and errors as problem documents.
+//! a check of the caller, limits of time, size and number, and errors as problem documents.
 
 use std::sync::Arc;
 
@@ -17,6 +17,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tracing::{Instrument, field::Empty};
 use uuid::Uuid;
 
+use super::access::{Gate, PublicRoutes, guarded};
 use super::metrics::{Metrics, RequestLabels};
 use super::problem::{self, internal_error, problem, retry_later};
 use super::telemetry::{self, TraceContext};
@@ -35,6 +36,7 @@ const REQUEST_ID_MAX: usize = 128;
 #[derive(Clone)]
 pub(crate) struct Layers {
     pub metrics: Metrics,
+    pub gate: Gate,
     /// The setting TRUST_TRACE_CONTEXT.
     pub trust_trace_context: bool,
     /// How long a caller may take to send a body.
@@ -46,16 +48,18 @@ pub(crate) struct Layers {
 }
 
 /// Adds to a service's routes what every public route gets.
-pub(crate) fn layered(routes: Router, layers: &Layers) -> Router {
+pub(crate) fn layered(routes: PublicRoutes, layers: &Layers) -> Router {
     let requests = Arc::new(Semaphore::new(layers.requests));
     let routes = routes
+        .into_router()
         .fallback(async || problem(problem::NO_SUCH_RESOURCE, "no such resource"))
         .method_not_allowed_fallback(async || {
             problem(problem::METHOD_NOT_ALLOWED, "the resource does not support this method")
         })
         .layer(middleware::from_fn_with_state(requests, limited))
         .layer(middleware::from_fn_with_state(layers.body_timeout, with_whole_body));
-    observed_by(routes, layers)
+    // Before the body is read, so that a refused caller cannot make the service wait for it.
+    observed_by(guarded(routes, layers.gate.clone()), layers)
 }
 
 /// The routes of connections beyond the limit: each request is answered with 503.

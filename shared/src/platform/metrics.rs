@@ -24,6 +24,14 @@ pub struct RequestLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct LimitLabels {
+    /// The kind of request, such as `requests` for all.
+    pub limit: &'static str,
+    /// `address` or `principal`.
+    pub per: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ConsumedLabels {
     pub group: String,
     /// `applied`, `duplicate`, `stale`, `skipped` or `dead_lettered`. Every delivered record has
@@ -78,6 +86,7 @@ pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
     pub http_requests: Histograms<RequestLabels>,
     pub http_connections_refused: Counter,
+    pub http_requests_limited: Family<LimitLabels, Counter>,
     pub trace_spans_ended: Counter,
     pub trace_spans_exported: Counter,
     pub trace_exports_failed: Counter,
@@ -107,6 +116,7 @@ impl Default for Metrics {
             registry: Arc::default(),
             http_requests: Family::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS)),
             http_connections_refused: Counter::default(),
+            http_requests_limited: Family::default(),
             trace_spans_ended: Counter::default(),
             trace_spans_exported: Counter::default(),
             trace_exports_failed: Counter::default(),
@@ -134,6 +144,11 @@ impl Default for Metrics {
             "http_connections_refused",
             "Connections to the public port beyond HTTP_CONNECTIONS",
             &metrics.http_connections_refused,
+        );
+        metrics.register(
+            "http_requests_limited",
+            "Requests of callers that have sent too many, by limit",
+            &metrics.http_requests_limited,
         );
         metrics.register_consumers();
         metrics.register_traces();

@@ -11,5 +11,7 @@ pub mod database;
 pub mod problem;
 pub mod admin;
 pub mod preconditions;
+mod fetch;
+pub mod access;
 pub mod http;
 pub mod server;

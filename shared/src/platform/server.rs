@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use axum::Router;
+use axum::{Extension, Router};
 use clap::Args;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -20,6 +20,7 @@ use tokio::time::{Duration, sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 
+use super::access::Peer;
 use super::settings::number;
 
 /// Bytes of a request's head, and of what is read ahead. A larger head is answered with 431.
@@ -95,8 +96,8 @@ impl Server {
                 Some(_) = open.join_next() => continue,
                 accepted = listener.accept() => accepted,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, peer) = match accepted {
+                Ok((stream, address)) => (stream, Extension(Peer(address.ip()))),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection; will retry");
                     stop.run_until_cancelled(sleep(ACCEPT_RETRY)).await;
@@ -104,7 +105,8 @@ impl Server {
                 }
             };
             if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
-                open.spawn(connection(stream, self.routes.clone(), self.read_timeout, place, stop.clone()));
+                let routes = self.routes.clone().layer(peer);
+                open.spawn(connection(stream, routes, self.read_timeout, place, stop.clone()));
                 continue;
             }
             self.refused.inc();

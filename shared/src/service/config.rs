@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::messaging::{BreakerConfig, KafkaConfig};
+use crate::platform::access::{AuthConfig, RateConfig};
 use crate::platform::admin::AdminTokens;
 use crate::platform::secret::OptionalSecret;
 use crate::platform::server::HttpConfig;
@@ -24,6 +25,10 @@ pub struct ServiceConfig {
     pub admin_tokens: OptionalSecret<AdminTokens>,
     #[command(flatten)]
     pub http: HttpConfig,
+    #[command(flatten)]
+    pub auth: AuthConfig,
+    #[command(flatten)]
+    pub rates: RateConfig,
     /// How long the process keeps serving after SIGTERM, in milliseconds. From then on /readyz
     /// answers 503. It must be longer than a load balancer needs to notice that and to stop sending
     /// requests. 0 if there is no load balancer.
@@ -51,6 +56,7 @@ impl ServiceConfig {
     /// Two settings contradict each other.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         self.http.check()?;
+        self.auth.check()?;
         self.breaker.check()?;
         self.kafka.check()
     }

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
 use crate::messaging::{self, BlockedRecords, Consumer, ConsumerSetup, Declared, Handler, Relay, RelayConfig, Wake};
+use crate::platform::access::{Gate, PublicRoutes, Rates, Tokens};
 use crate::platform::admin::{self, Guard};
 use crate::platform::health::{self, Health};
 use crate::platform::http::Layers;
@@ -51,6 +52,8 @@ pub struct Service {
     config: ServiceConfig,
     health: Health,
     metrics: Metrics,
+    /// Checks the tokens of requests. `None`: none are required.
+    tokens: Option<Tokens>,
     /// Cancelled by SIGTERM. The process is not ready any more, and still serves.
     draining: CancellationToken,
     /// Cancelled when the process stops.
@@ -88,6 +91,7 @@ impl Service {
             config,
             health: Health::default(),
             metrics,
+            tokens: None,
             draining: CancellationToken::new(),
             stop: CancellationToken::new(),
             resumed: watch::Sender::new(()),
@@ -105,7 +109,22 @@ impl Service {
         service.listen("ADMIN_ADDR", service.config.admin_addr, admin).await?;
         service.watch_signals()?;
         service.watch_kafka();
+        service.require_tokens().await?;
         Ok(service)
+    }
+
+    /// Makes the public routes require tokens, if the settings say whose.
+    async fn require_tokens(&mut self) -> anyhow::Result<()> {
+        match Tokens::start(&self.config.auth, self.health.clone()).await? {
+            Some((tokens, reading)) => {
+                self.tokens = Some(tokens);
+                self.spawn("token keys", reading);
+            }
+            None => tracing::warn!(
+                "requests need no token: any caller may read and change everything; set AUTH_JWKS_FILE or AUTH_JWKS_URL"
+            ),
+        }
+        Ok(())
     }
 
     /// Reports whether Kafka can be reached, and ends the process when a file of its login changes.
@@ -207,10 +226,15 @@ impl Service {
     ///
     /// # Errors
     /// The port is in use.
-    pub async fn http(&mut self, addr: SocketAddr, routes: Router) -> anyhow::Result<()> {
+    pub async fn http(&mut self, addr: SocketAddr, routes: PublicRoutes) -> anyhow::Result<()> {
         let limits = &self.config.http;
         let layers = Layers {
             metrics: self.metrics.clone(),
+            gate: Gate {
+                tokens: self.tokens.clone(),
+                rates: Rates::of_requests(&self.config.rates, &self.metrics),
+                trusted_proxies: self.config.rates.trusted_proxies.clone().into(),
+            },
             trust_trace_context: self.config.telemetry.trust_trace_context,
             body_timeout: limits.read_timeout(),
             requests: limits.http_requests as usize,

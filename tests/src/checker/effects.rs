@@ -5,9 +5,9 @@ use std::fmt::Debug;
 
 use uuid::Uuid;
 
-use super::history::{Analytics, Fact, History, Outcome, Recipient, Request, StoredUser};
+use super::history::{Analytics, Audited, Fact, History, Outcome, Recipient, Request, StoredUser};
 use super::violation::Found;
-use crate::services::{ANALYTICS_EMAILS, ANALYTICS_USERS, EMAIL_EVENTS, USER_EVENTS};
+use crate::services::{ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, EMAIL_EVENTS, USER_EVENTS};
 
 pub fn check(history: &History, found: &mut Found) {
     if let Some(analytics) = &history.analytics {
@@ -17,6 +17,7 @@ pub fn check(history: &History, found: &mut Found) {
         check_inbox(analytics, USER_EVENTS, &users, found);
         check_inbox(analytics, EMAIL_EVENTS, &emails, found);
         check_read_models(analytics, &users, &emails, found);
+        check_audit(analytics, &history.facts_for(ANALYTICS_AUDIT, &history.facts), found);
     }
     let newest = StoredUser::newest(&history.states);
     if let Some(email) = &history.email {
@@ -42,6 +43,25 @@ fn check_inbox(analytics: &Analytics, topic: &str, facts: &[Fact], found: &mut F
     }
     for id in inbox.difference(&logged) {
         found.add("I7", format!("an event in the inbox is not in {topic}: {id}"));
+    }
+}
+
+/// I7, I9: the audit has one row for each fact, and no other.
+fn check_audit(analytics: &Analytics, facts: &[Fact], found: &mut Found) {
+    let mut rows: BTreeMap<Uuid, Vec<&Audited>> = BTreeMap::new();
+    for row in &analytics.audit {
+        rows.entry(row.event).or_default().push(row);
+    }
+    for fact in facts {
+        let expected = Audited::from(fact);
+        match rows.remove(&fact.id).as_deref() {
+            Some([row]) if **row == expected => {}
+            Some(rows) => found.add("I7", format!("the audit has the rows {rows:?}, and the topic {expected:?}")),
+            None => found.add("I9", format!("a fact was committed without a row in the audit: {expected:?}")),
+        }
+    }
+    for row in rows.values() {
+        found.add("I7", format!("rows of the audit are not in the topic: {row:?}"));
     }
 }
 

@@ -155,6 +155,22 @@ pub struct Analytics {
     pub totals: (i64, i64),
     /// Ids of the events that are in the read models, by topic.
     pub inbox: BTreeMap<&'static str, BTreeSet<Uuid>>,
+    /// Rows of the audit.
+    pub audit: Vec<Audited>,
+}
+
+/// A row of the audit.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Audited {
+    pub event: Uuid,
+    pub user: Uuid,
+    pub kind: String,
+}
+
+impl From<&Fact> for Audited {
+    fn from(fact: &Fact) -> Self {
+        Self { event: fact.id, user: fact.user, kind: fact.kind.clone() }
+    }
 }
 
 impl Analytics {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reqwest::{Client, StatusCode};
 use sqlx::PgPool;
 use testbed::process::Process;
-use tests::checker::{Analytics, Fact};
+use tests::checker::{Analytics, Audited, Fact};
 use tests::http::send;
 use tests::processes::is_frozen;
 use tests::record::Draft;
@@ -119,7 +119,7 @@ async fn a_rebuild_applies_a_fact_that_the_live_model_dead_lettered() {
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[coordinates]).await;
     system.users.until_counted(1, 0).await;
     let error = rebuild(&system, &[]).await.unwrap_err().to_string();
-    assert!(error.contains("1 events are new"), "{error}");
+    assert!(error.contains("1 effects are new"), "{error}");
     rebuild(&system, &["--accept-differences"]).await.unwrap();
     system.users.until_counted(2, 0).await;
     let printed = system.processes.run(ANALYTICS, &["redrive"]).await.unwrap();
@@ -140,7 +140,7 @@ async fn a_rebuild_from_a_truncated_log_is_refused() {
     assert!(error.contains("deleted the first 1 offsets"), "{error}");
     assert!(error.contains("--accept-lost-history"), "{error}");
     let error = rebuild(&system, &["--accept-lost-history"]).await.unwrap_err().to_string();
-    assert!(error.contains("the effects of 1 events of the live model are lost"), "{error}");
+    assert!(error.contains("2 effects of the live model are lost"), "{error}");
     assert!(error.contains("--accept-differences"), "{error}");
     system.users.until_counted(2, 0).await;
     rebuild(&system, &["--accept-lost-history", "--accept-differences"]).await.unwrap();
@@ -158,7 +158,7 @@ async fn a_rebuild_is_refused_if_kafka_lacks_an_event_or_the_service_is_down() {
     system.users.until_counted(1, 0).await;
     sqlx::query("insert into inbox values ($1, gen_random_uuid())").bind(ANALYTICS_USERS).execute(&db).await.unwrap();
     let error = rebuild(&system, &["--accept-differences"]).await.unwrap_err().to_string();
-    assert!(error.contains("1 events of the live model are not in Kafka"), "{error}");
+    assert!(error.contains("1 effects of the live model come from events that are not in Kafka"), "{error}");
     system.processes.stop(ANALYTICS).await;
     write_registration(&system, 0).await;
     let error = rebuild(&system, &["--wait-seconds", "1"]).await.unwrap_err().to_string();
@@ -206,9 +206,9 @@ async fn an_event_that_only_the_live_model_got_after_the_comparison_prevents_the
     rebuild.thaw();
     assert!(!rebuild.wait().await.success(), "{}", system.processes.printed("rebuild"));
     let printed = system.processes.printed("rebuild");
-    assert!(printed.contains("1 events of the live model are not in Kafka"), "{printed}");
-    let triggers = "select count(*) from pg_trigger where tgrelid = 'inbox'::regclass";
-    assert_eq!(tests::stores::count(&db, triggers).await, 0, "triggers on the live inbox");
+    assert!(printed.contains("1 effects of the live model come from events that are not in Kafka"), "{printed}");
+    let triggers = "select count(*) from pg_trigger where tgrelid in ('inbox'::regclass, 'audit'::regclass)";
+    assert_eq!(tests::stores::count(&db, triggers).await, 0, "triggers on the live tables");
 }
 
 /// T45: Only one rebuild runs at a time. If a rebuild freezes during the swap, Postgres closes its
@@ -386,4 +386,8 @@ async fn assert_model_equals_log(system: &System) {
     let model = system.stores.analytics().await;
     let folded = Analytics::fold(&Fact::distinct(&users), &Fact::distinct(&emails));
     assert_eq!((model.registrations, model.funnel), folded, "I7: the tables differ from the fold of the log");
+    let mut audit = model.audit;
+    audit.sort();
+    let facts: Vec<Audited> = Fact::distinct(&users).iter().map(Audited::from).collect();
+    assert_eq!(audit, facts, "I7: the audit has one row for each fact");
 }

@@ -49,7 +49,7 @@ async fn the_curl_lines_of_the_readme_show_what_their_comments_say() {
     }
     let system = System::start().await;
     let commands = commands();
-    let [register, profile, emails, funnel, status] = commands.as_slice() else {
+    let [register, profile, emails, funnel, audit, status] = commands.as_slice() else {
         panic!("the README has other curl lines than this test expects: {commands:#?}")
     };
 
@@ -62,5 +62,6 @@ async fn the_curl_lines_of_the_readme_show_what_their_comments_say() {
     until_answer(&system, &with_id(profile), |profile| profile["display_name"] == "Ada Lovelace").await;
     until_answer(&system, &with_id(emails), |emails| emails[0]["status"] == "sent").await;
     until_answer(&system, funnel, |funnel| funnel["registered"] == 1 && funnel["mailed"] == 1).await;
+    until_answer(&system, &with_id(audit), |audit| audit["entries"][0]["type"] == "user.registered").await;
     eventually(status, async || (run(&system, status).await.stdout == b"ok\n").then_some(())).await;
 }

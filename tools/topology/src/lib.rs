@@ -48,6 +48,7 @@ pub const ANALYTICS: Service = Service {
     groups: &[
         Group { name: "analytics.users", topic: USER_EVENTS },
         Group { name: "analytics.emails", topic: EMAIL_EVENTS },
+        Group { name: "analytics.audit", topic: USER_EVENTS },
     ],
 };
 

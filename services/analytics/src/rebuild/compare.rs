@@ -14,8 +14,11 @@ use crate::projections::SUMS;
 
 /// How many rows of each kind of difference are printed.
 const SHOWN: i64 = 5;
-/// The table in the schema of the rebuild with the ids that the live inbox got since the snapshot.
+/// The table in the schema of the rebuild with the events that the live model got since the
+/// snapshot.
 const RECORDED: &str = "recorded";
+/// The tables that say which events a model contains, and the group and the event of their rows.
+const INBOXES: [(&str, &str); 2] = [("inbox", "handler, event_id"), ("audit", "'analytics.audit', event_id")];
 
 /// Rows of a table that the other table lacks.
 pub struct Surplus {
@@ -27,10 +30,10 @@ pub struct Surplus {
 /// Compares the models as they are at one moment.
 ///
 /// A second session locks the live model for a moment, so that both models have the same events,
-/// and `live` takes a snapshot of that moment. A trigger records every id that the live inbox gets
+/// and `live` takes a snapshot of that moment. Triggers record every event that the live model gets
 /// from then on: the swap looks at nothing else. Then the lock ends, and `live` compares.
 ///
-/// Crash afterwards: the trigger stays until the next rebuild drops the schema. It costs one more
+/// Crash afterwards: the triggers stay until the next rebuild drops the schema. It costs one more
 /// row per event.
 ///
 /// # Errors
@@ -58,53 +61,75 @@ pub async fn compare(
     Ok(())
 }
 
-/// Records the ids that the live inbox gets, by a trigger in the transactions that insert them. The
-/// function runs with the rights of its owner, because the role of the service may not write to the
-/// schema of a rebuild.
+/// Records the events that the live model gets, by triggers in the transactions that insert their
+/// ids. The functions run with the rights of their owner, because the role of the service may not
+/// write to the schema of a rebuild.
 async fn record(lock: &mut PgConnection, schema: &str) -> sqlx::Result<()> {
-    let statements = format!(
-        "create table if not exists {schema}.{RECORDED} (handler text not null, event_id uuid not null);
-         create or replace function {schema}.record() returns trigger language plpgsql security definer
-             set search_path = pg_catalog as $$ begin
-                 insert into {schema}.{RECORDED} select handler, event_id from fresh;
-                 return null;
-             end $$;
-         create or replace trigger {RECORDED} after insert on inbox
-             referencing new table as fresh for each statement execute function {schema}.record()"
-    );
-    execute(lock, statements).await
+    let table =
+        format!("create table if not exists {schema}.{RECORDED} (handler text not null, event_id uuid not null)");
+    execute(lock, table).await?;
+    for (inbox, columns) in INBOXES {
+        let statements = format!(
+            "create or replace function {schema}.record_{inbox}() returns trigger language plpgsql security definer
+                 set search_path = pg_catalog as $$ begin
+                     insert into {schema}.{RECORDED} select {columns} from fresh;
+                     return null;
+                 end $$;
+             create or replace trigger {RECORDED} after insert on {inbox}
+                 referencing new table as fresh for each statement execute function {schema}.record_{inbox}()"
+        );
+        execute(lock, statements).await?;
+    }
+    Ok(())
 }
 
-/// Drops the recorded ids, after the live inbox was dropped, and the trigger with it.
+/// Drops the recorded events, after the live tables were dropped, and the triggers with them.
 pub async fn drop_recording(tx: &mut PgConnection, schema: &str) -> sqlx::Result<()> {
-    execute(tx, format!("drop function {schema}.record(); drop table {schema}.{RECORDED}")).await
+    for (inbox, _) in INBOXES {
+        execute(tx, format!("drop function {schema}.record_{inbox}()")).await?;
+    }
+    execute(tx, format!("drop table {schema}.{RECORDED}")).await
 }
 
 /// Stops the recording when the rebuild gives up. If this fails too, the next rebuild drops the
-/// trigger.
+/// triggers.
 pub async fn stop_recording(live: &mut PgConnection) {
-    if let Err(error) = execute(live, format!("drop trigger if exists {RECORDED} on inbox")).await {
-        print_line(&format!("warning: a trigger on the live inbox stays until the next rebuild: {error}"));
+    for (inbox, _) in INBOXES {
+        if let Err(error) = execute(live, format!("drop trigger if exists {RECORDED} on {inbox}")).await {
+            print_line(&format!("warning: a trigger on the live table {inbox} stays until the next rebuild: {error}"));
+        }
     }
 }
 
-/// Checks that the rebuilt model has every event that the live inbox got since the snapshot. The
-/// tables need no second comparison: both models got these events by the same projections.
+/// Checks that the rebuilt model has every event that the live model got since the snapshot. The
+/// tables need no second comparison: both models got these events by the same handlers.
 pub async fn require_recorded(tx: &mut PgConnection, schema: &str, options: &Rebuild) -> anyhow::Result<()> {
     let recorded = format!("table {schema}.{RECORDED}");
-    let rebuilt =
-        format!("select handler, event_id from {schema}.{RECORDED} join {schema}.inbox using (handler, event_id)");
+    let rebuilt = format!(
+        "select handler, event_id from {schema}.{RECORDED} join ({}) events using (handler, event_id)",
+        events(&format!("{schema}."))
+    );
     require_no_loss(surplus(tx, &recorded, &rebuilt).await?, options)
+}
+
+/// The query for the events that a model contains. `schema` is a prefix of table names.
+fn events(schema: &str) -> String {
+    let [inbox, audit] = INBOXES.map(|(inbox, columns)| format!("select {columns} from {schema}{inbox}"));
+    format!("select * from ({inbox} union all {audit}) events (handler, event_id)")
 }
 
 /// An event that the live model contains and the rebuilt one lacks would be lost: its offset is
 /// committed, so no process would read it again.
 async fn compare_inboxes(tx: &mut PgConnection, schema: &str, options: &Rebuild) -> anyhow::Result<()> {
-    let rebuilt = format!("table {schema}.inbox");
-    require_no_loss(surplus(tx, "table inbox", &rebuilt).await?, options)?;
-    let gained = surplus(tx, &rebuilt, "table inbox").await?;
+    let live = events("");
+    let rebuilt = events(&format!("{schema}."));
+    require_no_loss(surplus(tx, &live, &rebuilt).await?, options)?;
+    let gained = surplus(tx, &rebuilt, &live).await?;
     if gained.rows > 0 {
-        print_line(&format!("{} events are new: the live model had dead-lettered or skipped them", gained.rows));
+        print_line(&format!(
+            "{} effects are new: the live model had dead-lettered or skipped their events",
+            gained.rows
+        ));
     }
     Ok(())
 }
@@ -113,18 +138,18 @@ fn require_no_loss(lost: Surplus, options: &Rebuild) -> anyhow::Result<()> {
     if lost.rows > 0 {
         ensure!(
             options.accept_lost_history,
-            "{} events of the live model are not in Kafka, or this release cannot read them, for example {}: their effects would \
-             be lost. Find out what happened to them. --accept-lost-history swaps without them",
+            "{} effects of the live model come from events that are not in Kafka, or that this release cannot read, for example \
+             {}: they would be lost. Find out what happened to these events. --accept-lost-history swaps without them",
             lost.rows,
             lost.shown.join(" ")
         );
-        print_line(&format!("warning: the effects of {} events of the live model are lost", lost.rows));
+        print_line(&format!("warning: {} effects of the live model are lost", lost.rows));
     }
     Ok(())
 }
 
 /// The quoted names of all tables that the migrations create, except the table of the migrations
-/// and that of the recorded ids. The inbox comes first, as in every transaction.
+/// and that of the recorded events. The inbox comes first, as in every transaction.
 pub async fn tables(tx: &mut PgConnection, schema: &str) -> sqlx::Result<Vec<String>> {
     sqlx::query_scalar(
         "select quote_ident(tablename) from pg_tables where schemaname = $1 and tablename <> all ($2)

@@ -1,5 +1,5 @@
-//! The replays of the rebuild: both topics, from their beginning to the point where the live model
-//! can be swapped.
+//! The replays of the rebuild: one for each consumer group, from the beginning of its topic to the
+//! point where the live model can be swapped.
 
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,7 @@ use shared::messaging::{Inbox, KafkaConfig, Replay};
 use sqlx::{PgConnection, PgPool};
 
 use super::options::{Rebuild, print_line};
+use crate::audit::Audit;
 use crate::projections::{Mailed, Registered};
 
 /// How many offsets may remain to be read while the live model is locked. Reading them takes a few
@@ -15,10 +16,11 @@ use crate::projections::{Mailed, Registered};
 const REMAINDER: i64 = 5_000;
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The replays of both topics into the rebuilt model.
+/// The replays into the rebuilt model.
 pub struct Replays {
-    users: Replay<Registered>,
-    emails: Replay<Mailed>,
+    users: Replay<Inbox<Registered>>,
+    emails: Replay<Inbox<Mailed>>,
+    audit: Replay<Audit>,
 }
 
 impl Replays {
@@ -26,7 +28,8 @@ impl Replays {
     pub fn new(kafka: &KafkaConfig, rebuilt: PgPool) -> anyhow::Result<Self> {
         Ok(Self {
             users: Replay::new(kafka, Inbox::new(rebuilt.clone(), Registered))?,
-            emails: Replay::new(kafka, Inbox::new(rebuilt, Mailed))?,
+            emails: Replay::new(kafka, Inbox::new(rebuilt.clone(), Mailed))?,
+            audit: Replay::new(kafka, Audit { db: rebuilt })?,
         })
     }
 
@@ -58,9 +61,10 @@ impl Replays {
         loop {
             self.users.advance(live).await?;
             self.emails.advance(live).await?;
+            self.audit.advance(live).await?;
             let deadline = Instant::now() + wait;
             loop {
-                let lag = self.users.live_lag()? + self.emails.live_lag()?;
+                let lag = self.users.live_lag()? + self.emails.live_lag()? + self.audit.live_lag()?;
                 if lag == 0 {
                     break;
                 }
@@ -82,12 +86,13 @@ impl Replays {
 
     /// Whether the events after the last catch-up can be applied while the live model is locked.
     pub fn few_are_left(&self) -> anyhow::Result<bool> {
-        Ok(self.users.remaining()? + self.emails.remaining()? <= REMAINDER)
+        Ok(self.users.remaining()? + self.emails.remaining()? + self.audit.remaining()? <= REMAINDER)
     }
 
     /// Applies the events that the live model has applied since the last catch-up.
     pub async fn complete(&self, live: &mut PgConnection) -> anyhow::Result<()> {
         self.users.complete(live).await?;
-        self.emails.complete(live).await
+        self.emails.complete(live).await?;
+        self.audit.complete(live).await
     }
 }

@@ -15,9 +15,9 @@ const SESSION_LIMITS: [(&str, &str); 4] = [
     ("statement_timeout", "60s"),
 ];
 /// While this lock is held, no process writes to the live model, because consumers start each
-/// transaction with the inbox. The lock on the first table keeps a new release from migrating: a
-/// swap would undo its migrations.
-pub const LOCK_LIVE: &str = "lock table _sqlx_migrations, inbox in share row exclusive mode";
+/// transaction with the inbox or with the audit. The lock on the first table keeps a new release
+/// from migrating: a swap would undo its migrations.
+pub const LOCK_LIVE: &str = "lock table _sqlx_migrations, inbox, audit in share row exclusive mode";
 
 /// Opens a session with the limits above.
 pub async fn connect(server: &PgConnectOptions) -> anyhow::Result<PgConnection> {

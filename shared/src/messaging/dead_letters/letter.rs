@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use futures::future::try_join_all;
-use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
 use rdkafka::ClientConfig;
+use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 
 use crate::events::Kind;

@@ -353,11 +353,7 @@ impl Term<'_> {
             Err(RoundError::Other(error)) => return Err(error),
             Err(RoundError::Rejected(rejections)) => {
                 let found = self.block_rejected(&rejections, &ids, &topics, &records)?;
-                return if found {
-                    self.give_up_round()
-                } else {
-                    self.split(&ids, &topics, &records, None)
-                };
+                return if found { self.give_up_round() } else { self.split(&ids, &topics, &records, None) };
             }
             Err(RoundError::Unexplained(error)) => {
                 return self.split(&ids, &topics, &records, error.rdkafka_error_code());

@@ -126,7 +126,8 @@ pub async fn read_one(db: &mut PgConnection, probe: &Probe, excluded: &Excluded)
     let query = match probe {
         Probe::Topic(topic) => {
             let of_topic = excluded.partitions.iter().filter(|(of, ..)| of == topic);
-            let (counts, partitions): (Vec<i32>, Vec<i32>) = of_topic.map(|(_, count, number)| (*count, *number)).unzip();
+            let (counts, partitions): (Vec<i32>, Vec<i32>) =
+                of_topic.map(|(_, count, number)| (*count, *number)).unzip();
             let oldest = format!(
                 "{columns} where topic between $1 and $1 and aggregateid <> all ($2)
                      and not exists (select from unnest($3::int[], $4::int[]) excluded (partitions, partition)

@@ -103,9 +103,11 @@ impl Transactions {
         self.wait_until_accounted()?;
         // If Kafka refused a whole topic, or the transaction failed for another reason, librdkafka
         // has discarded all records, and the commit returns the reason.
-        self.producer.commit_transaction(COMMIT_TIMEOUT).map_err(|error| match error.rdkafka_error_code().map(scope) {
-            Some(Scope::Term) | None => anyhow!(error).context("cannot commit the Kafka transaction").into(),
-            Some(_) => RoundError::Unexplained(error),
+        self.producer.commit_transaction(COMMIT_TIMEOUT).map_err(|error| {
+            match error.rdkafka_error_code().map(scope) {
+                Some(Scope::Term) | None => anyhow!(error).context("cannot commit the Kafka transaction").into(),
+                Some(_) => RoundError::Unexplained(error),
+            }
         })?;
         if enqueued < total || !failures.0.is_empty() {
             return Err(anyhow!("Kafka committed a round of which it does not have all {total} records").into());

@@ -16,3 +16,8 @@ insert into funnel_totals as stored (topic, partition, registered, mailed)
 select 'user.events.v1', n % 6, count(*), count(*) from generate_series(:from, :to) n group by 2
 on conflict (topic, partition) do update
     set registered = stored.registered + excluded.registered, mailed = stored.mailed + excluded.mailed;
+
+insert into audit (event_id, user_id, version, type, occurred_at, actor, causation_id, correlation_id)
+select gen_random_uuid(), ('00000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, 1, 'user.registered',
+    now() - n % 17520 * interval '1 hour', gen_random_uuid(), gen_random_uuid(), gen_random_uuid()
+from generate_series(:from, :to) n;

@@ -63,6 +63,7 @@ impl<'a> Drive<'a> {
             self.url(ANALYTICS, "/funnel"),
             self.url(ANALYTICS, "/registrations?bucket=hour"),
             self.url(ANALYTICS, "/registrations?bucket=day"),
+            self.url(ANALYTICS, &format!("/audit?user_id={id}")),
         ];
         for url in &reads {
             self.until(|| self.client.get(url), StatusCode::OK, |_| true).await?;
