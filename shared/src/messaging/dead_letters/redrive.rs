@@ -119,7 +119,7 @@ impl<'a, H: Handler> Run<'a, H> {
         let kind = H::Event::TOPIC.kind;
         let records = match kind {
             Kind::Facts => None,
-            Kind::State => Some(record_reader(kafka)?),
+            Kind::State => Some(create(&kafka.redriver(H::GROUP))?),
         };
         Ok(Self {
             handler,
@@ -224,10 +224,6 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
         let letter = letter.expect("the record was read from one of these letters").clone();
         Ok(self.run.fail(letter, reason).await?)
     }
-}
-
-fn record_reader(kafka: &KafkaConfig) -> anyhow::Result<BaseConsumer> {
-    create(&kafka.redriver())
 }
 
 /// `None`: the record was compacted away.
