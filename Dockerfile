@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
 # The image of one service: docker build --build-arg SERVICE=user .
+# SERVICE=credentials is the image of the program that makes certificates for compose.secure.yaml.
 #
 # The first stage builds every folder in services/ and does not use SERVICE, so that the images of
 # all services cost one build.
@@ -18,10 +19,10 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target,sharing=locked \
     find . -name '*.rs' -not -path './target/*' -exec touch {} + \
- && cargo build --release --locked $(ls services | sed 's/^/--package /') \
+ && cargo build --release --locked $(ls services | sed 's/^/--package /') --package credentials \
  && mkdir /programs \
  && cd target/release \
- && cp $(ls /src/services) /programs/
+ && cp $(ls /src/services) credentials /programs/
 
 # Contains a C runtime, certificates and an unprivileged user, but no shell and no tools. Its glibc
 # is newer than that of the first stage, as the programs need.

@@ -3,17 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
-use time::OffsetDateTime;
-use time::ext::NumericalDuration;
+use rcgen::KeyPair;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
 /// An authority that signs certificates.
-pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub struct Authority(credentials::Authority);
 
 /// A certificate with its private key.
 pub struct Certificate {
@@ -23,28 +23,22 @@ pub struct Certificate {
 
 impl Authority {
     pub fn create() -> Self {
-        let mut parameters = CertificateParams::new(vec![]).unwrap();
-        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // Of two authorities with the same name, a client takes one for a forgery of the other.
-        parameters.distinguished_name = named(&format!("authority {}", uuid::Uuid::now_v7()));
-        Self(CertifiedIssuer::self_signed(parameters, KeyPair::generate().unwrap()).unwrap())
+        Self(credentials::Authority::create())
     }
 
     /// A certificate for this host name.
     pub fn certificate(&self, name: &str) -> Certificate {
-        self.sign(parameters(name))
+        self.0.certificate(&[name]).into()
     }
 
     /// A certificate that was valid until yesterday.
     pub fn expired_certificate(&self, name: &str) -> Certificate {
-        let mut parameters = parameters(name);
-        parameters.not_after = OffsetDateTime::now_utc() - 1.days();
-        self.sign(parameters)
+        self.0.expired_certificate(&[name]).into()
     }
 
     /// The authority's own certificate, in PEM format.
     pub fn pem(&self) -> String {
-        self.0.as_ref().pem()
+        self.0.pem()
     }
 
     /// Writes the authority's own certificate, in PEM format.
@@ -52,24 +46,12 @@ impl Authority {
         std::fs::write(&file, self.pem()).unwrap();
         file
     }
+}
 
-    fn sign(&self, parameters: CertificateParams) -> Certificate {
-        let key = KeyPair::generate().unwrap();
-        Certificate { certificate: parameters.signed_by(&key, &self.0).unwrap(), key }
+impl From<credentials::Certificate> for Certificate {
+    fn from(credentials::Certificate { certificate, key }: credentials::Certificate) -> Self {
+        Self { certificate, key }
     }
-}
-
-/// OpenSSL takes a certificate whose subject and issuer have the same name for a self-signed one.
-fn parameters(name: &str) -> CertificateParams {
-    let mut parameters = CertificateParams::new(vec![name.to_owned()]).unwrap();
-    parameters.distinguished_name = named(name);
-    parameters
-}
-
-fn named(name: &str) -> DistinguishedName {
-    let mut names = DistinguishedName::new();
-    names.push(DnType::CommonName, name);
-    names
 }
 
 impl Certificate {
@@ -90,7 +72,7 @@ impl Certificate {
             None => builder.with_no_client_auth(),
             Some(authority) => {
                 let mut roots = RootCertStore::empty();
-                roots.add(authority.0.as_ref().der().clone()).unwrap();
+                roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
                 builder.with_client_cert_verifier(verifier.build().unwrap())
             }

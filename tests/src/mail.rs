@@ -1,16 +1,22 @@
 //! The facet `mail`: the mail server, and the mails that it accepted.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use testbed::smtp_sink::{Behaviour, Fault, Mail as Accepted, SmtpSink};
 
 pub struct Mail {
-    sink: SmtpSink,
+    sink: Arc<SmtpSink>,
 }
 
 impl Mail {
     pub(crate) async fn start() -> Self {
-        Self { sink: SmtpSink::start(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap() }
+        Self::of(Arc::new(SmtpSink::start(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap()))
+    }
+
+    /// The sink of a stack.
+    pub(crate) fn of(sink: Arc<SmtpSink>) -> Self {
+        Self { sink }
     }
 
     pub fn address(&self) -> SocketAddr {

@@ -40,7 +40,8 @@ pub fn topic_of(group: &str) -> &'static str {
 
 /// The topic of a consumer group's dead letters.
 pub fn dead_letters_of(group: &str) -> String {
-    format!("{group}.dlq")
+    let known = declared().find(|known| known.name == group);
+    known.unwrap_or_else(|| panic!("no service runs the group {group}")).dead_letters()
 }
 
 fn declared() -> impl Iterator<Item = Group> {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use redis::Client;
 use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use sqlx::PgPool;
@@ -38,7 +39,7 @@ const DIARY: &str = "
 pub struct Stores {
     /// Each service's database, by the service's name.
     databases: BTreeMap<&'static str, Database>,
-    valkey: String,
+    valkey: Client,
     prefix: String,
 }
 
@@ -48,7 +49,7 @@ pub async fn count(db: &PgPool, question: &'static str) -> i64 {
 }
 
 impl Stores {
-    pub(crate) fn new(databases: BTreeMap<&'static str, Database>, valkey: String, prefix: String) -> Self {
+    pub(crate) fn new(databases: BTreeMap<&'static str, Database>, valkey: Client, prefix: String) -> Self {
         Self { databases, valkey, prefix }
     }
 
@@ -58,7 +59,7 @@ impl Stores {
     }
 
     pub(crate) fn set_valkey(&mut self, url: String) {
-        self.valkey = url;
+        self.valkey = Client::open(url).unwrap();
     }
 
     /// A service's database, with the rights of the role that owns the tables: tests add triggers
@@ -83,7 +84,7 @@ impl Stores {
     }
 
     pub async fn valkey(&self) -> MultiplexedConnection {
-        redis::Client::open(self.valkey.as_str()).unwrap().get_multiplexed_async_connection().await.unwrap()
+        self.valkey.get_multiplexed_async_connection().await.unwrap()
     }
 
     /// Deletes everything in Valkey.

@@ -18,8 +18,10 @@ use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings;
-use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
+use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig, create_topics};
 use sqlx::migrate::Migrator;
+
+const GROUPS: [&str; 3] = [Registered::GROUP, Mailed::GROUP, Audit::GROUP];
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/analytics");
 
@@ -71,6 +73,7 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Service(service::Command::CreateTopics) => create_topics(&config.service.kafka, &[], &GROUPS).await,
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
@@ -78,7 +81,7 @@ async fn main() -> anyhow::Result<()> {
             dead_letter(config.service.admin_addr, &options).await
         }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
-            list_dead_letters(&config.service.kafka, &[Registered::GROUP, Mailed::GROUP, Audit::GROUP], options)
+            list_dead_letters(&config.service.kafka, &GROUPS, options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
         Command::Rebuild(options) => {

@@ -15,7 +15,7 @@ use clap::{Parser, Subcommand};
 use shared::messaging::{Handler, dead_letter, list_dead_letters, redrive};
 use shared::platform::health::healthcheck;
 use shared::platform::settings::{self, number};
-use shared::service::{self, ConsumerCommand, Service, ServiceConfig};
+use shared::service::{self, ConsumerCommand, Service, ServiceConfig, create_topics};
 use valkey::ValkeyConfig;
 use view::View;
 use waiters::{Waiters, Waking};
@@ -58,6 +58,9 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Service(service::Command::CreateTopics) => {
+            create_topics(&config.service.kafka, &[], &[View::GROUP]).await
+        }
         Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
             dead_letter(config.service.admin_addr, &options).await
         }

@@ -28,7 +28,7 @@ use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::{self, number};
-use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig};
+use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig, create_topics};
 use smtp::Server;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
@@ -36,6 +36,10 @@ use sqlx::migrate::Migrator;
 /// The part of SHUTDOWN_MS that a stopping sender needs to record how a mail ended. It waits for
 /// the server's answer for the rest.
 const RECORD_LIMIT: Duration = Duration::from_secs(2);
+
+/// The topics that this service writes.
+const TOPICS: &[Topic] = &[Topic::EMAIL_EVENTS];
+const GROUPS: [&str; 2] = [Welcome::GROUP, Recipients::GROUP];
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/email");
 
@@ -108,6 +112,7 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Service(service::Command::CreateTopics) => create_topics(&config.service.kafka, TOPICS, &GROUPS).await,
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
@@ -115,7 +120,7 @@ async fn main() -> anyhow::Result<()> {
             dead_letter(config.service.admin_addr, &options).await
         }
         Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
-            list_dead_letters(&config.service.kafka, &[Welcome::GROUP, Recipients::GROUP], options)
+            list_dead_letters(&config.service.kafka, &GROUPS, options)
         }
         Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
         Command::SendHeld(options) => operator::send_held(&config.database().await?, &options).await,
@@ -128,7 +133,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut service = Service::start("email", &config.service).await?;
     let server = Arc::new(Server::new(&config.smtp)?);
     let db = service.database(config.database_url.expose(), &MIGRATIONS).await?;
-    service.own_topics(&[Topic::EMAIL_EVENTS]);
+    service.own_topics(TOPICS);
     let wake = service.relay(&db, &config.relay);
     let metrics = DeliveryMetrics::register(&service.metrics());
     service.consume(config.welcome(&db, &metrics));

@@ -20,8 +20,11 @@ use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::{self, number};
-use shared::service::{self, DatabaseCommand, Service, ServiceConfig};
+use shared::service::{self, DatabaseCommand, Service, ServiceConfig, create_topics};
 use sqlx::migrate::Migrator;
+
+/// The topics that this service writes.
+const TOPICS: &[Topic] = &[Topic::USER_EVENTS, Topic::USER_STATE];
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/user");
 
@@ -95,6 +98,7 @@ async fn main() -> anyhow::Result<()> {
     match command.unwrap_or(Command::Service(service::Command::Serve)) {
         Command::Service(service::Command::Serve) => serve(config).await,
         Command::Service(service::Command::Healthcheck) => healthcheck(config.service.admin_addr).await,
+        Command::Service(service::Command::CreateTopics) => create_topics(&config.service.kafka, TOPICS, &[]).await,
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
@@ -109,7 +113,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let idempotency = idempotency::Hasher::new(config.idempotency_secret.expose())?;
     let mut service = Service::start("user", &config.service).await?;
     let db = service.database(config.database_url.expose(), &MIGRATIONS).await?;
-    service.own_topics(&[Topic::USER_EVENTS, Topic::USER_STATE]);
+    service.own_topics(TOPICS);
     let wake = service.relay(&db, &config.relay);
     service.spawn("idempotency expiry", idempotency::expire(db.clone()));
     let interval = Duration::from_millis(config.heartbeat_interval_ms);

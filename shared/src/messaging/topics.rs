@@ -9,7 +9,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, ConfigResource, NewTopic, Resour
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::metadata::Metadata;
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, Instant, sleep};
 
 use super::kafka::{KafkaConfig, create};
 use crate::events::{Kind, Topic};
@@ -22,6 +22,8 @@ const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// How often the settings of topics are compared while the service runs.
 const WATCH_INTERVAL: Duration = Duration::from_secs(15);
+/// How long the subcommand `create-topics` tries.
+const CREATE_LIMIT: Duration = Duration::from_secs(30);
 /// Lets the broker choose the replication factor.
 const BROKER_DEFAULT: i32 = -1;
 const CLEANUP_POLICY: &str = "cleanup.policy";
@@ -67,6 +69,22 @@ impl Declared {
 /// # Errors
 /// An existing topic differs from its declaration in a way that would lose records.
 pub(crate) async fn ensure(kafka: &KafkaConfig, topics: &[Declared]) -> anyhow::Result<()> {
+    ensure_until(kafka, topics, None).await
+}
+
+/// As [`ensure`], for an operator: creates topics whatever MANAGE_TOPICS says, and gives up after
+/// half a minute.
+///
+/// # Errors
+/// As [`ensure`]; Kafka refuses the request, or does not answer.
+pub(crate) async fn create_now(kafka: &KafkaConfig, topics: &[Declared]) -> anyhow::Result<()> {
+    kafka.check()?;
+    let mut kafka = kafka.clone();
+    kafka.manage_topics = true;
+    ensure_until(&kafka, topics, Some(Instant::now() + CREATE_LIMIT)).await
+}
+
+async fn ensure_until(kafka: &KafkaConfig, topics: &[Declared], deadline: Option<Instant>) -> anyhow::Result<()> {
     let admin: Admin = create(&kafka.client())?;
     for topic in topics {
         let mut logged = None;
@@ -78,6 +96,9 @@ pub(crate) async fn ensure(kafka: &KafkaConfig, topics: &[Declared]) -> anyhow::
                     topic.name,
                     differences.refused.join(", and ")
                 ),
+                Err(error) if deadline.is_some_and(|deadline| Instant::now() > deadline) => {
+                    return Err(error.context(format!("topic {}", topic.name)));
+                }
                 Err(error) => warn_once(&mut logged, topic, &error, "cannot create or check the topic; will retry"),
             }
             sleep(RETRY_INTERVAL).await;
@@ -267,9 +288,12 @@ fn compare(topic: &Declared, existing: &Existing) -> Differences {
 async fn existing(admin: &Admin, name: &str) -> anyhow::Result<Option<Existing>> {
     let Some((partitions, replicas)) = existing_partitions(admin, name)? else { return Ok(None) };
     let settings = settings(admin, ResourceSpecifier::Topic(name)).await?;
-    // A broker that does not know a new topic yet answers without values. This is an error, so the
-    // caller retries.
-    anyhow::ensure!(settings.contains_key(CLEANUP_POLICY), "the broker does not know the settings of the topic yet");
+    // A broker that does not know a new topic yet answers without values, and so does one that refuses
+    // the request: rust-rdkafka drops the code. This is an error, so the caller retries.
+    anyhow::ensure!(
+        settings.contains_key(CLEANUP_POLICY),
+        "Kafka sent no settings of the topic: it does not know them yet, or this service may not see them (DescribeConfigs)"
+    );
     Ok(Some(Existing { partitions, replicas, settings }))
 }
 

@@ -12,6 +12,9 @@ pub enum Command {
     /// Ask the running service at /status whether it waits for anything. Exits with status 0 if it
     /// does not.
     Healthcheck,
+    /// Create the topics of this service as they are declared, then exit. Run it as an operator who
+    /// may create topics, so that the service can run with MANAGE_TOPICS=false. Safe to repeat.
+    CreateTopics,
 }
 
 /// Subcommands of a service that has a database.

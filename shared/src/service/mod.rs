@@ -4,9 +4,11 @@
 
 mod command;
 mod config;
+mod create_topics;
 
 pub use command::{Command, ConsumerCommand, DatabaseCommand};
 pub use config::ServiceConfig;
+pub use create_topics::create_topics;
 
 use std::net::SocketAddr;
 

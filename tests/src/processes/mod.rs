@@ -23,6 +23,8 @@ pub use service_process::{Addresses, ServiceProcess, is_frozen};
 /// service is started with the same ports each time.
 pub struct Processes {
     environment: Vec<(String, String)>,
+    /// Further variables of single services, by the service's name.
+    own_environment: BTreeMap<&'static str, Vec<(String, String)>>,
     addresses: Addresses,
     running: BTreeMap<&'static str, ServiceProcess>,
     logs: Logs,
@@ -43,6 +45,7 @@ impl Processes {
     pub(crate) fn new(environment: Vec<(String, String)>, logs: Logs) -> Self {
         Self {
             environment,
+            own_environment: BTreeMap::new(),
             addresses: Addresses::on_free_ports(),
             running: BTreeMap::new(),
             logs,
@@ -65,6 +68,12 @@ impl Processes {
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Sets variables for one service. They precede those of all services.
+    pub fn set_own(&mut self, service: Service, settings: &[(&str, String)]) {
+        let own = self.own_environment.entry(service.name).or_default();
+        own.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
+    }
+
     pub fn is_set(&self, name: &str) -> bool {
         self.environment.iter().any(|(known, _)| known == name)
     }
@@ -83,7 +92,8 @@ impl Processes {
     pub fn spawn_with(&mut self, service: Service, settings: &[(&str, &str)]) {
         let name = service.name;
         self.note_replaced(service);
-        let process = ServiceProcess::spawn(service, &self.addresses, &self.environment_with(settings), &self.logs);
+        let process =
+            ServiceProcess::spawn(service, &self.addresses, &self.environment_of(service, settings), &self.logs);
         self.running.insert(name, process);
         *self.starts.entry(name).or_default() += 1;
         self.stopped.remove(name);
@@ -129,7 +139,7 @@ impl Processes {
         let folder = self.logs.folder().file_name().unwrap().to_string_lossy();
         let logs = Logs::to_files(&format!("tests/{folder}-{}", Uuid::now_v7().simple())).unwrap();
         self.copies_logs.lock().unwrap().push(logs.clone());
-        ServiceProcess::spawn(service, &Addresses::on_free_ports(), &self.environment_with(settings), &logs)
+        ServiceProcess::spawn(service, &Addresses::on_free_ports(), &self.environment_of(service, settings), &logs)
     }
 
     /// SIGKILL. The process has ended when this returns.
@@ -189,8 +199,10 @@ impl Processes {
         running.unwrap_or_else(|| panic!("{} was not started", service.name))
     }
 
-    fn environment_with(&self, settings: &[(&str, &str)]) -> Vec<(String, String)> {
+    /// Of several values of one variable the last one counts.
+    fn environment_of(&self, service: Service, settings: &[(&str, &str)]) -> Vec<(String, String)> {
+        let own = self.own_environment.get(service.name).into_iter().flatten();
         let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        self.environment.iter().cloned().chain(further).collect()
+        self.environment.iter().chain(own).cloned().chain(further).collect()
     }
 }

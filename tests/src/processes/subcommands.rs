@@ -23,7 +23,7 @@ impl Processes {
     ) -> anyhow::Result<String> {
         let program = testing::stack().programs.join(service.name);
         let mut command = tokio::process::Command::new(program);
-        command.args(arguments).envs(self.environment_with(settings)).kill_on_drop(true);
+        command.args(arguments).envs(self.environment_of(service, settings)).kill_on_drop(true);
         let output = tokio::time::timeout(DEADLINE, command.output()).await??;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         anyhow::ensure!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
@@ -40,7 +40,7 @@ impl Processes {
         settings: &[(&str, &str)],
     ) -> Process {
         let mut command = service_process::command(service);
-        command.arg(name).args(arguments).envs(self.environment_with(settings));
+        command.arg(name).args(arguments).envs(self.environment_of(service, settings));
         Process::spawn(name, command, &self.logs).unwrap()
     }
 }

@@ -3,12 +3,15 @@
 
 mod drain;
 mod own;
+mod secured;
+mod stack;
 
 use std::collections::BTreeMap;
 
+use redis::Client;
 use testbed::postgres::Database;
-use testbed::process::{Logs, Scratch};
-use testbed::stack::{Ports, Stack};
+use testbed::process::Logs;
+use testbed::stack::Ports;
 use testbed::testing;
 use topology::{EMAIL, Service, USER};
 
@@ -17,6 +20,7 @@ use crate::mail::Mail;
 use crate::processes::Processes;
 use crate::stores::Stores;
 use crate::users::Users;
+use stack::OwnStack;
 
 pub use own::Own;
 
@@ -30,8 +34,7 @@ pub struct System {
     /// The random choices of a test follow from the seed. Set `WAYBILL_SEED` to repeat a run.
     pub seed: u64,
     /// The components of this system. `None` on the shared components.
-    stack: Option<Stack>,
-    _scratch: Option<Scratch>,
+    own: Option<OwnStack>,
 }
 
 impl System {
@@ -69,7 +72,9 @@ impl System {
         for service in topology::with_database() {
             databases.insert(service.name, testing::database(service).await);
         }
-        Self::new(shared.kafka, shared.valkey, databases, None, None).await
+        let client = Client::open(shared.valkey.as_str()).unwrap();
+        let kafka = Kafka::new(shared.kafka, testing::prefix());
+        Self::of(kafka, Mail::start().await, Valkey { client, url: shared.valkey }, databases, None)
     }
 
     /// No service yet, on a Kafka, a Postgres and a Valkey of its own.
@@ -83,33 +88,26 @@ impl System {
     }
 
     async fn empty_on(ports: Ports) -> Self {
-        let scratch = Scratch::create("own-components").unwrap();
-        let logs = Logs::to_files(&format!("tests/components-{}", testing::prefix())).unwrap();
-        let fetched = testbed::fetch::fetch().await.unwrap();
-        let durability = testbed::postgres::Durability::Process;
-        let stack = Stack::start(&fetched, scratch.path(), ports, durability, &logs).await.unwrap();
-        let mut databases = BTreeMap::new();
-        for service in topology::with_database() {
-            let database = stack.postgres.database(service);
-            database.migrate(service).await.unwrap();
-            databases.insert(service.name, database);
-        }
-        Self::new(stack.kafka_addresses(), stack.redis.url(), databases, Some(stack), Some(scratch)).await
+        let own = OwnStack::start(ports, |_| None).await;
+        let databases = own.migrated_databases().await;
+        let kafka = Kafka::new(own.stack.kafka_addresses(), testing::prefix());
+        let url = own.stack.redis.url();
+        let client = Client::open(url.as_str()).unwrap();
+        Self::of(kafka, Mail::of(own.stack.sink.clone()), Valkey { client, url }, databases, Some(own))
     }
 
-    async fn new(
-        kafka: String,
-        valkey: String,
+    fn of(
+        kafka: Kafka,
+        mail: Mail,
+        valkey: Valkey,
         databases: BTreeMap<&'static str, Database>,
-        stack: Option<Stack>,
-        scratch: Option<Scratch>,
+        own: Option<OwnStack>,
     ) -> Self {
-        let prefix = testing::prefix();
-        let mail = Mail::start().await;
+        let prefix = kafka.prefixed("");
         let mut environment = vec![
-            ("KAFKA_BROKERS".to_owned(), kafka.clone()),
+            ("KAFKA_BROKERS".to_owned(), kafka.address.clone()),
             ("TOPIC_PREFIX".to_owned(), prefix.clone()),
-            ("VALKEY_URL".to_owned(), valkey.clone()),
+            ("VALKEY_URL".to_owned(), valkey.url),
             ("SMTP_HOST".to_owned(), mail.address().ip().to_string()),
             ("SMTP_PORT".to_owned(), mail.address().port().to_string()),
             ("IDEMPOTENCY_SECRET".to_owned(), "a secret of the tests, long enough for a secret".to_owned()),
@@ -118,18 +116,24 @@ impl System {
         for service in topology::with_database() {
             environment.push((service.database_url_setting(), databases[service.name].url.clone()));
         }
-        let processes = Processes::new(environment, Logs::to_files(&format!("tests/{prefix}")).unwrap());
+        let logs = if prefix.is_empty() { testing::prefix() } else { prefix.clone() };
+        let processes = Processes::new(environment, Logs::to_files(&format!("tests/{logs}")).unwrap());
         Self {
             users: Users::new(processes.addresses()),
-            kafka: Kafka::new(kafka, prefix.clone()),
+            kafka,
             mail,
-            stores: Stores::new(databases, valkey, prefix),
+            stores: Stores::new(databases, valkey.client, prefix),
             processes,
             seed: seed(),
-            stack,
-            _scratch: scratch,
+            own,
         }
     }
+}
+
+/// The Valkey of a system, as the services and as the tests connect to it.
+struct Valkey {
+    url: String,
+    client: Client,
 }
 
 /// `WAYBILL_SEED`, or a random number.

@@ -20,7 +20,7 @@ pub struct Own<T> {
 impl System {
     /// The components of a system that has its own.
     pub fn components(&mut self) -> &mut Stack {
-        self.stack.as_mut().expect("a system on components of its own")
+        &mut self.own.as_mut().expect("a system on components of its own").stack
     }
 
     /// A broker of a system on three brokers. They are numbered from 1.

@@ -42,6 +42,7 @@ mod republishing;
 mod secured_collector;
 mod secured_kafka;
 mod secured_postgres;
+mod secured_system;
 mod secured_valkey;
 mod sessions;
 mod settings;

@@ -107,9 +107,8 @@ impl Writers {
 
 /// T09: the leader is frozen at `point`, inside the round that publishes version 2. A second
 /// process publishes newer versions, and the last of them erases the user. Then the first process
-/// is thawed, with its round still in progress.
-async fn a_leader_frozen_at(point: &str) {
-    let mut system = System::start_only(&[USER]).await;
+/// is thawed, with its round still in progress. The user service of the system is ready.
+pub(super) async fn a_leader_frozen_at(point: &str, system: &mut System) {
     let judge = system.judge().await;
     let id = system.users.register().await;
     system.stores.until_outbox_empty(USER).await;
@@ -129,7 +128,7 @@ async fn a_leader_frozen_at(point: &str) {
     system.processes.thaw(USER);
     assert_eq!(renaming.await.unwrap().unwrap().version(), 2);
     system.processes.until_logged(USER, "relay lost its term").await;
-    judge.check(&mut system).await;
+    judge.check(system).await;
     let facts = system.kafka.read_key(USER_EVENTS, id).len();
     assert_eq!(facts, 4, "facts: the thawed leader must not publish its round");
 
@@ -143,17 +142,17 @@ async fn a_leader_frozen_at(point: &str) {
     for record in compacted {
         assert_eq!((record.version(), record.value), (4, None), "I4: compaction must keep the tombstone");
     }
-    judge.check(&mut system).await;
+    judge.check(system).await;
 }
 
 /// T09, I3, I4: records that were in the producer's queue at the freeze are not sent after it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_frozen_before_its_records_are_sent_is_fenced() {
-    a_leader_frozen_at("relay.after_enqueue").await;
+    a_leader_frozen_at("relay.after_enqueue", &mut System::start_only(&[USER]).await).await;
 }
 
 /// T09, I3, I4: records that Kafka had acknowledged at the freeze are not committed after it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_frozen_before_its_commit_is_fenced() {
-    a_leader_frozen_at("relay.after_ack").await;
+    a_leader_frozen_at("relay.after_ack", &mut System::start_only(&[USER]).await).await;
 }

@@ -5,8 +5,7 @@ use serde_yaml_ng::{Mapping, Value};
 use crate::tree::{files, read, root};
 
 /// Settings that give a container more rights.
-const RIGHTS: [&str; 8] =
-    ["privileged", "cap_add", "devices", "pid", "ipc", "userns_mode", "network_mode", "device_cgroup_rules"];
+const RIGHTS: [&str; 7] = ["privileged", "cap_add", "devices", "pid", "ipc", "userns_mode", "device_cgroup_rules"];
 
 /// The compose files with their services.
 fn compose_files() -> Vec<(String, Mapping)> {
@@ -63,6 +62,10 @@ fn faults_of_ours(service: &Value) -> Vec<&'static str> {
 fn faults_of_any(service: &Value) -> Vec<String> {
     let mut faults: Vec<String> =
         RIGHTS.iter().filter(|right| service.get(**right).is_some()).map(|right| (*right).to_owned()).collect();
+    // Neither no network nor that of another container is a further right.
+    let network = service.get("network_mode").and_then(Value::as_str);
+    let network = network.filter(|mode| *mode != "none" && !mode.starts_with("service:"));
+    faults.extend(network.map(|mode| format!("network {mode}")));
     let user = service.get("user").map(|user| user.as_str().map_or_else(|| format!("{user:?}"), str::to_owned));
     faults.extend(user.filter(|user| user.starts_with("root") || user.starts_with('0')));
     faults.extend(list(service, "ports").into_iter().filter(|port| !port.starts_with("127.0.0.1:")));
@@ -77,6 +80,13 @@ fn our_containers_have_no_rights_and_no_writable_files() {
     assert!(ours.len() >= topology::SERVICES.len(), "only {} services are built: the rule checks nothing", ours.len());
     for (name, service) in ours {
         assert_eq!(faults_of_ours(service), [""; 0], "docker-compose.yml, {name:?}");
+    }
+    let secured = services(&read("compose.secure.yaml")).unwrap();
+    let is_program = |name: &Value| name.as_str().is_some_and(|name| name.ends_with("-topics"));
+    let programs: Vec<(&Value, &Value)> = secured.iter().filter(|(name, _)| is_program(name)).collect();
+    assert_eq!(programs.len(), topology::SERVICES.len(), "containers that create the topics of a service");
+    for (name, service) in programs {
+        assert_eq!(faults_of_ours(service), [""; 0], "compose.secure.yaml, {name:?}");
     }
 }
 
@@ -115,12 +125,14 @@ services:
   safe: { <<: *safe, ports: ['127.0.0.1:1:1'] }
   writes: { <<: *safe, read_only: false, volumes: ['a:/a'] }
   gains: { read_only: true, cap_drop: [NET_RAW] }
-  rules: { <<: *safe, privileged: true, user: '0:0', ports: ['8080:8080'] }
+  rules: { <<: *safe, privileged: true, user: '0:0', ports: ['8080:8080'], network_mode: host }
+  alone: { <<: *safe, network_mode: none }
 ";
     let services = services(text).unwrap();
     assert_eq!(faults_of_ours(&services["safe"]), [""; 0]);
     assert_eq!(faults_of_any(&services["safe"]), [""; 0]);
     assert_eq!(faults_of_ours(&services["writes"]), ["its files are not read-only", "it has writable files"]);
     assert_eq!(faults_of_ours(&services["gains"]), ["it keeps capabilities", "it may gain privileges"]);
-    assert_eq!(faults_of_any(&services["rules"]), ["privileged", "0:0", "8080:8080"]);
+    assert_eq!(faults_of_any(&services["rules"]), ["privileged", "network host", "0:0", "8080:8080"]);
+    assert_eq!(faults_of_any(&services["alone"]), [""; 0]);
 }

@@ -41,7 +41,7 @@ fn the_topology_lists_the_topics_that_each_service_owns() {
         let main = read(&format!("services/{}/src/main.rs", service.name));
         let owned: BTreeSet<&str> = owned_topics(&main).into_iter().map(topic_named).collect();
         let declared: BTreeSet<&str> = service.writes.iter().copied().collect();
-        assert_eq!(declared, owned, "topics that {} writes, and topics that its main.rs owns", service.name);
+        assert_eq!(declared, owned, "topics that {} writes, and topics in TOPICS of its main.rs", service.name);
     }
 }
 
@@ -113,6 +113,49 @@ fn the_init_script_of_postgres_has_the_services_of_the_topology() {
     }
 }
 
+/// Compose cannot derive the services, so compose.secure.yaml names them again.
+#[test]
+fn the_secured_compose_file_has_the_services_of_the_topology() {
+    let compose = read("compose.secure.yaml");
+    for service in SERVICES {
+        let name = service.name;
+        let settings = stanza(&compose, name).unwrap_or_else(|| panic!("compose.secure.yaml has no service {name}"));
+        let topics = stanza(&compose, &format!("{name}-topics")).unwrap_or_default();
+        for (stanza, line) in [
+            (&settings, format!("KAFKA_USER: {}", service.kafka_user())),
+            (&settings, format!("{{ source: {name}-kafka-password, target: kafka-password }}")),
+            (&settings, format!("{name}-topics: {{ condition: service_completed_successfully }}")),
+            (&topics, format!("build: {{ context: ., args: {{ SERVICE: {name} }} }}")),
+            (&topics, "KAFKA_USER: operator".to_owned()),
+        ] {
+            assert!(stanza.contains(&line), "compose.secure.yaml, {name}: no {line}");
+        }
+        if service.has_database {
+            let migrate = stanza(&compose, &format!("{name}-migrate")).unwrap_or_default();
+            let variable = service.database_url_setting();
+            let line = |file| format!("{variable}: !reset null\n      {variable}_FILE: /run/secrets/{name}-{file}\n");
+            assert!(settings.contains(&line("database-url")), "compose.secure.yaml, {name}: the URL of its database");
+            assert!(
+                migrate.contains(&line("owner-database-url")),
+                "compose.secure.yaml, {name}-migrate: the owner's URL"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_secured_compose_file_mounts_files_that_are_made_for_it() {
+    let folder = std::env::temp_dir().join(format!("secured-compose-{}", std::process::id()));
+    credentials::compose::write(&folder).unwrap();
+    let compose = read("compose.secure.yaml");
+    let mounted = compose.split("./target/secure/").skip(1).filter_map(|rest| rest.split([' ', '"']).next());
+    let missing: Vec<&str> = mounted.filter(|file| !folder.join(file).is_file()).collect();
+    let count = compose.matches("{ file: ./target/secure/").count();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(missing, [""; 0], "files that compose.secure.yaml mounts and that are not made");
+    assert!(count > 4 * SERVICES.len(), "the secrets of compose.secure.yaml were not found");
+}
+
 fn topic_named(constant: &str) -> &'static str {
     let known = TOPICS.iter().find(|(name, _)| *name == constant);
     known.map(|(_, topic)| topic.name).unwrap_or_else(|| panic!("Topic::{constant} is missing in this test"))
@@ -124,9 +167,9 @@ fn constants_of_topics(text: &str) -> Vec<&str> {
     constants.filter_map(|line| line.split_once(": Self").map(|(name, _)| name)).collect()
 }
 
-/// The constants in `own_topics(&[Topic::…])`.
+/// The constants in `const TOPICS: &[Topic] = &[Topic::…]`.
 fn owned_topics(main: &str) -> Vec<&str> {
-    let Some((_, list)) = main.split_once("own_topics(&[") else { return vec![] };
+    let Some((_, list)) = main.split_once("const TOPICS: &[Topic] = &[") else { return vec![] };
     let list = list.split(']').next().unwrap_or_default();
     list.split(',').filter_map(|topic| topic.trim().strip_prefix("Topic::")).collect()
 }
@@ -217,7 +260,7 @@ fn ports_topics_and_stanzas_are_read() {
     assert_eq!(default_port(main, "http_addr"), Some(8081));
     assert_eq!(default_port(main, "admin_addr"), None);
     assert_eq!(
-        owned_topics("service.own_topics(&[Topic::USER_EVENTS, Topic::USER_STATE]);"),
+        owned_topics("const TOPICS: &[Topic] = &[Topic::USER_EVENTS, Topic::USER_STATE];"),
         ["USER_EVENTS", "USER_STATE"]
     );
     let compose = "services:\n  user:\n    a: 1\n      b: 2\n\n  email:\n    c: 3\n";

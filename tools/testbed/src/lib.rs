@@ -13,14 +13,17 @@
 
 pub mod fetch;
 pub mod kafka;
+pub mod mail_front;
 pub mod paths;
 pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod redis;
 pub mod say;
+pub mod secured;
 pub mod services;
 pub mod smtp_sink;
 pub mod stack;
 pub mod system;
 pub mod testing;
+pub mod tls;

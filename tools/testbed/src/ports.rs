@@ -16,6 +16,49 @@ const COUNT: u16 = 12_000;
 /// How long one request may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(1);
 
+/// The ports of a stack.
+#[derive(Clone, Copy)]
+pub struct Ports {
+    pub kafka: u16,
+    /// The ports of the second and the third broker, for a cluster of three.
+    pub further_brokers: Option<[u16; 2]>,
+    pub postgres: u16,
+    pub redis: u16,
+    pub smtp: u16,
+    /// The SMTP sink's list of mails.
+    pub mails: u16,
+}
+
+impl Ports {
+    /// The ports that docker-compose.yml publishes.
+    pub const PUBLISHED: Self =
+        Self { kafka: 9092, further_brokers: None, postgres: 5432, redis: 6379, smtp: 1025, mails: 8025 };
+    pub const PUBLISHED_THREE_BROKERS: Self = Self { further_brokers: Some([9093, 9094]), ..Self::PUBLISHED };
+
+    pub fn free() -> Self {
+        Self { kafka: free(), further_brokers: None, postgres: free(), redis: free(), smtp: free(), mails: free() }
+    }
+
+    pub fn free_three_brokers() -> Self {
+        Self { further_brokers: Some([free(), free()]), ..Self::free() }
+    }
+
+    /// Fails when another program listens on one of the ports.
+    pub fn require_free(&self) -> Result<()> {
+        for port in self.brokers() {
+            require_free(port, "Kafka")?;
+        }
+        require_free(self.postgres, "Postgres")?;
+        require_free(self.redis, "Redis")?;
+        require_free(self.smtp, "the SMTP sink")?;
+        require_free(self.mails, "the SMTP sink's list of mails")
+    }
+
+    pub fn brokers(&self) -> Vec<u16> {
+        [self.kafka].into_iter().chain(self.further_brokers.into_iter().flatten()).collect()
+    }
+}
+
 /// A port on loopback that no process listens on and that this process has not returned recently.
 pub fn free() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);

@@ -104,11 +104,6 @@ impl Postgres {
         Database::of(service, &self.url(), &service.database())
     }
 
-    /// For each service with a database: the setting that holds the database's URL, and the URL.
-    pub fn database_urls(&self) -> impl Iterator<Item = (String, String)> {
-        with_database().map(|service| (service.database_url_setting(), self.database(service).url))
-    }
-
     /// Makes all sessions read-only, or writable again.
     pub async fn set_read_only(&self, read_only: bool) -> Result<()> {
         let mut connection = PgConnection::connect(&self.url()).await.context("cannot connect to Postgres")?;

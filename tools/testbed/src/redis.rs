@@ -9,8 +9,9 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::fetch::Fetched;
-use crate::ports;
 use crate::process::{self, Logs, Process};
+use crate::secured::Secured;
+use crate::{ports, tls};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -21,6 +22,8 @@ pub struct Redis {
     pub process: Process,
     port: u16,
     flags: Vec<String>,
+    /// The authority of the certificate, if the port has TLS and asks for a login.
+    authority: Option<PathBuf>,
     folder: PathBuf,
     fetched: Fetched,
     logs: Logs,
@@ -40,14 +43,48 @@ impl Redis {
         flags: &[String],
         logs: &Logs,
     ) -> Result<Self> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let process = launch(fetched, folder, port, flags, logs).await?;
-        let flags = flags.to_vec();
-        Ok(Self { process, port, flags, folder: folder.to_owned(), fetched: fetched.clone(), logs: logs.clone() })
+        Self::start_on(fetched, folder, port, flags, None, logs).await
     }
 
+    /// As [`Redis::start`], with TLS only and with users.
+    pub async fn start_secured(
+        fetched: &Fetched,
+        folder: &Path,
+        port: u16,
+        secured: &Secured,
+        logs: &Logs,
+    ) -> Result<Self> {
+        let flags = [
+            ("--tls-cert-file", secured.certificate()),
+            ("--tls-key-file", secured.key()),
+            ("--tls-ca-cert-file", secured.authority()),
+            ("--aclfile", secured.valkey_users()),
+        ];
+        let files = flags.into_iter().flat_map(|(flag, file)| [flag.to_owned(), file.display().to_string()]);
+        let others = ["--port", "0", "--tls-port", &port.to_string(), "--tls-auth-clients", "no"].map(str::to_owned);
+        let flags: Vec<String> = others.into_iter().chain(files).collect();
+        Self::start_on(fetched, folder, port, &flags, Some(secured.authority()), logs).await
+    }
+
+    async fn start_on(
+        fetched: &Fetched,
+        folder: &Path,
+        port: u16,
+        flags: &[String],
+        authority: Option<PathBuf>,
+        logs: &Logs,
+    ) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let process = launch(fetched, folder, port, flags, authority.as_deref(), logs).await?;
+        let flags = flags.to_vec();
+        let folder = folder.to_owned();
+        Ok(Self { process, port, flags, authority, folder, fetched: fetched.clone(), logs: logs.clone() })
+    }
+
+    /// Without a user.
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        let scheme = if self.authority.is_some() { "rediss" } else { "redis" };
+        format!("{scheme}://127.0.0.1:{}", self.port)
     }
 
     pub async fn stop(&mut self) {
@@ -69,7 +106,8 @@ impl Redis {
     /// Starts the server again on the same port, with the data of the last snapshot.
     pub async fn restore(&mut self) -> Result<()> {
         self.process.kill();
-        self.process = launch(&self.fetched, &self.folder, self.port, &self.flags, &self.logs).await?;
+        let authority = self.authority.as_deref();
+        self.process = launch(&self.fetched, &self.folder, self.port, &self.flags, authority, &self.logs).await?;
         Ok(())
     }
 
@@ -101,9 +139,16 @@ impl Redis {
     }
 }
 
-async fn launch(fetched: &Fetched, folder: &Path, port: u16, flags: &[String], logs: &Logs) -> Result<Process> {
+async fn launch(
+    fetched: &Fetched,
+    folder: &Path,
+    port: u16,
+    flags: &[String],
+    authority: Option<&Path>,
+    logs: &Logs,
+) -> Result<Process> {
     let mut process = spawn(fetched, folder, port, flags, logs)?;
-    process.until_ready(START_LIMIT, async || answers(port).await).await?;
+    process.until_ready(START_LIMIT, async || answers(port, authority).await).await?;
     Ok(process)
 }
 
@@ -121,6 +166,10 @@ async fn is_loading(port: u16) -> bool {
     ports::ask(port, b"PING\r\n", 8).await.is_ok_and(|answer| answer == b"-LOADING")
 }
 
-async fn answers(port: u16) -> bool {
-    ports::ask(port, b"PING\r\n", 7).await.is_ok_and(|answer| answer == b"+PONG\r\n")
+async fn answers(port: u16, authority: Option<&Path>) -> bool {
+    match authority {
+        None => ports::ask(port, b"PING\r\n", 7).await.is_ok_and(|answer| answer == b"+PONG\r\n"),
+        // A client that has not logged in gets no other answer.
+        Some(authority) => tls::ask(port, authority, b"PING\r\n", 7).await.is_ok_and(|answer| answer == b"-NOAUTH"),
+    }
 }

@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use credentials::compose::OPERATOR;
 use nix::sys::signal::Signal;
 use reqwest::Client;
 
+use crate::fetch::Fetched;
+use crate::kafka::Acls;
 use crate::process::{self, Logs, Process};
 use crate::say::say;
 use crate::stack::Stack;
@@ -106,8 +109,8 @@ impl RunningService {
 pub async fn migrate(programs: &Path, stack: &Stack, logs: &Logs) -> Result<()> {
     for service in with_database() {
         let mut command = process::command(programs.join(service.name));
-        command.arg("migrate").envs(environment(stack));
-        command.env(service.database_url_setting(), stack.postgres.database(service).owner_url);
+        command.arg("migrate").envs(environment(stack, service));
+        command.env(service.database_url_setting(), stack.database(service).owner_url);
         let mut migration = Process::spawn(&format!("{}-migrate", service.name), command, &logs.off_terminal())?;
         let status = migration.wait().await;
         ensure!(status.success(), "{} cannot migrate its database{}", service.name, migration.last_lines());
@@ -115,19 +118,44 @@ pub async fn migrate(programs: &Path, stack: &Stack, logs: &Logs) -> Result<()> 
     Ok(())
 }
 
-/// The settings with which the services find a stack, under the names that their `--help`
-/// documents. Every service gets all of them and reads its own.
-pub fn environment(stack: &Stack) -> Vec<(String, String)> {
+/// Lets each service do on a secured Kafka what its rules allow, and creates all topics as an
+/// operator. Does nothing on an open stack, whose services create their topics.
+pub async fn prepare_kafka(programs: &Path, stack: &Stack, fetched: &Fetched, logs: &Logs) -> Result<()> {
+    let Some(secured) = &stack.secured else {
+        return Ok(());
+    };
+    let rules = acls::all_rules(acls::Naming::default());
+    let servers = stack.kafka.address();
+    Acls { fetched, servers: &servers, client: None, logs }.apply(&rules).await?;
+    for service in SERVICES {
+        let mut command = process::command(programs.join(service.name));
+        command.arg("create-topics").envs(environment(stack, service));
+        command.envs(secured.kafka_login(OPERATOR));
+        let name = format!("{}-create-topics", service.name);
+        let mut creation = Process::spawn(&name, command, &logs.off_terminal())?;
+        let status = creation.wait().await;
+        ensure!(status.success(), "{} cannot create its topics{}", service.name, creation.last_lines());
+    }
+    Ok(())
+}
+
+/// The settings with which a service finds a stack, under the names that its `--help` documents. A
+/// service gets more than its own and ignores the rest.
+pub fn environment(stack: &Stack, service: Service) -> Vec<(String, String)> {
     let smtp = stack.sink.address();
-    let settings = [
-        ("KAFKA_BROKERS", stack.kafka_addresses()),
-        ("VALKEY_URL", stack.redis.url()),
-        ("SMTP_HOST", smtp.ip().to_string()),
-        ("SMTP_PORT", smtp.port().to_string()),
-        ("IDEMPOTENCY_SECRET", "a secret for the local stack alone".to_owned()),
-    ];
-    let settings = settings.map(|(name, value)| (name.to_owned(), value));
-    settings.into_iter().chain(stack.postgres.database_urls()).collect()
+    let mut settings = match &stack.secured {
+        Some(secured) => secured.settings(service),
+        None => vec![
+            ("KAFKA_BROKERS", stack.kafka_addresses()),
+            ("VALKEY_URL", stack.redis.url()),
+            ("SMTP_HOST", smtp.ip().to_string()),
+            ("SMTP_PORT", smtp.port().to_string()),
+        ],
+    };
+    settings.push(("IDEMPOTENCY_SECRET", "a secret for the local stack alone".to_owned()));
+    let settings = settings.into_iter().map(|(name, value)| (name.to_owned(), value));
+    let databases = with_database().map(|service| (service.database_url_setting(), stack.database(service).url));
+    settings.chain(databases).collect()
 }
 
 /// Builds the services and returns the folder with their programs. Cargo shows its progress on the

@@ -1,66 +1,37 @@
 //! Kafka, Postgres, Redis and the SMTP sink, started together.
 
+use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
+use credentials::compose::MAIL_USER;
 use futures::future::join_all;
+use topology::Service;
 
 use crate::fetch::Fetched;
-use crate::kafka::{Kafka, start_cluster};
+use crate::kafka::{Kafka, Listener, start_cluster};
+use crate::mail_front::{Front, Login, RunningFront};
 use crate::ports;
-use crate::postgres::{Durability, Postgres};
+use crate::postgres::{Database, Durability, Postgres, Tls};
 use crate::process::Logs;
 use crate::redis::Redis;
+use crate::secured::Secured;
 use crate::smtp_sink::SmtpSink;
 
+pub use crate::ports::Ports;
+
+/// The rule of pg_hba.conf for the services of a secured stack.
+const TLS_ONLY: &str = "hostssl all all 127.0.0.1/32 scram-sha-256";
+
+/// Which clients the components accept.
 #[derive(Clone, Copy)]
-pub struct Ports {
-    pub kafka: u16,
-    /// The ports of the second and the third broker, for a cluster of three.
-    pub further_brokers: Option<[u16; 2]>,
-    pub postgres: u16,
-    pub redis: u16,
-    pub smtp: u16,
-    /// The SMTP sink's list of mails.
-    pub mails: u16,
-}
-
-impl Ports {
-    /// The ports that docker-compose.yml publishes.
-    pub const PUBLISHED: Self =
-        Self { kafka: 9092, further_brokers: None, postgres: 5432, redis: 6379, smtp: 1025, mails: 8025 };
-    pub const PUBLISHED_THREE_BROKERS: Self = Self { further_brokers: Some([9093, 9094]), ..Self::PUBLISHED };
-
-    pub fn free() -> Self {
-        Self {
-            kafka: ports::free(),
-            further_brokers: None,
-            postgres: ports::free(),
-            redis: ports::free(),
-            smtp: ports::free(),
-            mails: ports::free(),
-        }
-    }
-
-    pub fn free_three_brokers() -> Self {
-        Self { further_brokers: Some([ports::free(), ports::free()]), ..Self::free() }
-    }
-
-    /// Fails when another program listens on one of the ports.
-    pub fn require_free(&self) -> Result<()> {
-        for port in self.brokers() {
-            ports::require_free(port, "Kafka")?;
-        }
-        ports::require_free(self.postgres, "Postgres")?;
-        ports::require_free(self.redis, "Redis")?;
-        ports::require_free(self.smtp, "the SMTP sink")?;
-        ports::require_free(self.mails, "the SMTP sink's list of mails")
-    }
-
-    fn brokers(&self) -> Vec<u16> {
-        [self.kafka].into_iter().chain(self.further_brokers.into_iter().flatten()).collect()
-    }
+pub enum Access<'a> {
+    /// All on this machine, without encryption.
+    Open,
+    /// Those that log in over TLS.
+    Secured(&'a Secured),
 }
 
 pub struct Stack {
@@ -69,8 +40,11 @@ pub struct Stack {
     pub further_brokers: Vec<Kafka>,
     pub postgres: Postgres,
     pub redis: Redis,
-    pub sink: SmtpSink,
+    pub sink: Arc<SmtpSink>,
     pub ports: Ports,
+    /// Of a secured stack. The ports are those of the listeners with TLS.
+    pub secured: Option<Secured>,
+    _front: Option<RunningFront>,
 }
 
 impl Stack {
@@ -81,6 +55,7 @@ impl Stack {
         folder: &Path,
         ports: Ports,
         durability: Durability,
+        access: Access<'_>,
         logs: &Logs,
     ) -> Result<Self> {
         ports.require_free()?;
@@ -88,13 +63,18 @@ impl Stack {
         let postgres_folder = folder.join("postgres");
         let redis_folder = folder.join("redis");
         let ((kafka, further_brokers), postgres, redis, sink) = tokio::try_join!(
-            start_kafka(fetched, &kafka_folder, ports, logs),
-            Postgres::start(fetched, &postgres_folder, ports.postgres, durability, logs),
-            Redis::start(fetched, &redis_folder, ports.redis, logs),
-            SmtpSink::start(loopback(ports.smtp)),
+            start_kafka(fetched, &kafka_folder, ports, access, logs),
+            start_postgres(fetched, &postgres_folder, ports, durability, access, logs),
+            start_redis(fetched, &redis_folder, ports, access, logs),
+            start_sink(ports, access),
         )?;
+        let (sink, front) = sink;
         sink.serve_http(loopback(ports.mails)).await?;
-        Ok(Self { kafka, further_brokers, postgres, redis, sink, ports })
+        let secured = match access {
+            Access::Open => None,
+            Access::Secured(secured) => Some(secured.clone()),
+        };
+        Ok(Self { kafka, further_brokers, postgres, redis, sink: Arc::new(sink), ports, secured, _front: front })
     }
 
     /// Stops each component after it has finished its writes. Dropping the stack kills the
@@ -105,10 +85,23 @@ impl Stack {
         tokio::join!(join_all(brokers.map(Kafka::stop)), postgres.stop(), redis.stop());
     }
 
-    /// Kafka's bootstrap servers, separated by commas.
+    /// Kafka's bootstrap servers, separated by commas. Those of a secured stack are for clients that
+    /// log in.
     pub fn kafka_addresses(&self) -> String {
+        if let Some(secured) = &self.secured {
+            return secured.kafka_servers();
+        }
         let brokers = [&self.kafka].into_iter().chain(&self.further_brokers);
         brokers.map(Kafka::address).collect::<Vec<_>>().join(",")
+    }
+
+    /// The URLs of a service's database.
+    pub fn database(&self, service: Service) -> Database {
+        let database = self.postgres.database(service);
+        match &self.secured {
+            Some(secured) => secured.over_tls(database),
+            None => database,
+        }
     }
 
     pub fn brokers(&mut self) -> impl Iterator<Item = &mut Kafka> {
@@ -116,12 +109,63 @@ impl Stack {
     }
 }
 
-async fn start_kafka(fetched: &Fetched, folder: &Path, ports: Ports, logs: &Logs) -> Result<(Kafka, Vec<Kafka>)> {
+async fn start_kafka(
+    fetched: &Fetched,
+    folder: &Path,
+    ports: Ports,
+    access: Access<'_>,
+    logs: &Logs,
+) -> Result<(Kafka, Vec<Kafka>)> {
+    if let Access::Secured(secured) = access {
+        let certificate = secured.certificate_with_key();
+        let listener = Listener { port: ports.kafka, certificate: &certificate, users: secured.kafka_users() };
+        return Ok((Kafka::start_secured(fetched, folder, ports::free(), &listener, logs).await?, vec![]));
+    }
     if ports.further_brokers.is_none() {
         return Ok((Kafka::start(fetched, folder, ports.kafka, "", logs).await?, vec![]));
     }
     let mut brokers = start_cluster(fetched, folder, &ports.brokers(), logs).await?;
     Ok((brokers.remove(0), brokers))
+}
+
+async fn start_postgres(
+    fetched: &Fetched,
+    folder: &Path,
+    ports: Ports,
+    durability: Durability,
+    access: Access<'_>,
+    logs: &Logs,
+) -> Result<Postgres> {
+    let postgres = Postgres::start(fetched, folder, ports.postgres, durability, logs).await?;
+    if let Access::Secured(secured) = access {
+        let [certificate, key, authority] =
+            [secured.certificate(), secured.key(), secured.authority()].map(fs::read_to_string);
+        let tls = Tls { certificate: &certificate?, key: &key?, client_authority: &authority? };
+        postgres.set_tls(Some(tls)).await?;
+        postgres.set_rules(TLS_ONLY).await?;
+    }
+    Ok(postgres)
+}
+
+async fn start_redis(fetched: &Fetched, folder: &Path, ports: Ports, access: Access<'_>, logs: &Logs) -> Result<Redis> {
+    match access {
+        Access::Open => Redis::start(fetched, folder, ports.redis, logs).await,
+        Access::Secured(secured) => Redis::start_secured(fetched, folder, ports.redis, secured, logs).await,
+    }
+}
+
+/// The sink, and of a secured stack its front. The sink has another port then, which is not
+/// published.
+async fn start_sink(ports: Ports, access: Access<'_>) -> Result<(SmtpSink, Option<RunningFront>)> {
+    let Access::Secured(secured) = access else {
+        return Ok((SmtpSink::start(loopback(ports.smtp)).await?, None));
+    };
+    let sink = SmtpSink::start(loopback(0)).await?;
+    let password = secured.mail_password().to_owned();
+    let login = Login { mechanism: "PLAIN", user: MAIL_USER.to_owned(), password };
+    let front = Front { implicit: false, login: Some(login), acceptor: secured.acceptor()? };
+    let front = front.start(loopback(ports.smtp), sink.address()).await?;
+    Ok((sink, Some(front)))
 }
 
 fn loopback(port: u16) -> SocketAddr {

@@ -13,7 +13,7 @@ use crate::postgres::Durability;
 use crate::process::{Logs, Process};
 use crate::say::{self, say};
 use crate::services::{self, Instance, RunningService, Service};
-use crate::stack::{Ports, Stack};
+use crate::stack::{Access, Ports, Stack};
 
 /// How often `keep_running` looks for processes that have ended. It also limits how often a process
 /// that ends at once is started again.
@@ -27,10 +27,17 @@ pub struct System {
 
 impl System {
     /// Migrates the databases, starts the instances and waits until all are ready.
-    pub async fn start(stack: Stack, instances: &[Instance], programs: &Path, logs: &Logs) -> Result<Self> {
+    pub async fn start(
+        stack: Stack,
+        fetched: &Fetched,
+        instances: &[Instance],
+        programs: &Path,
+        logs: &Logs,
+    ) -> Result<Self> {
         services::migrate(programs, &stack, logs).await?;
-        let environment = services::environment(&stack);
-        let spawn = |instance: &Instance| instance.spawn(programs, &environment, logs);
+        services::prepare_kafka(programs, &stack, fetched, logs).await?;
+        let spawn =
+            |instance: &Instance| instance.spawn(programs, &services::environment(&stack, instance.service), logs);
         let services = instances.iter().map(spawn).collect::<Result<_>>()?;
         let mut system = Self { services, stack };
         // All are started before any is waited for, because services wait for each other's topics.
@@ -49,7 +56,6 @@ impl System {
     /// Restarts every process that ends, as Docker restarts containers. So a user can kill any of
     /// them and watch the others wait and recover. Returns only when a process cannot be restarted.
     pub async fn keep_running(&mut self, programs: &Path, logs: &Logs) -> Result<()> {
-        let environment = services::environment(&self.stack);
         loop {
             sleep(CHECK_INTERVAL).await;
             for broker in self.stack.brokers() {
@@ -65,6 +71,7 @@ impl System {
             }
             for running in &mut self.services {
                 if has_ended(running.instance.service.name, &mut running.process) {
+                    let environment = services::environment(&self.stack, running.instance.service);
                     *running = running.instance.spawn(programs, &environment, logs)?;
                 }
             }
@@ -89,9 +96,10 @@ pub async fn start_stack(
     folder: &Path,
     ports: Ports,
     durability: Durability,
+    access: Access<'_>,
     logs: &Logs,
 ) -> Result<Stack> {
-    let start = Stack::start(fetched, folder, ports, durability, logs);
+    let start = Stack::start(fetched, folder, ports, durability, access, logs);
     say::timed("Starting Kafka, Postgres, Redis and an SMTP sink (about 10 s) …", start).await
 }
 

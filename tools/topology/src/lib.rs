@@ -1,6 +1,10 @@
 //! Every service, declared once, as plain data without I/O. The test bed, `cargo xtask` and the
 //! tests derive their lists from it. The services do not use it: a service declares its own topics
 //! and consumer groups.
+//!
+//! What each service may do on Kafka follows from it, see [`acls`].
+
+pub mod acls;
 
 /// One service of the workspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,13 @@ pub const EMAIL: Service = Service {
 };
 
 pub const SERVICES: [Service; 4] = [USER, ANALYTICS, CACHE, EMAIL];
+
+impl Group {
+    /// The topic of its dead letters.
+    pub fn dead_letters(&self) -> String {
+        format!("{}.dlq", self.name)
+    }
+}
 
 impl Service {
     /// The name of its database, and of the role with which the service reads and writes it.

@@ -19,8 +19,9 @@ use nix::sys::stat::{Mode, umask};
 use testbed::process;
 use testbed::say::say;
 
+use commands::acls::Acls;
 use commands::prepare;
-use commands::up::Brokers;
+use commands::up::{Brokers, Variant};
 use signals::termination_signal;
 
 /// Runs, tests and checks Waybill on this machine, without Docker.
@@ -47,7 +48,17 @@ enum Command {
         /// number of brokers has its own data.
         #[arg(long, value_enum, default_value_t)]
         brokers: Brokers,
+        /// Ask for TLS and a login everywhere, and let each service do on Kafka only what
+        /// `cargo xtask acls --table` lists. Has its own data, certificates and passwords.
+        #[arg(long, conflicts_with = "brokers")]
+        secure: bool,
     },
+    /// Show or grant what each service may do on Kafka. It follows from tools/topology.
+    Acls(Acls),
+    /// Write the certificates and passwords for compose.secure.yaml to target/secure.
+    ///
+    /// Those that exist are kept.
+    Credentials,
     /// Start the whole system on free ports, follow three users through it, and stop it.
     ///
     /// It does not disturb a system that is already running.
@@ -118,7 +129,9 @@ async fn run(command: Command) -> Result<ExitCode> {
         say(format_args!("Ended {ended} processes that an earlier run had left running."));
     }
     match command {
-        Command::Up { fresh, brokers } => commands::up::run(fresh, brokers).await,
+        Command::Up { fresh, brokers, secure } => commands::up::run(fresh, Variant::of(brokers, secure)).await,
+        Command::Acls(options) => unless_terminated(commands::acls::run(options)).await,
+        Command::Credentials => commands::credentials::run(),
         Command::Demo => unless_terminated(commands::demo::run()).await,
         Command::Test { full: true, .. } => unless_terminated(commands::full::run()).await,
         Command::Test { arguments, .. } => unless_terminated(commands::test::run(&arguments)).await,

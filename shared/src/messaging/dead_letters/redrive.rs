@@ -120,7 +120,7 @@ impl<'a, H: Handler> Run<'a, H> {
         let kind = H::Event::TOPIC.kind;
         let records = match kind {
             Kind::Facts => None,
-            Kind::State => Some(record_reader(kafka)?),
+            Kind::State => Some(create(&kafka.redriver(H::GROUP))?),
         };
         Ok(Self {
             handler,
@@ -244,10 +244,6 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
     fn is_finished(&self, record: &Record<H::Event>) -> bool {
         self.finished.contains(&record.coordinates)
     }
-}
-
-fn record_reader(kafka: &KafkaConfig) -> anyhow::Result<BaseConsumer> {
-    create(&kafka.redriver())
 }
 
 /// `None`: the record was compacted away.

@@ -111,7 +111,7 @@ impl Follow {
 fn follow(kafka: &KafkaConfig, group: &str, mut on_change: impl FnMut(Change, bool) -> Follow) -> anyhow::Result<()> {
     // The reader starts at the beginning, so an offset that Kafka does not have means that the
     // topic was created again.
-    let consumer: BaseConsumer = create(&kafka.reader(&format!("{group}.dlq")))?;
+    let consumer: BaseConsumer = create(&kafka.reader(group))?;
     let mut start = TopicPartitionList::new();
     start.add_partition_offset(&topic(kafka, group), 0, Offset::Beginning)?;
     consumer.assign(&start)?;

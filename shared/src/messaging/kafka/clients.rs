@@ -34,7 +34,7 @@ impl KafkaConfig {
             self.own_client(),
             self.own_member("", 0),
             self.own_reader(""),
-            self.own_redriver(),
+            self.own_redriver(""),
             self.own_replay(""),
             self.own_transactions(""),
             self.own_letters(),
@@ -51,17 +51,18 @@ impl KafkaConfig {
         self.with_properties(self.own_member(group, number))
     }
 
-    /// A consumer that joins no group and commits nothing: it assigns partitions to itself. `name`
-    /// is its group id, which librdkafka requires nevertheless. An offset that Kafka does not have
-    /// is an error.
-    pub fn reader(&self, name: &str) -> ClientConfig {
-        self.with_properties(self.own_reader(name))
+    /// A consumer that joins no group and commits nothing: it assigns partitions to itself. An offset
+    /// that Kafka does not have is an error. librdkafka requires a group id nevertheless, and looks
+    /// for the coordinator of that group. So `group` is one of the service's own groups: the service
+    /// has rights on no other.
+    pub fn reader(&self, group: &str) -> ClientConfig {
+        self.with_properties(self.own_reader(group))
     }
 
     /// As [`KafkaConfig::reader`], for records that may have been compacted away. The reader then
     /// gets a later record, and recognises it by its offset.
-    pub fn redriver(&self) -> ClientConfig {
-        self.with_properties(self.own_redriver())
+    pub fn redriver(&self, group: &str) -> ClientConfig {
+        self.with_properties(self.own_redriver(group))
     }
 
     /// As [`KafkaConfig::reader`], for a whole topic.
@@ -131,10 +132,10 @@ impl KafkaConfig {
         member
     }
 
-    fn own_reader(&self, name: &str) -> ClientConfig {
+    fn own_reader(&self, group: &str) -> ClientConfig {
         let mut reader = self.own_client();
         reader
-            .set("group.id", self.prefixed(name))
+            .set("group.id", self.prefixed(group))
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
             .set("isolation.level", "read_committed")
@@ -144,8 +145,8 @@ impl KafkaConfig {
         reader
     }
 
-    fn own_redriver(&self) -> ClientConfig {
-        let mut reader = self.own_reader("redrive");
+    fn own_redriver(&self, group: &str) -> ClientConfig {
+        let mut reader = self.own_reader(group);
         reader.set("auto.offset.reset", "earliest");
         reader
     }

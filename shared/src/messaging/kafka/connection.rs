@@ -66,7 +66,8 @@ pub(crate) fn report_unknown_connection(health: &Health) {
 /// because the calls block.
 pub(crate) fn watch_connection(kafka: &KafkaConfig, health: &Health, stop: &CancellationToken) -> anyhow::Result<()> {
     let reports = Reports::default();
-    let client: BaseConsumer<Reports> = create_with(&kafka.reader("connection"), reports.clone())?;
+    // Without a group id, because a service may have no group.
+    let client: BaseConsumer<Reports> = create_with(&kafka.client(), reports.clone())?;
     let mut reason = String::new();
     while !stop.is_cancelled() {
         let is_reached = client.client().fetch_cluster_id(ANSWER_TIMEOUT).is_some();

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use futures::future::try_join_all;
 
-use super::{Kafka, Node, properties, start_node};
+use super::{Kafka, Node, Settings, properties, start_node};
 use crate::fetch::Fetched;
 use crate::ports;
 use crate::process::Logs;
@@ -21,7 +21,7 @@ pub async fn start_cluster(fetched: &Fetched, folder: &Path, ports: &[u16], logs
     // All at once, because a single broker has no majority and cannot elect a controller.
     try_join_all(nodes.iter().map(async |node| {
         let folder = folder.join(node.id.to_string());
-        let settings = properties(&folder, *node, &nodes);
+        let settings = Settings::without_users(properties(&folder, *node, &nodes));
         start_node(fetched, &folder, &format!("kafka-{}", node.id), *node, HEAP, &settings, logs).await
     }))
     .await

@@ -1,10 +1,12 @@
 //! Apache Kafka: one broker that is also its controller, or three of them, see `cluster`.
 
+mod acls;
 mod cluster;
+mod secured;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,7 +24,9 @@ allow.everyone.if.no.acl.found=true";
 /// Id of the cluster, stored in each data folder: 16 bytes in base64.
 const CLUSTER_ID: &str = "d2F5YmlsbC1sb2NhbC0wMQ";
 
+pub use acls::{Acls, Changes, HeldRule};
 pub use cluster::start_cluster;
+pub use secured::Listener;
 
 /// One broker.
 pub struct Kafka {
@@ -44,6 +48,22 @@ impl Kafka {
     pub async fn start(fetched: &Fetched, folder: &Path, port: u16, settings: &str, logs: &Logs) -> Result<Self> {
         let node = Node { id: 1, port, controller: ports::free() };
         let settings = format!("{}{settings}", properties(folder, node, &[node]));
+        start_node(fetched, folder, "kafka", node, "-Xmx512m", &Settings::without_users(settings), logs).await
+    }
+
+    /// As [`Kafka::start`], with a listener on which clients log in over TLS. A client may then do only
+    /// what a rule allows. The plaintext listener on `port` is for operators on this machine and may
+    /// be used for everything.
+    pub async fn start_secured(
+        fetched: &Fetched,
+        folder: &Path,
+        port: u16,
+        listener: &Listener<'_>,
+        logs: &Logs,
+    ) -> Result<Self> {
+        let node = Node { id: 1, port, controller: ports::free() };
+        let properties = format!("{}{}", properties(folder, node, &[node]), listener.properties(port, node.controller));
+        let settings = Settings { properties, users: listener.users.clone() };
         start_node(fetched, folder, "kafka", node, "-Xmx512m", &settings, logs).await
     }
 
@@ -147,6 +167,38 @@ struct Node {
     controller: u16,
 }
 
+/// Runs a program of Kafka's jars, and returns its exit status and what it printed. `name` is that of
+/// its log.
+pub async fn run_java(
+    fetched: &Fetched,
+    name: &str,
+    main_class: &str,
+    arguments: &[String],
+    logs: &Logs,
+) -> Result<(ExitStatus, String)> {
+    let mut command = java(fetched, "-Xmx96m", main_class);
+    command.args(arguments);
+    let logs = logs.off_terminal();
+    // Processes append to their log.
+    let _ = fs::remove_file(logs.file(name));
+    let status = Process::spawn(name, command, &logs)?.wait().await;
+    Ok((status, fs::read_to_string(logs.file(name)).unwrap_or_default()))
+}
+
+/// What a broker is started with.
+struct Settings {
+    /// The lines of server.properties.
+    properties: String,
+    /// The users that can log in, with their passwords. They are created with the data folder.
+    users: Vec<(String, String)>,
+}
+
+impl Settings {
+    fn without_users(properties: String) -> Self {
+        Self { properties, users: vec![] }
+    }
+}
+
 /// The lines of server.properties.
 ///
 /// - Few internal partitions and no delay before the first rebalance, so that the broker starts in
@@ -200,15 +252,15 @@ async fn start_node(
     name: &str,
     node: Node,
     heap: &'static str,
-    properties: &str,
+    settings: &Settings,
     logs: &Logs,
 ) -> Result<Kafka> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    fs::write(folder.join("server.properties"), properties)?;
+    fs::write(folder.join("server.properties"), &settings.properties)?;
     // The marker `formatted` is written last, so interrupted formatting is repeated from scratch.
     if !folder.join("formatted").exists() {
         let _ = fs::remove_dir_all(folder.join("data"));
-        format(fetched, folder, name, logs).await?;
+        format(fetched, folder, name, &settings.users, logs).await?;
         fs::write(folder.join("formatted"), "")?;
     }
     let mut kafka = Kafka {
@@ -235,13 +287,24 @@ fn java(fetched: &Fetched, heap: &str, main_class: &str) -> Command {
     command
 }
 
-async fn format(fetched: &Fetched, folder: &Path, name: &str, logs: &Logs) -> Result<()> {
+/// Creates the data folder, and the users that log in with a password.
+async fn format(fetched: &Fetched, folder: &Path, name: &str, users: &[(String, String)], logs: &Logs) -> Result<()> {
+    // The tool reads arguments from a file, so that `ps` does not show the passwords. It prints what
+    // it stores of them, so what it prints is kept only if it fails.
+    let arguments = folder.join("format-arguments");
     let mut command = java(fetched, "-Xmx256m", "kafka.tools.StorageTool");
     command.args(["format", "--cluster-id", CLUSTER_ID, "--config"]).arg(folder.join("server.properties"));
-    let mut tool = Process::spawn(name, command, &logs.off_terminal())?;
+    if !users.is_empty() {
+        secured::write_arguments(&arguments, users)?;
+        command.arg(format!("@{}", arguments.display()));
+    }
+    let name = format!("{name}-format");
+    let logs = logs.off_terminal();
+    let mut tool = Process::spawn(&name, command, &logs)?;
     let status = tool.wait().await;
+    let _ = fs::remove_file(&arguments);
     ensure!(status.success(), "Kafka cannot format its data folder{}", tool.last_lines());
-    Ok(())
+    Ok(fs::remove_file(logs.file(&name))?)
 }
 
 fn spawn(fetched: &Fetched, folder: &Path, name: &str, heap: &str, logs: &Logs) -> Result<Process> {

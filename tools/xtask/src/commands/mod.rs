@@ -1,4 +1,6 @@
+pub mod acls;
 pub mod check;
+pub mod credentials;
 pub mod demo;
 pub mod full;
 pub mod mistakes;

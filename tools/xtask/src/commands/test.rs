@@ -9,7 +9,7 @@ use testbed::postgres::Durability;
 use testbed::process::{Logs, Process, Scratch};
 use testbed::say::say;
 use testbed::services::{self, cargo};
-use testbed::stack::Ports;
+use testbed::stack::{Access, Ports};
 use testbed::system::start_stack;
 use testbed::testing;
 
@@ -31,7 +31,7 @@ pub async fn run_with(
     let fetched = fetch().await?;
     let programs = services::build_with_fault_points(&logs).await?;
     let scratch = Scratch::create("test")?;
-    let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, &logs).await?;
+    let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, Access::Open, &logs).await?;
 
     let mut command = cargo();
     command.arg("test");

@@ -11,11 +11,31 @@ use testbed::paths;
 use testbed::postgres::Durability;
 use testbed::process::Logs;
 use testbed::say::say;
+use testbed::secured::Secured;
 use testbed::services::{self, Instance, SERVICES, USER};
-use testbed::stack::Ports;
+use testbed::stack::{Access, Ports};
 use testbed::system::{System, start_stack};
 
 use crate::signals::termination_signal;
+
+/// Which system runs.
+#[derive(Clone, Copy)]
+pub enum Variant {
+    OneBroker,
+    ThreeBrokers,
+    /// One broker. Every component asks for TLS and a login.
+    Secured,
+}
+
+impl Variant {
+    pub fn of(brokers: Brokers, secure: bool) -> Self {
+        match brokers {
+            _ if secure => Self::Secured,
+            Brokers::One => Self::OneBroker,
+            Brokers::Three => Self::ThreeBrokers,
+        }
+    }
+}
 
 /// How many Kafka brokers run.
 #[derive(ValueEnum, Clone, Copy, Default)]
@@ -27,10 +47,10 @@ pub enum Brokers {
     Three,
 }
 
-pub async fn run(fresh: bool, brokers: Brokers) -> Result<ExitCode> {
+pub async fn run(fresh: bool, variant: Variant) -> Result<ExitCode> {
     let logs = Logs::to_files_and_terminal("up")?;
     let (mut system, programs) = tokio::select! {
-        started = start(fresh, brokers, &logs) => started?,
+        started = start(fresh, variant, &logs) => started?,
         () = termination_signal() => return Ok(ExitCode::SUCCESS),
     };
     announce(&system, &logs);
@@ -43,12 +63,12 @@ pub async fn run(fresh: bool, brokers: Brokers) -> Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-async fn start(fresh: bool, brokers: Brokers, logs: &Logs) -> Result<(System, PathBuf)> {
-    // The databases record what has been published to Kafka, so each number of brokers has its own
-    // data.
-    let (ports, name) = match brokers {
-        Brokers::One => (Ports::PUBLISHED, "up"),
-        Brokers::Three => (Ports::PUBLISHED_THREE_BROKERS, "up-3-brokers"),
+async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<(System, PathBuf)> {
+    // The databases record what has been published to Kafka, so each variant has its own data.
+    let (ports, name) = match variant {
+        Variant::OneBroker => (Ports::PUBLISHED, "up"),
+        Variant::ThreeBrokers => (Ports::PUBLISHED_THREE_BROKERS, "up-3-brokers"),
+        Variant::Secured => (Ports::PUBLISHED, "up-secure"),
     };
     let instances = SERVICES.map(Instance::on_published_ports);
     // A port that is in use is reported before anything that takes long.
@@ -60,8 +80,13 @@ async fn start(fresh: bool, brokers: Brokers, logs: &Logs) -> Result<(System, Pa
     if fresh && folder.exists() {
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     }
-    let stack = start_stack(&fetched, &folder, ports, Durability::Disk, logs).await?;
-    Ok((System::start(stack, &instances, &programs, logs).await?, programs))
+    let secured = match variant {
+        Variant::Secured => Some(Secured::create(&folder.join("credentials"), ports, &[])?),
+        Variant::OneBroker | Variant::ThreeBrokers => None,
+    };
+    let access = secured.as_ref().map_or(Access::Open, Access::Secured);
+    let stack = start_stack(&fetched, &folder, ports, Durability::Disk, access, logs).await?;
+    Ok((System::start(stack, &fetched, &instances, &programs, logs).await?, programs))
 }
 
 fn announce(system: &System, logs: &Logs) {
@@ -75,6 +100,10 @@ fn announce(system: &System, logs: &Logs) {
     say(format_args!("  {:<10} {}", "kafka", stack.kafka_addresses()));
     say(format_args!("  {:<10} {}", "postgres", stack.postgres.url()));
     say(format_args!("  {:<10} {}", "redis", stack.redis.url()));
+    if let Some(secured) = &stack.secured {
+        say(format_args!("  {:<10} {}   no login, for operators on this machine", "kafka", stack.kafka.address()));
+        say(format_args!("  {:<10} {}   certificates and passwords", "files", secured.folder().display()));
+    }
     say(format_args!("  {:<10} {}\n", "logs", logs.folder().display()));
     say(format_args!(
         "Register a user:\n\n  curl -i {}/users -H 'content-type: application/json' -H 'idempotency-key: first' \\\n       -d \

@@ -19,7 +19,7 @@ use testbed::postgres::Durability;
 use testbed::process::{Logs, Scratch};
 use testbed::say::{say, timed};
 use testbed::services::{self, Instance, RunningService, SERVICES};
-use testbed::stack::{Ports, Stack};
+use testbed::stack::{Access, Ports, Stack};
 use testbed::system::start_stack;
 use tokio::time::sleep;
 use topology::{ANALYTICS, EMAIL, Service, USER};
@@ -64,7 +64,7 @@ pub async fn run() -> Result<ExitCode> {
     let fetched = fetch().await?;
     let programs = services::build(&logs).await?;
     let scratch = Scratch::create("size")?;
-    let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, &logs).await?;
+    let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, Access::Open, &logs).await?;
     services::migrate(&programs, &stack, &logs).await?;
     let mut superuser = PgConnection::connect(&stack.postgres.url()).await?;
     for statement in EXPLAIN {
@@ -107,7 +107,8 @@ async fn fill(stack: &Stack, from: i64, to: i64) -> Result<()> {
 
 /// Runs the services until every loop has run and every endpoint was called.
 async fn exercise(stack: &Stack, programs: &Path, logs: &Logs) -> Result<()> {
-    let mut environment = services::environment(stack);
+    // The same for every service, because the stack is open.
+    let mut environment = services::environment(stack, USER);
     environment.extend(SETTINGS.map(|(name, value)| (name.to_owned(), value.to_owned())));
     let instances = SERVICES.map(Instance::on_free_ports);
     let spawned = instances.iter().map(|instance| instance.spawn(programs, &environment, logs));

@@ -1,0 +1,5 @@
+//! Secured components: each service logs in as itself and may do on Kafka only what the topology
+//! draws.
+
+mod rights;
+mod work;

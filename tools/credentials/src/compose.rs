@@ -1,0 +1,169 @@
+//! The files that compose.secure.yaml mounts: certificates, passwords, URLs, and what is granted on
+//! Kafka.
+//!
+//! The folder is readable by its owner only. The files in it, except `passwords`, are readable by every user: compose
+//! mounts single files with the owner and the mode that they have here, and each image runs as
+//! another user.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use topology::acls::{Naming, all_rules, grants};
+use topology::{SERVICES, Service, with_database};
+
+use crate::authority::Authority;
+use crate::passwords::Passwords;
+
+/// The login of an operator: creates topics, and may do everything else on Kafka and Valkey.
+pub const OPERATOR: &str = "operator";
+/// The login of the email service at the mail server.
+pub const MAIL_USER: &str = "waybill";
+
+/// The components with a certificate. Each has the host name of its container.
+const COMPONENTS: [&str; 4] = ["kafka", "postgres", "valkey", "mailpit"];
+
+/// Writes all files. Keeps the certificates and the passwords that are in the folder already.
+pub fn write(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("cannot change the mode of {}", folder.display()))?;
+    let files = Files(folder);
+    write_certificates(&files)?;
+    let passwords = Passwords::in_file(&folder.join("passwords"), names())?;
+    write_kafka(&files, &passwords)?;
+    write_postgres(&files, &passwords)?;
+    let valkey = passwords.of("valkey-cache");
+    files.write("valkey-users.acl", &valkey_users(valkey, passwords.of("valkey-operator")))?;
+    files.write("cache-valkey-url", &format!("rediss://cache:{valkey}@valkey:6379"))?;
+    files.write("mailpit-users", &format!("{MAIL_USER}:{}\n", passwords.of("mail")))?;
+    files.write("email-smtp-password", passwords.of("mail"))?;
+    files.write("admin-tokens", &format!("{OPERATOR}:{}\n", passwords.of("admin")))?;
+    files.write("admin-token", passwords.of("admin"))?;
+    files.write("user-idempotency-secret", passwords.of("idempotency"))
+}
+
+/// The users of Valkey. That of the cache may not administer the server or delete all keys at once.
+/// `default` is any client that does not log in.
+pub fn valkey_users(cache: &str, operator: &str) -> String {
+    format!(
+        "user default off
+user cache on >{cache} ~* +@all -@dangerous +info +role
+user {OPERATOR} on >{operator} ~* &* +@all
+"
+    )
+}
+
+/// The users of Kafka: one per service, and the operator.
+pub fn kafka_users() -> impl Iterator<Item = String> {
+    SERVICES.iter().map(Service::kafka_user).chain([OPERATOR.to_owned()])
+}
+
+/// What needs a password.
+fn names() -> impl Iterator<Item = String> {
+    let kafka = kafka_users().map(|user| format!("kafka-{user}"));
+    let roles = with_database().flat_map(|service| [service.database(), service.owner()]);
+    let postgres = roles.chain(["superuser".to_owned()]).map(|role| format!("postgres-{role}"));
+    let others = ["valkey-cache", "valkey-operator", "mail", "idempotency", "admin"].map(str::to_owned);
+    kafka.chain(postgres).chain(others)
+}
+
+struct Files<'a>(&'a Path);
+
+impl Files<'_> {
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let file = self.0.join(name);
+        let written =
+            fs::write(&file, text).and_then(|()| fs::set_permissions(&file, fs::Permissions::from_mode(0o644)));
+        written.with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+/// All certificates are made together, because the authority's key is not kept. That of the
+/// authority is written last, so an interrupted run makes all of them again.
+fn write_certificates(files: &Files) -> Result<()> {
+    if files.0.join("authority.pem").exists() {
+        return Ok(());
+    }
+    let authority = Authority::create();
+    for component in COMPONENTS {
+        let certificate = authority.certificate(&[component, "localhost", "127.0.0.1"]);
+        files.write(&format!("{component}.pem"), &certificate.certificate.pem())?;
+        files.write(&format!("{component}-key.pem"), &certificate.key.serialize_pem())?;
+        // Kafka wants both in one file.
+        files.write(&format!("{component}-with-key.pem"), &certificate.pem_with_key())?;
+    }
+    files.write("authority.pem", &authority.pem())
+}
+
+/// The users with their passwords, and the arguments of `kafka-acls.sh` for each call.
+fn write_kafka(files: &Files, passwords: &Passwords) -> Result<()> {
+    let mut users = String::new();
+    for user in kafka_users() {
+        let password = passwords.of(&format!("kafka-{user}"));
+        users += &format!("{user} {password}\n");
+    }
+    files.write("kafka-users", &users)?;
+    for service in SERVICES {
+        let password = passwords.of(&format!("kafka-{}", service.kafka_user()));
+        files.write(&format!("{}-kafka-password", service.name), password)?;
+    }
+    files.write("kafka-operator-password", passwords.of("kafka-operator"))?;
+    let calls = grants(&all_rules(Naming::default()));
+    let calls: String = calls.iter().map(|call| call.arguments().join(" ") + "\n").collect();
+    files.write("kafka-acls", &calls)
+}
+
+/// The variables that deploy/postgres/init.sql reads, and the URLs of the services.
+fn write_postgres(files: &Files, passwords: &Passwords) -> Result<()> {
+    let mut variables = format!("POSTGRES_PASSWORD={}\n", passwords.of("postgres-superuser"));
+    for service in with_database() {
+        let name = service.name.to_uppercase();
+        for (role, variable, file) in [
+            (service.database(), "PASSWORD", "database-url"),
+            (service.owner(), "OWNER_PASSWORD", "owner-database-url"),
+        ] {
+            let password = passwords.of(&format!("postgres-{role}"));
+            variables += &format!("WAYBILL_{name}_{variable}={password}\n");
+            let url = format!(
+                "postgres://{role}:{password}@postgres:5432/{}?sslmode=verify-full&sslrootcert=/run/secrets/authority",
+                service.database()
+            );
+            files.write(&format!("{}-{file}", service.name), &url)?;
+        }
+    }
+    files.write("postgres-passwords", &variables)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_run_changes_nothing() {
+        let folder = std::env::temp_dir().join(format!("compose-files-{}", std::process::id()));
+        let contents = || {
+            let files = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+            let mut contents: Vec<_> = files.map(|file| (file.clone(), fs::read_to_string(file).unwrap())).collect();
+            contents.sort();
+            contents
+        };
+        write(&folder).unwrap();
+        let first = contents();
+        write(&folder).unwrap();
+        let second = contents();
+        let mode = fs::metadata(&folder).unwrap().permissions().mode();
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(first, second);
+        assert_eq!(mode & 0o777, 0o700, "other users must not enter the folder");
+        let text = |name: &str| {
+            let found = first.iter().find(|(file, _)| file.ends_with(name));
+            found.unwrap_or_else(|| panic!("{name} is missing")).1.clone()
+        };
+        assert!(text("kafka-acls").contains("--allow-principal User:waybill-email"), "{}", text("kafka-acls"));
+        assert!(text("user-database-url").contains("sslmode=verify-full"));
+        let password = text("user-kafka-password");
+        assert!(text("kafka-users").contains(&format!("waybill-user {password}\n")));
+    }
+}
