@@ -6,7 +6,7 @@ use topology::Service;
 use super::Processes;
 use super::admin::Admin;
 use crate::services::service_of;
-use crate::waiting::eventually;
+use crate::waiting::{eventually, eventually_eq};
 
 /// The outcomes of a delivered record. Each record has exactly one.
 pub const OUTCOMES: [&str; 5] = ["applied", "duplicate", "stale", "skipped", "dead_lettered"];
@@ -61,6 +61,14 @@ impl Processes {
             Some(named.map(|(component, _)| component.clone()).collect::<Vec<_>>()).filter(|named| !named.is_empty())
         })
         .await
+    }
+
+    /// Waits until the parts of `/status` whose reason contains this text are exactly these: the
+    /// groups of a service report one after another.
+    pub async fn until_reported_by(&self, service: Service, text: &str, components: &[String]) {
+        let what = format!("parts of {} that report {text:?}", service.name);
+        let reported = async || self.until_reported(service, text).await;
+        eventually_eq(&what, components.to_vec(), reported).await;
     }
 
     /// Waits until `/status` of a service reports nothing.

@@ -39,7 +39,7 @@ async fn a_waiting_service_exits_with_an_error_if_unread_records_were_deleted() 
     write_registrations(&system, 1, 4).await;
     system.kafka.delete_records(USER_EVENTS, 1, 3).await;
     let mut lock = system.stores.database(ANALYTICS).await.begin().await.unwrap();
-    sqlx::raw_sql("lock table inbox in access exclusive mode").execute(&mut *lock).await.unwrap();
+    sqlx::raw_sql("lock table inbox, audit in access exclusive mode").execute(&mut *lock).await.unwrap();
     system.processes.spawn(ANALYTICS);
     eventually("the consumer is paused, or the service has exited", async || {
         let paused = system.processes.log(ANALYTICS).contains("consumer paused");
@@ -107,7 +107,8 @@ async fn assert_exits_if_deleted(system: &mut System, partition: i32, before: i6
         system.processes.spawn(ANALYTICS);
         system.processes.until_ended(ANALYTICS).await;
     }
+    // Two groups read the topic. The first one that reports ends the process.
     let reports = system.processes.log(ANALYTICS).matches(MISSING_OFFSET).count();
-    assert_eq!(reports, 2, "reports of the missing offset in two starts");
+    assert!((2..=4).contains(&reports), "{reports} reports of the missing offset in two starts");
     assert_eq!(system.kafka.committed(ANALYTICS_USERS), committed, "the group has skipped records");
 }

@@ -6,7 +6,7 @@ use tests::System;
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 
 /// A setting, a refused value, and its range.
-const OUT_OF_RANGE: [(Service, &str, &str, &str); 26] = [
+const OUT_OF_RANGE: [(Service, &str, &str, &str); 30] = [
     (EMAIL, "--max-age-hours", "99999999", "from 1 to 87600"),
     (EMAIL, "--max-age-hours", "4294967295", "from 1 to 87600"),
     (EMAIL, "--max-age-hours", "0", "from 1 to 87600"),
@@ -24,6 +24,10 @@ const OUT_OF_RANGE: [(Service, &str, &str, &str); 26] = [
     (USER, "--http-connections", "0", "from 1 to 65536"),
     (USER, "--http-requests", "4294967296", "from 1 to 65536"),
     (USER, "--http-read-timeout-ms", "0", "from 100 to 600000"),
+    (USER, "--http-rate-per-address", "1000001", "from 0 to 1000000"),
+    (USER, "--http-rate-per-principal", "4294967296", "from 0 to 1000000"),
+    (USER, "--registrations-per-principal", "some", "from 0 to 1000000"),
+    (USER, "--auth-jwks-refresh-s", "0", "from 1 to 86400"),
     (CACHE, "--max-waiters", "0", "from 1 to 65535"),
     (CACHE, "--consumers", "65", "from 1 to 64"),
     (CACHE, "--handle-timeout-ms", "1", "from 2000 to 600000"),

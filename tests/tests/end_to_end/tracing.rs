@@ -271,8 +271,9 @@ async fn log_events_writes_one_line_per_handled_event() {
         events.sort();
         events
     };
-    let facts = events(&[USER_EVENTS, EMAIL_EVENTS]);
-    assert_eq!(facts.len(), 4 + 3, "facts of the users and of their mails");
+    let topics: Vec<&str> = ANALYTICS.groups.iter().map(|group| group.topic).collect();
+    let facts = events(&topics);
+    assert_eq!(facts.len(), 4 + 3 + 4, "facts of the users and of their mails, by each group");
     eventually_eq("events that analytics has logged", facts, async || handled_events(&system, ANALYTICS)).await;
     let states = events(&[USER_STATE]);
     assert_eq!(states.len(), 4, "states and the tombstone");

@@ -21,13 +21,13 @@ async fn the_list_of_dead_letters_shows_no_personal_data() {
     let written = system.kafka.write_all(USER_EVENTS, &[bad(SECRET), bad(&id.to_string())]).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &written).await;
     let [secret_key, id_key] = [written[0], written[1]].map(|record| system.kafka.letter_key(ANALYTICS_USERS, record));
-    let since_at_first = since(&listed(&system, ANALYTICS).await);
+    let since_at_first = since(&listed(&system, ANALYTICS_USERS).await);
     assert_eq!(since_at_first.len(), 2);
     assert!(since_at_first.iter().all(Value::is_string), "{since_at_first:?}");
     for _ in 2..=5 {
         redrive(&system, ANALYTICS_USERS, &["--only", &id_key]).await;
     }
-    let letters = listed(&system, ANALYTICS).await;
+    let letters = listed(&system, ANALYTICS_USERS).await;
     let [first, second] = &letters[..] else { panic!("not two letters: {letters:?}") };
     let expected = json!({
         "group": ANALYTICS_USERS,

@@ -9,7 +9,7 @@ use serde_json::Value;
 use sqlx::PgPool;
 use tests::System;
 use tests::services::service_of;
-use topology::{ANALYTICS, EMAIL, Service, USER};
+use topology::{ANALYTICS, EMAIL, USER};
 
 /// Part of keys and values of bad records. It must not appear in the output of a command.
 const SECRET: &str = "ada.lovelace@secret.example";
@@ -59,9 +59,10 @@ pub fn attempts(system: &System, group: &str, key: &str) -> u32 {
     system.kafka.dead_letters(group)[key].header("dlq-attempts").unwrap().parse().unwrap()
 }
 
-/// The output of `dead-letters --json`, one value per line.
-async fn listed(system: &System, service: Service) -> Vec<Value> {
-    let printed = system.processes.run(service, &["dead-letters", "--json"]).await.unwrap();
+/// The letters of a group in the output of `dead-letters --json`, which has one value per line.
+async fn listed(system: &System, group: &str) -> Vec<Value> {
+    let printed = system.processes.run(service_of(group), &["dead-letters", "--json"]).await.unwrap();
     assert!(!printed.contains(SECRET), "{printed}");
-    printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    let letters = printed.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    letters.filter(|letter| letter["group"] == group).collect()
 }

@@ -109,11 +109,11 @@ async fn a_redrive_of_thousands_of_letters_counts_each_registration_once() {
     let dead_lettered = async || system.processes.counted(ANALYTICS_USERS, "dead_lettered").await;
     eventually_eq("records counted as dead-lettered", MANY as f64, dead_lettered).await;
     assert_eq!(system.processes.counted_in_all(ANALYTICS_USERS).await, MANY as f64);
-    assert_eq!(listed(&system, ANALYTICS).await.len(), MANY);
+    assert_eq!(listed(&system, ANALYTICS_USERS).await.len(), MANY);
 
     let dry_run = redrive(&system, ANALYTICS_USERS, &["--dry-run"]).await;
     assert_eq!(dry_run, format!("{MANY} would be tried, 0 parked"));
-    let untouched = listed(&system, ANALYTICS).await;
+    let untouched = listed(&system, ANALYTICS_USERS).await;
     assert_eq!(untouched.len(), MANY);
     assert!(untouched.iter().all(|letter| letter["attempts"] == 1), "{untouched:?}");
 
@@ -147,7 +147,7 @@ async fn a_letter_that_fails_again_blocks_no_other() {
     let all_but_one = "9 settled, 0 superseded, 1 failed again, 0 parked";
     assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, all_but_one);
     system.users.until_counted(9, 0).await;
-    let letters = listed(&system, ANALYTICS).await;
+    let letters = listed(&system, ANALYTICS_USERS).await;
     let [letter] = &letters[..] else { panic!("not one letter: {letters:?}") };
     assert_eq!(letter["key"], users[4].to_string());
     assert_eq!(letter["attempts"], 2);
