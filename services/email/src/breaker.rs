@@ -70,8 +70,8 @@ impl Breaker {
         }
     }
 
-    /// The mail to `recipient` failed for a reason that is about us or the server. Returns whether
-    /// sending is paused.
+    /// The mail to `recipient` failed for a reason that is about us or the server, or may be.
+    /// Returns whether sending is paused.
     pub fn failed(&self, recipient: Uuid, trouble: Trouble) -> bool {
         let mut state = self.state.lock().expect(LOCK);
         if state.recipients.len() < RECIPIENTS {

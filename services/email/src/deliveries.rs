@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! unaddressed ──address──► pending ──claim──► sending ──250──► sent
-//!                             ▲                  ├── refused ──► failed
+//!                             ▲                  ├── refused, or deferred for too long ──► failed
 //!                             ├── later ─────────┤
 //!                             └───────claim── unknown ◄── no answer after the mail was sent
 //! ```
@@ -49,6 +49,8 @@ pub struct Claim {
     pub attempt: i32,
     refusals: i32,
     unknowns: i32,
+    /// The time since its event, or since an operator has released it.
+    age: Duration,
     causationid: Option<Uuid>,
     correlationid: Option<Uuid>,
     pub traceparent: Option<String>,
@@ -60,9 +62,9 @@ pub struct Claim {
 
 /// What a claim did with the delivery that was due.
 pub enum Due {
-    Claimed(Claim),
+    Claimed(Box<Claim>),
     /// Its cause is too old, and no operator has released it.
-    Held(Uuid),
+    Held,
     /// Its recipient was erased.
     Cancelled,
 }
@@ -94,7 +96,8 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
                  left join recipients r using (user_id)) next
            where d.id = next.id
            returning d.id, d.user_id, d.template, d.status, d.attempt, d.refusals, d.unknowns, d.causationid,
-               d.correlationid, d.traceparent, d.tracestate, next.email as "email?""#,
+               d.correlationid, d.traceparent, d.tracestate, next.email as "email?",
+               extract(epoch from now() - greatest(d.requested_at, d.released_at))::bigint as "age!""#,
         token,
         interval(rules.lease),
         interval(rules.max_age),
@@ -102,22 +105,24 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
     );
     let Some(row) = due.fetch_optional(db).await? else { return Ok(None) };
     Ok(Some(match (row.status.as_str(), row.email) {
-        ("sending", Some(email)) => Due::Claimed(Claim {
+        ("sending", Some(email)) => Due::Claimed(Box::new(Claim {
             id: row.id,
             user_id: row.user_id,
             template: row.template,
             attempt: row.attempt,
             refusals: row.refusals,
             unknowns: row.unknowns,
+            // Negative, and so 0 here, if the event's clock was ahead of the database's.
+            age: Duration::from_secs(u64::try_from(row.age).unwrap_or(0)),
             causationid: row.causationid,
             correlationid: row.correlationid,
             traceparent: row.traceparent,
             tracestate: row.tracestate,
             email,
             token,
-        }),
+        })),
         ("cancelled", _) => Due::Cancelled,
-        _ => Due::Held(row.id),
+        _ => Due::Held,
     }))
 }
 
@@ -156,8 +161,8 @@ pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
     Ok(version.is_some())
 }
 
-/// Records that the server refused the mail permanently, unless the lease has ended and another
-/// sender has the delivery. Returns whether this call changed the state.
+/// Records that the server refused the mail permanently or for too long, unless the lease has ended
+/// and another sender has the delivery. Returns whether this call changed the state.
 pub async fn failed(db: &PgPool, claim: &Claim, smtp_code: u16) -> sqlx::Result<bool> {
     let mut tx = db.begin().await?;
     let ended = sqlx::query_scalar!(
@@ -192,13 +197,11 @@ pub enum Retry {
 
 /// Gives the delivery back, unless the lease has ended and another sender has it.
 pub async fn retry(db: &PgPool, claim: &Claim, rules: &Rules, why: Retry, smtp_code: Option<u16>) -> sqlx::Result<()> {
-    let doublings = u32::try_from(claim.attempt - 1).unwrap_or(0).min(20);
-    let backoff = rules.backoff.saturating_mul(1 << doublings).min(MAX_BACKOFF);
     let unknown = why == Retry::Unknown;
     let wait = match why {
         Retry::Unknown if claim.is_last_unknown() => None,
         Retry::Stopped => Some(Duration::ZERO),
-        Retry::Later | Retry::Refused | Retry::Unknown => Some(backoff),
+        Retry::Later | Retry::Refused | Retry::Unknown => Some(claim.backoff(rules)),
     };
     sqlx::query!(
         "update deliveries set status = $3, token = null, due_at = now() + $4::interval, smtp_code = $5,
@@ -213,6 +216,25 @@ pub async fn retry(db: &PgPool, claim: &Claim, rules: &Rules, why: Retry, smtp_c
         i32::from(why == Retry::Refused),
     )
     .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Locks the rows of these users in `recipients`, and inserts those that are missing. A transaction
+/// whose change to deliveries depends on their recipients calls this first. So of two of them at
+/// the same time one waits for the other's commit and then sees what it wrote.
+///
+/// One statement, so that the rows are locked in the order of the ids, whether they exist or not:
+/// `users` are sorted, and each is there once. `where false`: Postgres locks the row and does not
+/// write it.
+pub async fn lock_recipients(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> {
+    sqlx::query!(
+        "insert into recipients as stored (user_id, version)
+         select user_id, 0 from unnest($1::uuid[]) as wanted (user_id)
+         on conflict (user_id) do update set version = stored.version where false",
+        users
+    )
+    .execute(tx)
     .await?;
     Ok(())
 }
@@ -241,6 +263,18 @@ pub async fn cancel(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<u64> 
 }
 
 impl Claim {
+    /// The wait before the next attempt.
+    fn backoff(&self, rules: &Rules) -> Duration {
+        let doublings = u32::try_from(self.attempt - 1).unwrap_or(0).min(20);
+        rules.backoff.saturating_mul(1 << doublings).min(MAX_BACKOFF)
+    }
+
+    /// Whether the delivery will be too old for another attempt. RFC 5321 §4.5.4.1: a client gives
+    /// up after some days.
+    pub fn is_last_deferral(&self, rules: &Rules) -> bool {
+        self.age + self.backoff(rules) >= rules.max_age
+    }
+
     /// Whether a delivery with one more lost answer waits for an operator.
     pub fn is_last_unknown(&self) -> bool {
         self.unknowns + 1 >= MAX_UNKNOWNS
@@ -271,16 +305,13 @@ pub fn interval(duration: Duration) -> PgInterval {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{blocks_read, database, one_session};
 
     const RULES: Rules = Rules {
         lease: Duration::from_secs(60),
         backoff: Duration::from_secs(1),
         max_age: Duration::from_secs(72 * 3600),
     };
-
-    async fn database() -> PgPool {
-        testbed::testing::migrated_database(testbed::services::EMAIL, &crate::MIGRATIONS).await
-    }
 
     /// Inserts deliveries to users with an address.
     async fn insert(db: &PgPool, count: i64, template: &str, status: &str, requested_hours_ago: i32) {
@@ -304,28 +335,16 @@ mod tests {
 
     async fn claimed(db: &PgPool) -> Option<Claim> {
         match claim(db, &RULES, &["welcome".to_owned()]).await.unwrap() {
-            Some(Due::Claimed(claim)) => Some(claim),
+            Some(Due::Claimed(claim)) => Some(*claim),
             _ => None,
         }
-    }
-
-    /// The blocks of `deliveries` and its indexes that were read so far.
-    async fn blocks_read(db: &PgPool) -> i64 {
-        // Postgres collects the numbers of a session now and then, and now at the end of this
-        // statement.
-        sqlx::query("select pg_stat_force_next_flush()").execute(db).await.unwrap();
-        let read = "select heap_blks_read + heap_blks_hit + idx_blks_read + idx_blks_hit
-                    from pg_statio_user_tables where relname = 'deliveries'";
-        sqlx::query_scalar(read).fetch_one(db).await.unwrap()
     }
 
     /// A claim costs the same however many deliveries wait for something else: an address, an
     /// operator, or a release that knows their template.
     #[tokio::test]
     async fn a_claim_reads_few_blocks_whatever_else_waits() {
-        let options = (*database().await.connect_options()).clone();
-        // The numbers are those of one session.
-        let db = sqlx::postgres::PgPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+        let db = one_session().await;
         for (template, status) in [("welcome", "unaddressed"), ("welcome", "held"), ("farewell", "pending")] {
             insert(&db, 20_000, template, status, 0).await;
         }
@@ -344,7 +363,7 @@ mod tests {
         let db = database().await;
         insert(&db, 1, "welcome", "pending", 73).await;
         let due = claim(&db, &RULES, &["welcome".to_owned()]).await.unwrap();
-        assert!(matches!(due, Some(Due::Held(_))));
+        assert!(matches!(due, Some(Due::Held)));
         assert!(claim(&db, &RULES, &["welcome".to_owned()]).await.unwrap().is_none());
     }
 

@@ -63,7 +63,7 @@ impl Handler for Welcome {
         users.sort();
         users.dedup();
         let mut tx = self.db.begin().await?;
-        lock(&mut tx, &users).await?;
+        deliveries::lock_recipients(&mut tx, &users).await?;
         outcome.applied += store(&mut tx, &intents, self.max_age).await?;
         let (erased, cancelled) = erase(&mut tx, &deleted).await?;
         outcome.applied += erased;
@@ -73,21 +73,6 @@ impl Handler for Welcome {
         self.metrics.count_ended("cancelled", cancelled);
         Ok(outcome)
     }
-}
-
-/// Locks the rows of these users in `recipients`, and inserts those that are missing. One
-/// statement, so that the rows are locked in the order of the ids, whether they exist or not.
-/// `where false`: Postgres locks the row and does not write it.
-async fn lock(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> {
-    sqlx::query!(
-        "insert into recipients as stored (user_id, version)
-         select user_id, 0 from unnest($1::uuid[]) as wanted (user_id)
-         on conflict (user_id) do update set version = stored.version where false",
-        users
-    )
-    .execute(tx)
-    .await?;
-    Ok(())
 }
 
 /// The intents of a batch, as one array for each column.
@@ -276,14 +261,12 @@ mod tests {
     use tokio::task::JoinSet;
 
     use super::*;
+    use crate::operator;
+    use crate::testing::database;
 
     /// Few, because each case is a whole history on a real database, which takes milliseconds per
     /// row.
     const CASES: u32 = 32;
-
-    async fn database() -> PgPool {
-        testbed::testing::migrated_database(testbed::services::EMAIL, &crate::MIGRATIONS).await
-    }
 
     fn welcome(db: &PgPool) -> Welcome {
         let max_age = Duration::from_secs(3600);
@@ -475,7 +458,7 @@ mod tests {
             let mut fact = db.begin().await.unwrap();
             let mut intents = Intents::default();
             intents.add(user, &registration(user));
-            lock(&mut fact, &[user]).await.unwrap();
+            deliveries::lock_recipients(&mut fact, &[user]).await.unwrap();
             store(&mut fact, &intents, Duration::from_secs(3600)).await.unwrap();
             let second = recipients(&db);
             let record = state(user);
@@ -489,5 +472,40 @@ mod tests {
             meet(&db, first, async move { fact.handle(&[registration(user)]).await }).await;
             assert_eq!(states(&db, user).await, [status], "the state commits first");
         }
+    }
+
+    /// T48, I5: an operator releases a held mail while its address arrives for the first time, as
+    /// after the loss of the database. Whichever commits first, the mail becomes claimable.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_released_mail_and_its_address_do_not_miss_each_other() {
+        let db = database().await;
+        let held = async || {
+            let user = mint_id();
+            welcome(&db).handle(&[registration(user)]).await.unwrap();
+            let hold = sqlx::query("update deliveries set status = 'held' where user_id = $1").bind(user);
+            hold.execute(&db).await.unwrap();
+            user
+        };
+
+        let user = held().await;
+        let mut state = db.begin().await.unwrap();
+        upsert(&mut state, &[user], &[1], &[Some("ada@example.com".to_owned())]).await.unwrap();
+        let operator = db.clone();
+        meet(&db, state, async move {
+            let mut tx = operator.begin().await?;
+            operator::release_held(&mut tx, None, Some(user)).await?;
+            tx.commit().await?;
+            Ok(Outcome::default())
+        })
+        .await;
+        assert_eq!(states(&db, user).await, ["pending"], "the state commits first");
+
+        let user = held().await;
+        let mut release = db.begin().await.unwrap();
+        operator::release_held(&mut release, None, Some(user)).await.unwrap();
+        let second = recipients(&db);
+        let record = profile(user, 1);
+        meet(&db, release, async move { second.handle(&[record]).await }).await;
+        assert_eq!(states(&db, user).await, ["pending"], "the release commits first");
     }
 }

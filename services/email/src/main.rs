@@ -11,6 +11,8 @@ mod metrics;
 mod operator;
 mod sender;
 mod smtp;
+#[cfg(test)]
+mod testing;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -25,6 +25,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 const DATABASE_RETRY: Duration = Duration::from_millis(500);
 /// "Mailbox name not allowed" (RFC 5321 §4.2.2): the code that we record for an invalid address.
 const BAD_ADDRESS: u16 = 553;
+// Why a delivery failed.
+const REFUSED: &str = "the mail server refused the mail permanently";
+const DEFERRED: &str = "the mail server deferred the mail until it was older than MAX_AGE_HOURS";
 
 #[derive(Clone)]
 pub struct Sender {
@@ -77,24 +80,7 @@ impl Sender {
         if !self.breaker.permits() {
             return Ok(false);
         }
-        // Computed before the statement, so that this process never assumes a longer lease than the
-        // database.
-        let lease = Lease::until(Instant::now() + self.rules.lease);
-        let claim = match bounded(deliveries::claim(&self.db, &self.rules, &mail::template_names())).await? {
-            None => return Ok(false),
-            Some(Due::Claimed(claim)) => claim,
-            Some(Due::Held(delivery)) => {
-                tracing::warn!(
-                    delivery.id = %delivery,
-                    "a delivery is held: its event is older than MAX_AGE_HOURS; see `email send-held --help`"
-                );
-                return Ok(true);
-            }
-            Some(Due::Cancelled) => {
-                self.metrics.count_ended("cancelled", 1);
-                return Ok(true);
-            }
-        };
+        let Some((claim, lease)) = self.claim().await? else { return Ok(false) };
         fault::point("email.after_claim");
         let span = tracing::error_span!(
             parent: None, "send", "otel.kind" = "client", delivery.id = %claim.id, template = claim.template, trace.id = Empty
@@ -121,6 +107,35 @@ impl Sender {
         .instrument(span)
         .await?;
         Ok(true)
+    }
+
+    /// Claims the next delivery that may be sent. It passes over those that the claim holds or
+    /// cancels, because the breaker may have permitted one probe only: if each of them used one up,
+    /// a backlog of them would delay the first mail by hours.
+    async fn claim(&self) -> sqlx::Result<Option<(Claim, Lease)>> {
+        let mut held = 0_u64;
+        let claimed = loop {
+            // Computed before the statement, so that this process never assumes a longer lease than
+            // the database.
+            let lease = Lease::until(Instant::now() + self.rules.lease);
+            match bounded(deliveries::claim(&self.db, &self.rules, &mail::template_names())).await {
+                Ok(Some(Due::Claimed(claim))) => break Ok(Some((*claim, lease))),
+                Ok(Some(Due::Held)) => held += 1,
+                Ok(Some(Due::Cancelled)) => self.metrics.count_ended("cancelled", 1),
+                Ok(None) => break Ok(None),
+                Err(error) => break Err(error),
+            }
+            if self.stop.is_cancelled() {
+                break Ok(None);
+            }
+        };
+        if held > 0 {
+            tracing::warn!(
+                deliveries = held,
+                "deliveries are held: their events are older than MAX_AGE_HOURS; see `email send-held --help`"
+            );
+        }
+        claimed
     }
 
     /// Renews the lease for as long as the attempt takes. A mail server may take minutes, and the
@@ -193,12 +208,18 @@ impl Sender {
                 }
                 tracing::info!(attempt = attempt_number, "mail accepted by the SMTP server");
             }
-            Attempt::Ended(Ending::Refused { code }) => self.fail(claim, code).await?,
+            Attempt::Ended(Ending::Refused { code }) => self.fail(claim, code, REFUSED).await?,
+            Attempt::Ended(Ending::Deferred { code }) if claim.is_last_deferral(&self.rules) => {
+                self.fail(claim, code, DEFERRED).await?;
+            }
             Attempt::Ended(Ending::Deferred { code }) => {
                 retry(Retry::Later, Some(code)).await?;
                 tracing::warn!(attempt = attempt_number, smtp.code = code, "mail server deferred the mail; will retry");
             }
-            Attempt::Ended(Ending::SenderRefused(trouble)) => self.record_refusal(claim, trouble).await?,
+            Attempt::Ended(Ending::SenderRefused(trouble)) => {
+                self.record_refusal(claim, trouble, claim.is_last_refusal()).await?;
+            }
+            Attempt::Ended(Ending::Unexplained(trouble)) => self.record_refusal(claim, trouble, true).await?,
             Attempt::Ended(Ending::ServerFailed(trouble)) => {
                 self.breaker.failed(claim.user_id, trouble);
                 retry(Retry::Later, trouble.code()).await?;
@@ -223,20 +244,20 @@ impl Sender {
         Ok(())
     }
 
-    /// The server refused the mail for a reason that is about us. If it refuses the mails to
-    /// several recipients, the breaker opens, and no mail fails. If this recipient alone gets the
-    /// refusal, again and again, its mail fails.
-    async fn record_refusal(&self, claim: &Claim, trouble: Trouble) -> sqlx::Result<()> {
+    /// The server refused the mail permanently, for a reason that is about us or may be. If it
+    /// refuses the mails to several recipients, the breaker opens, and no mail fails. If this
+    /// recipient alone gets the refusal, and this was its last attempt, its mail fails.
+    async fn record_refusal(&self, claim: &Claim, trouble: Trouble, is_last: bool) -> sqlx::Result<()> {
         let paused = self.breaker.failed(claim.user_id, trouble);
-        if let Some(code) = trouble.code().filter(|_| !paused && claim.is_last_refusal()) {
-            return self.fail(claim, code).await;
+        if let Some(code) = trouble.code().filter(|_| !paused && is_last) {
+            return self.fail(claim, code, REFUSED).await;
         }
         let why = if paused { Retry::Later } else { Retry::Refused };
         deliveries::retry(&self.db, claim, &self.rules, why, trouble.code()).await?;
         tracing::warn!(
             attempt = claim.attempt,
             failure = %trouble,
-            "mail server refused the mail for a reason that is not about the recipient; will retry"
+            "mail server refused the mail, and most likely not because of the recipient; will retry"
         );
         Ok(())
     }
@@ -261,15 +282,11 @@ impl Sender {
         Ok(())
     }
 
-    async fn fail(&self, claim: &Claim, code: u16) -> sqlx::Result<()> {
+    async fn fail(&self, claim: &Claim, code: u16, why: &'static str) -> sqlx::Result<()> {
         if deliveries::failed(&self.db, claim, code).await? {
             self.metrics.count_ended("failed", 1);
         }
-        tracing::warn!(
-            attempt = claim.attempt,
-            smtp.code = code,
-            "mail server refused the mail permanently; delivery failed"
-        );
+        tracing::warn!(attempt = claim.attempt, smtp.code = code, "delivery failed: {why}");
         Ok(())
     }
 }

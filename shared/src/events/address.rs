@@ -27,10 +27,12 @@ pub fn check_address(address: &str) -> Result<(), &'static str> {
     if deliverable { Ok(()) } else { Err("not an address, for example ada@example.com") }
 }
 
-/// Whether this is a domain name and not an IP address: no top-level domain starts with a digit.
+/// Whether this is a domain name of letters, digits and hyphens (RFC 5321 §4.1.2), and not an IP
+/// address: no top-level domain starts with a digit.
 fn named(domain: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
     let last = domain.rsplit('.').next().unwrap_or_default();
-    last.starts_with(|first: char| first.is_ascii_alphabetic())
+    domain.bytes().all(allowed) && last.starts_with(|first: char| first.is_ascii_alphabetic())
 }
 
 #[cfg(test)]
@@ -73,6 +75,13 @@ mod tests {
             "a@[]",
             "a@127.0.0.1",
             "a@example.1",
+            "a@ex!ample.com",
+            "a@a=b.example",
+            "a@a%b.example",
+            "a@exam_ple.com",
+            "a@x.y/z",
+            "a@x.y'z",
+            "a@x.example-",
             "Ada <ada@example.com>",
             "<ada@example.com>",
             "ada@example.com\r\nRCPT TO:<b@example.com>",

@@ -12,7 +12,7 @@ use super::{DecodeError, Event, Topic, from_json, to_json};
 pub enum EmailEvent {
     /// An SMTP server accepted the mail: it answered 250 after DATA.
     Sent(Delivery),
-    /// An SMTP server refused the mail permanently.
+    /// An SMTP server refused the mail permanently, or deferred it until it was too old.
     Failed(Undelivered),
 }
 

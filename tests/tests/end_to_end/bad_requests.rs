@@ -67,6 +67,7 @@ impl Requests {
             ("control character in the name", self.register("ada@example.com", r"Ada\nBcc: eve@example.com")),
             ("address too long", self.register(&long_address, "Ada")),
             ("not an address", self.register("ada.example.com", "Ada")),
+            ("address without a domain name", self.register("ada@ex!ample.com", "Ada")),
             ("address with two lines", self.register(r"ada@example.com\r\nBcc: eve@example.com", "Ada")),
             ("address that is not ASCII", self.register("ädä@example.com", "Ada")),
             ("address taken", self.register(&self.own_address, "Ada")),

@@ -65,6 +65,22 @@ async fn a_number_out_of_range_is_refused_at_start_with_the_setting_and_the_rang
     }
 }
 
+/// Every mail server must accept the sender of our mails, as it must accept a recipient.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_a_mail_server_may_refuse_is_refused_at_start() {
+    let system = System::empty().await;
+    for (sender, remedy) in [
+        ("Waybill <waybill@b\u{fc}cher.example>", "only ASCII characters can be delivered everywhere"),
+        ("Waybill <w\u{e4}ybill@example.com>", "only ASCII characters can be delivered everywhere"),
+        ("Waybill <waybill@localhost>", "not an address, for example ada@example.com"),
+        ("Waybill <waybill@ex_ample.com>", "not an address, for example ada@example.com"),
+        ("Waybill", "for example Waybill <waybill@example.com>"),
+    ] {
+        let error = refused(&system, EMAIL, &["--mail-from", sender]).await;
+        assert!(error.contains("--mail-from") && error.contains(remedy), "{sender}: {error}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_that_contradict_each_other_are_refused_at_start() {
     let system = System::empty().await;

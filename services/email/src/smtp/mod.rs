@@ -28,9 +28,13 @@ pub enum Ending {
     Refused { code: u16 },
     /// The server refused the mail permanently, for a reason that is about us or about itself.
     SenderRefused(Trouble),
+    /// The server refused the mail permanently, with a code that does not say why: because the
+    /// mailbox does not exist, or because it does not relay for us.
+    Unexplained(Trouble),
     /// The server does not want the mail now, for a reason that may be about this recipient.
     Deferred { code: u16 },
-    /// The server did not get as far as a recipient: it is down, or it has a problem.
+    /// The server is down, it has a problem, or it does not want any of our mails: the reason is
+    /// not about this recipient.
     ServerFailed(Trouble),
     /// The mail was sent and no answer came: the server may have accepted it.
     Unknown(Trouble),
@@ -137,32 +141,35 @@ async fn connect(server: &Server) -> Result<Session, Ending> {
     server.connect().await.map_err(|(step, failure)| before_recipient(step, failure))
 }
 
-/// The server has not heard of a recipient yet, so no failure is about one.
+/// The server has not heard of a recipient yet, so no failure is about one: a wrong password, a
+/// block list. No mail fails because of it, however often and however permanently the server says
+/// so.
 fn before_recipient(step: &'static str, failure: Failure) -> Ending {
-    match failure {
-        Failure::Refused(reply) if reply.is_permanent() => {
-            Ending::SenderRefused(Trouble { step, what: What::Reply(reply) })
-        }
-        Failure::Refused(reply) => Ending::ServerFailed(Trouble { step, what: What::Reply(reply) }),
-        Failure::NoAnswer(why) => Ending::ServerFailed(Trouble { step, what: What::NoAnswer(why) }),
-    }
+    Ending::ServerFailed(Trouble::of(step, failure))
 }
 
 fn after_recipient(step: &'static str, failure: Failure) -> Ending {
-    match failure {
-        Failure::NoAnswer(why) => Ending::ServerFailed(Trouble { step, what: What::NoAnswer(why) }),
-        Failure::Refused(reply) if reply.code == CLOSING => {
-            Ending::ServerFailed(Trouble { step, what: What::Reply(reply) })
-        }
-        Failure::Refused(reply) if !reply.is_permanent() => Ending::Deferred { code: reply.code },
-        Failure::Refused(reply) => match reply.about() {
-            About::Mail => Ending::Refused { code: reply.code },
-            About::Sender => Ending::SenderRefused(Trouble { step, what: What::Reply(reply) }),
-        },
+    let Failure::Refused(reply) = failure else { return Ending::ServerFailed(Trouble::of(step, failure)) };
+    let trouble = Trouble { step, what: What::Reply(reply) };
+    match (reply.is_permanent(), reply.about()) {
+        (true, About::Mail) => Ending::Refused { code: reply.code },
+        (true, About::Sender) => Ending::SenderRefused(trouble),
+        (true, About::Unknown) => Ending::Unexplained(trouble),
+        (false, About::Sender) => Ending::ServerFailed(trouble),
+        (false, _) if reply.code == CLOSING => Ending::ServerFailed(trouble),
+        (false, About::Mail | About::Unknown) => Ending::Deferred { code: reply.code },
     }
 }
 
 impl Trouble {
+    fn of(step: &'static str, failure: Failure) -> Self {
+        let what = match failure {
+            Failure::Refused(reply) => What::Reply(reply),
+            Failure::NoAnswer(why) => What::NoAnswer(why),
+        };
+        Self { step, what }
+    }
+
     /// The code of the reply, if there was one.
     pub fn code(self) -> Option<u16> {
         match self.what {

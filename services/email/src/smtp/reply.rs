@@ -26,14 +26,16 @@ pub struct Enhanced {
     pub detail: u16,
 }
 
-/// What a permanent refusal after RCPT is about.
+/// What a refusal of RCPT, DATA or the mail is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum About {
-    /// The recipient or this mail. Another attempt cannot succeed.
+    /// The recipient or this mail.
     Mail,
     /// Us: our address, our server's reputation, our settings. Or the mail server itself. The mail
     /// may succeed when that is corrected.
     Sender,
+    /// The codes do not say: one of the two above.
+    Unknown,
 }
 
 /// One line of a reply.
@@ -70,9 +72,9 @@ impl Reply {
         self.code >= 500
     }
 
-    /// What this permanent refusal of RCPT, DATA or the mail is about. Servers refuse a client, its
-    /// greeting or its sender address at RCPT too (`smtpd_delay_reject` of Postfix), so the step
-    /// does not show it.
+    /// What this refusal of RCPT, DATA or the mail is about. Servers refuse a client, its greeting
+    /// or its sender address at RCPT too (`smtpd_delay_reject` of Postfix), so the step does not
+    /// show it.
     pub fn about(self) -> About {
         // RFC 3463 §3: 1 address, 2 mailbox, 3 mail system, 4 network and routing, 5 protocol,
         // 6 content, 7 security or policy. 1.7 and 1.8: the sender's address.
@@ -80,10 +82,12 @@ impl Reply {
             Some((1, 7 | 8)) => About::Sender,
             Some((1 | 2 | 4 | 6, _)) => About::Mail,
             Some((3 | 5 | 7, _)) => About::Sender,
-            // Without a meaningful enhanced code the digits decide: 55x are about the mailbox or
-            // the mail. 50x are syntax, 521 is a host that accepts no mail (RFC 7504), and 53x are
+            // Without a meaningful enhanced code the digits say little. Servers use 55x for a
+            // missing mailbox and for a client that they do not relay for, 501 for the recipient's
+            // address and for our greeting, and 4xx for everything.
+            _ if !self.is_permanent() || matches!(self.code, 501 | 550..=559) => About::Unknown,
+            // The other 50x are syntax, 521 is a host that accepts no mail (RFC 7504), and 53x are
             // about authentication (RFC 4954).
-            _ if (550..=559).contains(&self.code) => About::Mail,
             _ => About::Sender,
         }
     }
@@ -172,13 +176,10 @@ mod tests {
             "552 5.2.2 mailbox full",
             "550 5.4.1 access denied by the recipient's domain",
             "554 5.6.0 content",
-            "550 no such user",
-            "552 full",
-            "553 mailbox name not allowed",
-            "554 transaction failed",
-            "556 domain accepts no mail",
-            "550 5.0.0 no",
-            "550 5.9.9 no",
+            "450 4.2.0 greylisted",
+            "452 4.2.2 mailbox full",
+            "450 4.1.1 mailbox unavailable",
+            "451 4.4.3 the recipient's domain cannot be resolved",
         ] {
             assert_eq!(about(line), About::Mail, "{line}");
         }
@@ -194,8 +195,31 @@ mod tests {
             "521 this host accepts no mail",
             "500 what?",
             "503 wrong order",
+            "454 4.7.1 Relay access denied",
+            "450 4.7.1 Client host rejected: cannot find your hostname",
+            "450 4.1.8 Sender address rejected: Domain not found",
+            "452 4.3.1 Insufficient system storage",
+            "451 4.3.0 queue file write error",
+            "454 4.5.0 protocol",
         ] {
             assert_eq!(about(line), About::Sender, "{line}");
+        }
+        for line in [
+            "550 relay not permitted",
+            "550 #5.7.1 relaying denied",
+            "553 sorry, that domain isn't in my list of allowed rcpthosts (#5.7.1)",
+            "550 no such user",
+            "552 full",
+            "554 transaction failed",
+            "556 domain accepts no mail",
+            "501 <ada@example.com>: syntax",
+            "550 5.0.0 no",
+            "550 5.9.9 no",
+            "450 greylisted",
+            "451 4.0.0 try later",
+            "454 relay access denied",
+        ] {
+            assert_eq!(about(line), About::Unknown, "{line}");
         }
     }
 }

@@ -11,6 +11,7 @@ use clap::ValueEnum;
 use lettre::Address;
 use lettre::message::Mailbox;
 use rustls_pki_types::ServerName;
+use shared::events::check_address;
 use shared::platform::secret::{OptionalSecret, Secret, SecretSetting};
 use shared::platform::settings::number;
 use shared::platform::tls;
@@ -45,8 +46,16 @@ pub struct SmtpConfig {
     #[command(flatten)]
     smtp_password: OptionalSecret<SmtpPassword>,
     /// Sender of the mails. Its domain is also the domain of the Message-IDs.
-    #[arg(long, env, default_value = "Waybill <waybill@waybill.example>")]
+    #[arg(long, env, default_value = "Waybill <waybill@waybill.example>", value_parser = sender)]
     pub mail_from: Mailbox,
+}
+
+/// The same rule as for recipients: MAIL and EHLO contain the address and its domain as they are.
+fn sender(text: &str) -> Result<Mailbox, String> {
+    let malformed = |_| "not a sender, for example Waybill <waybill@example.com>".to_owned();
+    let sender: Mailbox = text.parse().map_err(malformed)?;
+    check_address(sender.email.as_ref()).map_err(|rule| format!("the address of the sender: {rule}"))?;
+    Ok(sender)
 }
 
 #[derive(Clone)]

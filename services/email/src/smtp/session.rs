@@ -156,8 +156,11 @@ impl Session {
     }
 
     async fn positive_reply(&mut self, limit: Duration) -> Result<Reply, Failure> {
-        let reply = self.reply(limit, None).await?;
-        if reply.is_positive() { Ok(reply) } else { Err(Failure::Refused(reply)) }
+        match self.reply(limit, None).await? {
+            reply if reply.is_positive() => Ok(reply),
+            reply if reply.code < 400 => Err(Failure::NoAnswer("the server asked for more than the command")),
+            reply => Err(Failure::Refused(reply)),
+        }
     }
 
     async fn intermediate_reply(&mut self, limit: Duration) -> Result<(), Failure> {

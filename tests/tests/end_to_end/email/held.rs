@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use reqwest::StatusCode;
+use serde_json::json;
 use testbed::smtp_sink::{Fault, Stage};
 use tests::services::{EMAIL_RECIPIENTS, EMAIL_WELCOME};
 use tests::users::address;
@@ -11,7 +12,7 @@ use tests::{System, eventually, eventually_eq};
 use topology::{EMAIL, USER};
 use uuid::Uuid;
 
-use super::{write_fact, write_state};
+use super::{email_events, until_email_events, write_fact, write_state};
 
 /// Until the trigger is dropped, the time of each new event is four days ago.
 const FOUR_DAYS_AGO: &str = "
@@ -121,4 +122,36 @@ async fn a_released_mail_that_is_deferred_is_not_held_again() {
     let states = system.stores.delivery_states(user).await;
     assert_eq!(states.matches("held").count(), 1, "{states}");
     assert_eq!(system.mail.to(&email).len(), 1, "mails");
+}
+
+/// I6, T20: a server that defers a mail each time is not asked indefinitely, also if an operator has
+/// released the mail. Here the release was 73 hours ago, and MAX_AGE_HOURS is 72.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mail_that_is_deferred_until_it_is_too_old_fails() {
+    let system = System::start_mailing(&[]).await;
+    system.mail.fail(Fault::Reject { stage: Stage::Rcpt, code: 450 });
+    let user = Uuid::now_v7();
+    let insert = "with recipient as (
+                      insert into recipients (user_id, version, email) values ($1, 1, $2) returning user_id)
+                  insert into deliveries
+                      (id, user_id, template, version, status, due_at, requested_at, released_at)
+                  select gen_random_uuid(), user_id, 'welcome', 1, 'pending', now(), now() - interval '200 hours',
+                      now() - interval '73 hours' from recipient";
+    let db = system.stores.database(EMAIL).await;
+    sqlx::query(insert).bind(user).bind(address()).execute(&db).await.unwrap();
+    system.stores.until_delivery_states(user, "pending sending failed").await;
+    until_email_events(&system, user, &["email.failed"]).await;
+    let (_, data) = email_events(&system, user).remove(0);
+    assert_eq!(data["smtp_code"], json!(450), "{data}");
+
+    // An operator may release it again. Then the server has its 72 hours again.
+    let released = "1 failed mails released, to be sent by the running service\n";
+    assert_eq!(system.processes.run(EMAIL, &["retry-failed", "--code", "450"]).await.unwrap(), released);
+    eventually("the mail is deferred", async || {
+        let states = system.stores.delivery_states(user).await;
+        states.starts_with("pending sending failed pending sending pending").then_some(())
+    })
+    .await;
+    system.mail.recover();
+    system.users.until_mailed(user).await;
 }

@@ -22,18 +22,23 @@ async fn reason(system: &System) -> String {
     body["waiting_for"]["mail"].as_str().unwrap_or_default().to_owned()
 }
 
-/// T47, I5, I6: the server refuses every recipient for a reason that is about us: a wrong setting, or a
-/// block list. No delivery fails. Sending pauses, `/status` and a metric say why, and it continues
-/// by itself when the server accepts mails again.
+/// T47, I5, I6: the server refuses every mail for a reason that is about us or about itself, permanently
+/// or temporarily: a wrong setting, a block list, a full disk. No delivery fails. Sending pauses,
+/// `/status` and a metric say why, and it continues by itself when the server accepts mails again.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_that_are_about_the_sender_pause_sending_and_fail_no_mail() {
     let system = System::start_mailing(&[]).await;
-    for (refusal, shown) in [
-        ("554 5.7.1 Relay access denied", "554 5.7.1"),
-        ("530 5.7.0 Authentication required", "530 5.7.0"),
-        ("504 5.5.2 Helo command rejected", "504 5.5.2"),
+    for (stage, refusal, shown) in [
+        (Stage::Rcpt, "554 5.7.1 Relay access denied", "554 5.7.1"),
+        (Stage::Rcpt, "530 5.7.0 Authentication required", "530 5.7.0"),
+        (Stage::Rcpt, "504 5.5.2 Helo command rejected", "504 5.5.2"),
+        // Postfix refuses relaying temporarily by default.
+        (Stage::Rcpt, "454 4.7.1 Relay access denied", "454 4.7.1"),
+        (Stage::Rcpt, "450 4.1.8 Sender address rejected: Domain not found", "450 4.1.8"),
+        (Stage::Data, "452 4.3.1 Insufficient system storage", "452 4.3.1"),
+        (Stage::Dot, "451 4.3.0 queue file write error", "451 4.3.0"),
     ] {
-        system.mail.fail(reply(Stage::Rcpt, refusal));
+        system.mail.fail(reply(stage, refusal));
         let mut users = vec![];
         for _ in 0..8 {
             users.push(system.users.register().await);
@@ -50,6 +55,72 @@ async fn refusals_that_are_about_the_sender_pause_sending_and_fail_no_mail() {
         assert_eq!((paused(&system).await, reason(&system).await), (Some(0.0), String::new()));
     }
     assert!(system.processes.log(EMAIL).contains("sending pauses"), "the log must say that sending pauses");
+}
+
+/// T47, I6: the server refuses us before it has heard of a recipient: our address is on a block list, or
+/// it does not know our sender. However few mails wait, none fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_us_before_any_recipient_fails_no_mail() {
+    let system = System::start_mailing(&[("BACKOFF_MS", "10")]).await;
+    for (stage, code) in [(Stage::Connect, 554), (Stage::Mail, 550)] {
+        system.mail.fail(Fault::Reject { stage, code });
+        let user = system.users.register().await;
+        eventually("eight attempts", async || {
+            let states = system.stores.delivery_states(user).await;
+            assert!(!states.contains("failed"), "{code} at {stage:?} failed the mail: {states}");
+            (states.matches("sending").count() >= 8).then_some(())
+        })
+        .await;
+        system.mail.recover();
+        system.users.until_mailed(user).await;
+    }
+}
+
+/// T47, I6: the server refuses us with a code that does not say so, as Exim does. The first refusals look
+/// like missing mailboxes, and these mails fail. When several recipients in a row are refused, the cause
+/// is us: sending pauses, and no further mail fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_of_us_without_an_enhanced_code_fails_two_mails_at_most() {
+    let system = System::start_mailing(&[]).await;
+    system.mail.fail(reply(Stage::Rcpt, "550 relay not permitted"));
+    let users = system.users.register_many(8).await;
+    eventually_eq("sending is paused", Some(1.0), async || paused(&system).await).await;
+    assert!(reason(&system).await.contains("reply 550 to RCPT"), "{}", reason(&system).await);
+    system.mail.recover();
+    let ended = "select count(*) from deliveries where status in ('sent', 'failed')";
+    eventually_eq("deliveries that ended", 8, async || system.stores.count(EMAIL, ended).await).await;
+    let failed = system.stores.count(EMAIL, "select count(*) from deliveries where status = 'failed'").await;
+    assert!((1..=2).contains(&failed), "{failed} failed mails");
+    let retried = system.processes.run(EMAIL, &["retry-failed", "--code", "550"]).await.unwrap();
+    assert_eq!(retried, released(failed));
+    for user in users {
+        system.users.until_mailed(user).await;
+    }
+}
+
+/// T36, I5: deliveries that became too old while they waited are held, and do not use up the probes of
+/// the mail server. One process, with one sender, finds 40 of them before it finds a mail.
+#[tokio::test(flavor = "multi_thread")]
+async fn deliveries_that_are_too_old_do_not_use_up_the_probes() {
+    let system = System::start_mailing(&[("SENDERS", "1"), ("MAX_AGE_HOURS", "1")]).await;
+    system.mail.fail(Fault::Refuse);
+    let users = system.users.register_many(3).await;
+    eventually_eq("sending is paused", Some(1.0), async || paused(&system).await).await;
+    let old = "with users as (
+                   insert into recipients (user_id, version, email)
+                   select gen_random_uuid(), 1, 'ada@example.com' from generate_series(1, 40) returning user_id)
+               insert into deliveries (id, user_id, template, version, status, due_at, requested_at)
+               select gen_random_uuid(), user_id, 'welcome', 1, 'pending', now() - interval '1 hour',
+                   now() - interval '2 hours' from users";
+    sqlx::query(old).execute(&system.stores.database(EMAIL).await).await.unwrap();
+    system.mail.recover();
+    for user in users {
+        system.users.until_mailed(user).await;
+    }
+    let held = "select count(*) from deliveries where status = 'held'";
+    assert_eq!(system.stores.count(EMAIL, held).await, 40, "held deliveries");
+    let logged = "deliveries are held: their events are older than MAX_AGE_HOURS";
+    assert!(system.processes.log(EMAIL).contains(logged), "the log must report held deliveries");
 }
 
 /// I5: while the server is down, only probes are sent. A backlog is not tried again and again.
@@ -100,7 +171,7 @@ async fn a_recipient_who_alone_is_refused_ends_as_failed_and_stops_no_other_mail
     assert_eq!(system.mail.to(&email).len(), 1, "mails");
 }
 
-fn released(mails: u32) -> String {
+fn released(mails: i64) -> String {
     format!("{mails} failed mails released, to be sent by the running service\n")
 }
 

@@ -89,7 +89,15 @@ impl<'a> Drive<'a> {
     /// The subcommands that are not exports of everything.
     pub async fn subcommands(&self, programs: &Path, environment: &[(String, String)]) -> Result<()> {
         let user = self.some_users(1).await?[0].to_string();
-        for (service, arguments) in [(USER, ["republish", "--user", &user]), (EMAIL, ["send-held", "--user", &user])] {
+        for (service, arguments) in [
+            (USER, &["republish", "--user", &user][..]),
+            (EMAIL, &["send-held", "--user", &user]),
+            (EMAIL, &["retry-failed", "--code", "554"]),
+            (EMAIL, &["retry-failed", "--dry-run", "--since", "2100-01-01T00:00:00Z"]),
+            (EMAIL, &["retry-failed", "--dry-run"]),
+            (EMAIL, &["retry-unknown", "--since", "2100-01-01T00:00:00Z"]),
+            (EMAIL, &["retry-unknown", "--dry-run"]),
+        ] {
             let mut command = Command::new(programs.join(service.name));
             command.args(arguments).envs(environment.iter().cloned());
             let output = command.output().await?;
