@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::commands::{self, User};
 use crate::idempotency::{self, Claim, Claimed, Hasher, Key};
 use crate::problem::Error;
+use crate::turns::{Target, Turn, Turns};
 
 const DISPLAY_NAME_MAX: usize = 100;
 const IDEMPOTENCY_KEY_MAX: usize = 255;
@@ -30,6 +31,7 @@ pub struct App {
     pub db: PgPool,
     pub wake: Wake,
     pub idempotency: Hasher,
+    pub turns: Turns,
 }
 
 pub fn routes(app: App) -> Router {
@@ -69,8 +71,10 @@ struct Accepted {
 type Body<T> = Result<Json<T>, JsonRejection>;
 type Id = Result<Path<Uuid>, PathRejection>;
 
-/// What the head of a command says besides the user's id.
+/// What the head of a command says.
 struct Head {
+    /// `None` for a registration.
+    user: Option<Uuid>,
     preconditions: Preconditions,
     key: Option<Key>,
     /// The path and the preconditions as text. A repetition has the same.
@@ -85,13 +89,14 @@ impl FromRequestParts<App> for Head {
             return Err(anyhow::anyhow!("a command was routed without a route").into());
         };
         let scope = format!("{} {}", parts.method, route.as_str());
+        let user = Path::from_request_parts(parts, app).await.ok().map(|Path(id)| id);
         let headers = &parts.headers;
         let mut target = vec![parts.uri.path().to_owned()];
         for name in preconditions::names() {
             let lines = headers.get_all(name).into_iter().map(|line| String::from_utf8_lossy(line.as_bytes()));
             target.extend(lines.map(|line| format!("{name}: {line}")));
         }
-        Ok(Self { preconditions: Preconditions::of(headers), key: idempotency_key(headers, scope)?, target })
+        Ok(Self { user, preconditions: Preconditions::of(headers), key: idempotency_key(headers, scope)?, target })
     }
 }
 
@@ -100,6 +105,8 @@ struct Begun {
     tx: Transaction<'static, Postgres>,
     claim: Option<Claim>,
     wake: Wake,
+    /// After the transaction: fields are dropped in their order.
+    _turn: Turn,
 }
 
 /// The result of [`begin`].
@@ -111,6 +118,8 @@ enum Beginning {
 
 /// Opens the transaction of a command, and claims its key.
 async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning, Error> {
+    let key = head.key.as_ref().map(|key| Target::Key(format!("{}\n{}", key.scope, key.text)));
+    let turn = app.turns.take(head.user.map(Target::User).into_iter().chain(key).collect()).await?;
     let mut tx = app.db.begin().await?;
     let mut claim = None;
     if let Some(key) = &head.key {
@@ -120,7 +129,7 @@ async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning
             Claimed::Free(free) => claim = Some(free),
         }
     }
-    Ok(Beginning::First(Begun { tx, claim, wake: app.wake.clone() }))
+    Ok(Beginning::First(Begun { tx, claim, wake: app.wake.clone(), _turn: turn }))
 }
 
 impl Begun {

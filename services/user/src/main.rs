@@ -7,6 +7,7 @@ mod http;
 mod idempotency;
 mod problem;
 mod republish;
+mod turns;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::number;
 use shared::service::{self, DatabaseCommand, Service, ServiceConfig};
 use sqlx::migrate::Migrator;
+use turns::Turns;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/user");
 
@@ -105,6 +107,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.spawn("idempotency expiry", idempotency::expire(db.clone()));
     let interval = Duration::from_millis(config.heartbeat_interval_ms);
     service.spawn("heartbeat", heartbeat::run(db.clone(), wake.clone(), interval));
-    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency })).await?;
+    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency, turns: Turns::new() })).await?;
     service.run().await
 }

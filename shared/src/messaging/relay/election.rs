@@ -10,7 +10,7 @@ use tokio::time::{Duration, Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::rows;
-use crate::platform::database::bounded;
+use crate::platform::database::{bounded, make_durable};
 use crate::platform::metrics::Metrics;
 
 /// How often a follower tries to take the lock.
@@ -99,6 +99,7 @@ impl Election<'_> {
     pub async fn win(&self, waiting: impl Fn()) -> anyhow::Result<Option<(PgConnection, Names)>> {
         let options = self.database.clone().application_name("relay").options(SESSION_LIMITS);
         let mut db = bounded(options.connect()).await.context("cannot connect to the database of the outbox")?;
+        bounded(make_durable(&mut db)).await.context("cannot set synchronous_commit")?;
         let names = Names::of(&mut db, self.outbox).await.context("cannot read the name of the database")?;
         let mut measured_at: Option<Instant> = None;
         while !self.stop.is_cancelled() {

@@ -10,7 +10,7 @@ pub use sessions::report;
 use anyhow::ensure;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -21,7 +21,8 @@ use migrations::Schema;
 /// process.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("statement_timeout", "5s"), ("lock_timeout", "2s"), ("idle_in_transaction_session_timeout", "5s")];
-const POOL_SIZE: u32 = 10;
+/// Sessions of a pool.
+pub const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection that was idle for longer than this is pinged before it is used.
 const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
@@ -32,6 +33,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(1);
 /// `statement_timeout`, which has no effect while the server is frozen or the network is down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// A commit of the outbox or the inbox must survive a crash of the server. A database or a role may
+/// have another default. Stronger values stay.
+const DURABLE: &str =
+    "select set_config('synchronous_commit', 'on', false) where current_setting('synchronous_commit') = 'off'";
 /// The component's name in `/status`.
 const COMPONENT: &str = "database";
 
@@ -74,6 +79,7 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
         .max_connections(POOL_SIZE)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
+        .after_connect(|connection, _| Box::pin(make_durable(connection)))
         .before_acquire(|connection, meta| {
             Box::pin(async move {
                 if !sessions::is_trusted(meta.age) {
@@ -85,10 +91,17 @@ pub fn pool(options: PgConnectOptions) -> PgPool {
                 Ok(true)
             })
         })
-        // By default the pool pings a returned connection without a time-out. A dead connection
-        // would keep its slot permanently, and ten of them would exhaust the pool.
+        // The pool pings a returned connection without a time-out. On a dead connection it would wait
+        // permanently, and ten of these would exhaust the pool. So a ping with a time-out comes first,
+        // and a connection that fails it is closed. The pool's own ping follows at once. A connection
+        // that dies between the two keeps its place until TCP reports an error.
         .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
         .connect_lazy_with(options.options(SESSION_LIMITS))
+}
+
+/// Makes the commits of a session durable, whatever the defaults of its database and role are.
+pub(crate) async fn make_durable(session: &mut PgConnection) -> sqlx::Result<()> {
+    sqlx::raw_sql(DURABLE).execute(session).await.map(drop)
 }
 
 async fn ping(connection: &mut PgConnection) -> sqlx::Result<()> {
@@ -119,15 +132,18 @@ pub async fn is_writable(db: &PgPool) -> bool {
 /// write. Checks once a second.
 pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
     loop {
-        // True in a read-only session, and while the server is a standby.
-        let is_read_only = sqlx::query_scalar("select current_setting('transaction_read_only')::boolean");
-        match bounded(is_read_only.fetch_one(&db)).await {
-            Ok(false) => {
+        match state(&db).await {
+            Ok(State::Writable) => {
                 health.ready(COMPONENT);
                 health.resolved(COMPONENT);
             }
+            // The sessions of other replicas would wait for the same locks.
+            Ok(State::Busy) => {
+                health.ready(COMPONENT);
+                health.report(COMPONENT, format!("a free session: all {POOL_SIZE} are in use"));
+            }
             // Reads still succeed, so the process is ready.
-            Ok(true) => {
+            Ok(State::ReadOnly) => {
                 health.ready(COMPONENT);
                 health.report(COMPONENT, "the database to be writable");
                 sessions::doubt();
@@ -136,4 +152,35 @@ pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
         }
         sleep(Duration::from_secs(1)).await;
     }
+}
+
+enum State {
+    Writable,
+    ReadOnly,
+    /// The database answers, and statements of this process use all sessions of the pool.
+    Busy,
+}
+
+/// Asks on a session of the pool. If none becomes free, asks on a session of its own: then either the
+/// sessions wait, for example for a lock, or the database does not answer.
+async fn state(db: &PgPool) -> sqlx::Result<State> {
+    match db.acquire().await {
+        Ok(mut session) => state_of(&mut session).await,
+        Err(sqlx::Error::PoolTimedOut) => {
+            let options = db.connect_options().as_ref().clone().application_name("watch");
+            let mut session = bounded(options.connect()).await?;
+            let state = state_of(&mut session).await?;
+            let _ = bounded(session.close()).await;
+            let is_busy = db.size() == POOL_SIZE && db.num_idle() == 0;
+            Ok(if is_busy && matches!(state, State::Writable) { State::Busy } else { state })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn state_of(session: &mut PgConnection) -> sqlx::Result<State> {
+    // True in a read-only session, and while the server is a standby.
+    let is_read_only = sqlx::query_scalar("select current_setting('transaction_read_only')::boolean");
+    let is_read_only = bounded(is_read_only.fetch_one(session)).await?;
+    Ok(if is_read_only { State::ReadOnly } else { State::Writable })
 }
