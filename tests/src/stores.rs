@@ -100,6 +100,12 @@ impl Stores {
         deleted == 1
     }
 
+    /// Deletes the profile of a user, as an eviction does. Returns the number of deleted keys.
+    pub async fn delete_cached_profile(&self, user: Uuid) -> i64 {
+        let key = format!("{}profile:{user}", self.prefix);
+        redis::cmd("DEL").arg(key).query_async(&mut self.valkey().await).await.unwrap()
+    }
+
     /// Waits until the relay of a service has published everything.
     pub async fn until_outbox_empty(&self, service: Service) {
         let db = self.database(service).await;

@@ -1,6 +1,7 @@
 -- The database of a service, for the roles in roles.sql. Run by whatever runs that file.
 
-create database :"database" owner :"owner";
+-- The server's own default may be an encoding that cannot store every name.
+create database :"database" owner :"owner" encoding 'UTF8' template template0;
 
 -- By default every role may connect to every database.
 revoke all on database :"database" from public;

@@ -1,4 +1,4 @@
-//! Whether this process can answer queries: Valkey answers, and the view is complete. Whether the
+//! Whether this process can answer queries: Valkey answers, evicts no keys, and the view is complete. Whether the
 //! view is up to date is another question, which `/status` and the lag answer. While Kafka is down,
 //! every replica still answers with the profiles that it has.
 
@@ -23,13 +23,23 @@ pub fn watch(view: View, health: Health) -> impl Future<Output = anyhow::Result<
 
 async fn ask(view: View, health: Health) -> anyhow::Result<()> {
     loop {
-        match view.find(Uuid::nil()).await {
-            Ok(found) if found.complete => health.ready(COMPONENT),
-            Ok(_) => health.waiting(COMPONENT, "the view to be filled from the topic"),
+        match reason_to_wait(&view).await {
+            Ok(None) => health.ready(COMPONENT),
+            Ok(Some(reason)) => health.waiting(COMPONENT, reason),
             Err(error) => health.waiting(COMPONENT, unreachable(&error)),
         }
         sleep(INTERVAL).await;
     }
+}
+
+async fn reason_to_wait(view: &View) -> anyhow::Result<Option<&'static str>> {
+    if view.check_policy().await? {
+        return Ok(Some(
+            "Valkey to keep all keys: it evicts some when its memory is full; set maxmemory-policy noeviction",
+        ));
+    }
+    let found = view.find(Uuid::nil()).await?;
+    Ok((!found.complete).then_some("the view to be filled from the topic"))
 }
 
 /// Of the errors of a connection the text is shown: it names the fault of a certificate, for example.

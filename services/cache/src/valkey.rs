@@ -11,9 +11,7 @@ use anyhow::{Context, ensure};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use redis::aio::MultiplexedConnection;
-use redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, ErrorKind, RedisError, RedisResult, TlsCertificates, Value,
-};
+use redis::{AsyncConnectionConfig, Client, ClientTlsConfig, ErrorKind, RedisResult, TlsCertificates};
 use shared::platform::secret::{Secret, SecretSetting};
 
 /// Time for one answer. The script of a batch takes a few milliseconds.
@@ -24,9 +22,26 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Server {
     pub connection: MultiplexedConnection,
-    /// Made by the server when it starts. A server that comes back from a snapshot has another one
+    pub identity: Identity,
+    pub evicts: bool,
+}
+
+/// What completeness marks name. Both parts are made by the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// New at each start of the process. A server that comes back from a snapshot has another one
     /// than before, and a replica has another one than its master.
-    pub run_id: String,
+    run_id: String,
+    /// The replication id: new when a replica becomes a master. A server that was a replica in
+    /// between has the data of its former master, and another replication id than before. It also
+    /// changes when a master gets its first replica.
+    replication_id: String,
+}
+
+impl Identity {
+    pub fn mark(&self) -> String {
+        format!("{} {}", self.run_id, self.replication_id)
+    }
 }
 
 /// A connection attempt, in progress or done. All commands wait for the same one.
@@ -131,18 +146,57 @@ async fn connect(client: Client) -> RedisResult<Server> {
         .set_response_timeout(Some(RESPONSE_TIMEOUT));
     let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
     let mut about = redis::pipe();
-    about.cmd("INFO").arg("server").cmd("ROLE");
-    let (info, role): (String, Value) = about.query_async(&mut connection).await?;
-    require_master(&role)?;
-    let run_id = info.lines().find_map(|line| line.strip_prefix("run_id:"));
-    let run_id = run_id.ok_or(RedisError::from((ErrorKind::Client, "INFO server has no run_id")))?.to_owned();
-    Ok(Server { connection, run_id })
+    about.atomic().cmd("INFO").arg("server").cmd("INFO").arg("replication").cmd("INFO").arg("memory");
+    let (server, replication, memory): (String, String, String) = about.query_async(&mut connection).await?;
+    let run_id = field(&server, "run_id")?.to_owned();
+    let replication_id = replication_id_of_master(&replication)?.to_owned();
+    Ok(Server { connection, identity: Identity { run_id, replication_id }, evicts: evicts(&memory)? })
 }
 
-/// Checks the answer to ROLE. A replica answers reads without an error, however old its data is.
-pub fn require_master(role: &Value) -> RedisResult<()> {
-    match role {
-        Value::Array(fields) if matches!(fields.first(), Some(Value::BulkString(role)) if role == b"master") => Ok(()),
-        _ => Err((ErrorKind::Client, "the server is a replica").into()),
+impl Server {
+    /// Checks the answer to INFO replication. A replica answers reads without an error, however old
+    /// its data is. A server that was a replica since the connection was made has replaced its data.
+    pub fn require_unchanged_master(&self, replication: &str) -> RedisResult<()> {
+        if replication_id_of_master(replication)? == self.identity.replication_id {
+            return Ok(());
+        }
+        Err((ErrorKind::Client, "the replication id of the server has changed; connecting again").into())
     }
+
+    /// Checks the answer to INFO memory.
+    pub fn require_unchanged_policy(&self, memory: &str) -> RedisResult<()> {
+        if evicts(memory)? == self.evicts {
+            return Ok(());
+        }
+        Err((ErrorKind::Client, "maxmemory-policy of the server has changed; connecting again").into())
+    }
+
+    /// # Errors
+    /// The server evicts keys.
+    pub fn require_no_eviction(&self) -> RedisResult<()> {
+        if self.evicts {
+            Err((ErrorKind::Client, "the server evicts keys: set maxmemory-policy noeviction").into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn replication_id_of_master(replication: &str) -> RedisResult<&str> {
+    if field(replication, "role")? != "master" {
+        return Err((ErrorKind::Client, "the server is a replica").into());
+    }
+    field(replication, "master_replid")
+}
+
+/// Whether the server deletes keys without an expiry when its memory is full. The policies `volatile-…`
+/// delete only keys with one, and the view has none.
+fn evicts(memory: &str) -> RedisResult<bool> {
+    Ok(field(memory, "maxmemory_policy")?.starts_with("allkeys-"))
+}
+
+/// A field of an answer to INFO.
+fn field<'a>(info: &'a str, name: &'static str) -> RedisResult<&'a str> {
+    let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.ok_or_else(|| (ErrorKind::Client, "the answer to INFO lacks a field", name.to_owned()).into())
 }

@@ -2,9 +2,10 @@
 -- expects.
 --
 -- KEYS: position, completeness mark, then one profile per record.
--- ARGV: expected position ('' in a redrive), next position, the server's run_id, then version and
+-- ARGV: expected position ('' in a redrive), next position, the server's identity, then version and
 -- JSON per record ('' is a tombstone).
--- Every call runs on a connection to the server that has this run_id.
+-- The server had this identity when the connection was made. If it has another one by now, no read
+-- accepts a mark of this call.
 -- Returns {applied, duplicate, stale}, or nothing if the view has another position.
 
 -- Versions and offsets stay text: a number in Lua is exact only up to 2^53.

@@ -6,21 +6,25 @@
 //! `caught_up` call expects it. Then the consumer restarts from the view's position. For the same
 //! reason a frozen process that resumes cannot change the view.
 //!
-//! A mark holds the `run_id` of the server that made it. A server that comes back from a snapshot
-//! brings old profiles, old positions and old marks, and so does a replica that lags and is
-//! promoted. Both have another `run_id` than the marks, so the view is incomplete until each
-//! partition has been read to its end again.
+//! A mark holds the identity of the server that made it. A server that comes back from a snapshot
+//! brings old profiles, old positions and old marks. So does a replica that lags and is promoted,
+//! and so does a master that was its replica in between. All of them have another identity than the
+//! marks, so the view is incomplete until each partition has been read to its end again.
+//!
+//! A server that evicts keys loses profiles and keeps positions and marks. While it does, the view is
+//! incomplete and not written, and its positions are removed. So it is filled from the beginning when
+//! the server evicts no more.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use redis::{Client, Script, Value};
+use redis::{Client, Script};
 use shared::events::{Event, Profile, Topic, UserState};
 use shared::fault;
 use shared::messaging::{EndOfPartition, Failure, Handler, Outcome, Record};
 use uuid::Uuid;
 
-use crate::valkey::{Server, Valkey, require_master};
+use crate::valkey::{Server, Valkey};
 
 const PARTITIONS: i32 = UserState::TOPIC.partitions;
 
@@ -47,8 +51,9 @@ type Found = (Option<i64>, Option<String>);
 
 /// The view's entry for a user.
 pub struct Lookup {
-    /// Whether every partition was read to its end since this server was started or emptied. Until
-    /// then an absent user may exist, and a present one may have an old version.
+    /// Whether every partition was read to its end since this server was started, promoted or
+    /// emptied, and it evicts no keys. Otherwise an absent user may exist, and a present one may have
+    /// an old version.
     pub complete: bool,
     /// 0: the view has no record of the user.
     pub version: i64,
@@ -72,23 +77,48 @@ impl View {
     }
 
     /// Reads the user, the marks of all partitions and the server's role in one transaction. A
-    /// flush between two reads would make a user appear absent from a complete view.
+    /// flush between two reads would make a user appear absent from a complete view, and a server
+    /// that was a replica between two reads would have other data than the marks say.
     pub async fn find(&self, id: Uuid) -> anyhow::Result<Lookup> {
         let mut pipe = redis::pipe();
         pipe.atomic().cmd("HMGET").arg(self.profile_key(id)).arg("version").arg("profile").cmd("MGET");
         for partition in 0..PARTITIONS {
             pipe.arg(self.mark_key(partition));
         }
-        pipe.cmd("ROLE");
+        pipe.cmd("INFO").arg("replication");
         let find = async |mut server: Server| {
-            let (found, marks, role): (Found, Vec<Option<String>>, Value) =
+            let (found, marks, replication): (Found, Vec<Option<String>>, String) =
                 pipe.query_async(&mut server.connection).await?;
-            require_master(&role)?;
-            Ok((found, marks.iter().all(|mark| mark.as_ref() == Some(&server.run_id))))
+            server.require_unchanged_master(&replication)?;
+            let valid = server.identity.mark();
+            Ok((found, !server.evicts && marks.iter().all(|mark| mark.as_ref() == Some(&valid))))
         };
         let ((version, profile), complete) = self.valkey.request(find).await?;
         let profile = profile.filter(|json| !json.is_empty()).map(|json| serde_json::from_str(&json)).transpose()?;
         Ok(Lookup { complete, version: version.unwrap_or(0), profile })
+    }
+
+    /// Compares the server's eviction policy with the one that the connection has found. While the
+    /// server evicts keys, removes the positions and the marks: what was evicted comes back only from
+    /// the beginning of the topic. Returns whether the server evicts keys.
+    ///
+    /// Crash before the removal: the next call repeats it. Crash after it: the view is filled again.
+    pub async fn check_policy(&self) -> anyhow::Result<bool> {
+        let mut memory = redis::cmd("INFO");
+        memory.arg("memory");
+        let mut remove = redis::cmd("DEL");
+        for partition in 0..PARTITIONS {
+            remove.arg(self.position_key(partition)).arg(self.mark_key(partition));
+        }
+        let check = async |mut server: Server| {
+            let memory: String = memory.query_async(&mut server.connection).await?;
+            server.require_unchanged_policy(&memory)?;
+            if server.evicts {
+                let () = remove.query_async(&mut server.connection).await?;
+            }
+            Ok(server.evicts)
+        };
+        Ok(self.valkey.request(check).await?)
     }
 
     /// Runs the script for the records of one partition. Without records it marks the partition as
@@ -104,9 +134,11 @@ impl View {
             profiles.push((self.profile_key(record.envelope.key), record.envelope.version, profile));
         }
         let call = async |mut server: Server| {
+            server.require_no_eviction()?;
             let mut call = self.script.key(self.position_key(partition));
             call.key(self.mark_key(partition));
-            call.arg(expected.map(|position| position.to_string()).unwrap_or_default()).arg(next).arg(server.run_id);
+            call.arg(expected.map(|position| position.to_string()).unwrap_or_default()).arg(next);
+            call.arg(server.identity.mark());
             for (key, version, profile) in &profiles {
                 call.key(key).arg(version).arg(profile);
             }
@@ -139,9 +171,11 @@ impl Handler for View {
     async fn dependency_works(&self) -> bool {
         let mut set = redis::cmd("SET");
         set.arg(format!("{}probe", self.prefix)).arg("").arg("PX").arg(1);
-        let done: Result<(), _> =
-            self.valkey.request(async |mut server| set.query_async(&mut server.connection).await).await;
-        done.is_ok()
+        let write = async |mut server: Server| -> redis::RedisResult<()> {
+            server.require_no_eviction()?;
+            set.query_async(&mut server.connection).await
+        };
+        self.valkey.request(write).await.is_ok()
     }
 
     /// One atomic script per partition. Crash between two of them: the batch comes again, the first

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::commands::{self, User};
 use crate::idempotency::{self, Claim, Claimed, Hasher, Key};
 use crate::problem::Error;
+use crate::turns::{Target, Turn, Turns};
 
 const DISPLAY_NAME_MAX: usize = 100;
 const IDEMPOTENCY_KEY_MAX: usize = 255;
@@ -33,6 +34,7 @@ pub struct App {
     pub idempotency: Hasher,
     /// The limits of registrations: each sends a mail to an address that the caller chooses.
     pub registrations: Rates,
+    pub turns: Turns,
 }
 
 pub fn routes(app: App) -> PublicRoutes {
@@ -73,9 +75,11 @@ struct Accepted {
 type Body<T> = Result<Json<T>, JsonRejection>;
 type Id = Result<Path<Uuid>, PathRejection>;
 
-/// What the head of a command says besides the user's id.
+/// What the head of a command says.
 struct Head {
     caller: Caller,
+    /// `None` for a registration.
+    user: Option<Uuid>,
     preconditions: Preconditions,
     key: Option<Key>,
     /// The path and the preconditions as text. A repetition has the same.
@@ -94,6 +98,7 @@ impl FromRequestParts<App> for Head {
         };
         let principal = caller.actor().map(|principal| principal.to_string()).unwrap_or_default();
         let scope = format!("{principal} {} {}", parts.method, route.as_str());
+        let user = Path::from_request_parts(parts, app).await.ok().map(|Path(id)| id);
         let headers = &parts.headers;
         let mut target = vec![parts.uri.path().to_owned()];
         for name in preconditions::names() {
@@ -101,7 +106,7 @@ impl FromRequestParts<App> for Head {
             target.extend(lines.map(|line| format!("{name}: {line}")));
         }
         let preconditions = Preconditions::of(headers);
-        Ok(Self { caller, preconditions, key: idempotency_key(headers, scope)?, target })
+        Ok(Self { caller, user, preconditions, key: idempotency_key(headers, scope)?, target })
     }
 }
 
@@ -110,6 +115,8 @@ struct Begun {
     tx: Transaction<'static, Postgres>,
     claim: Option<Claim>,
     wake: Wake,
+    /// After the transaction: fields are dropped in their order.
+    _turn: Turn,
 }
 
 /// The result of [`begin`].
@@ -121,6 +128,8 @@ enum Beginning {
 
 /// Opens the transaction of a command, and claims its key.
 async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning, Error> {
+    let key = head.key.as_ref().map(|key| Target::Key(format!("{}\n{}", key.scope, key.text)));
+    let turn = app.turns.take(head.user.map(Target::User).into_iter().chain(key).collect()).await?;
     let mut tx = app.db.begin().await?;
     let mut claim = None;
     if let Some(key) = &head.key {
@@ -130,7 +139,7 @@ async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning
             Claimed::Free(free) => claim = Some(free),
         }
     }
-    Ok(Beginning::First(Begun { tx, claim, wake: app.wake.clone() }))
+    Ok(Beginning::First(Begun { tx, claim, wake: app.wake.clone(), _turn: turn }))
 }
 
 impl Begun {

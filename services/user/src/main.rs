@@ -7,6 +7,7 @@ mod http;
 mod idempotency;
 mod problem;
 mod republish;
+mod turns;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::{self, number};
 use shared::service::{self, DatabaseCommand, Service, ServiceConfig, create_topics};
 use sqlx::migrate::Migrator;
+use turns::Turns;
 
 /// The topics that this service writes.
 const TOPICS: &[Topic] = &[Topic::USER_EVENTS, Topic::USER_STATE];
@@ -124,6 +126,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         config.registrations_per_principal,
         &service.metrics(),
     );
-    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations })).await?;
+    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations, turns: Turns::new() })).await?;
     service.run().await
 }

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use shared::events::{Event, UserState};
 use shared::fault;
 use shared::messaging::outbox;
 use sqlx::PgPool;
@@ -16,8 +17,8 @@ use crate::commands::{self, Republished};
 /// Users per transaction. They are locked for a few hundred milliseconds, and a command on one of
 /// them waits for that long.
 const BATCH_USERS: i64 = 500;
-/// The command waits while the outbox has this many rows: all users at once would fill the
-/// database.
+/// The command waits while the outbox has this many rows of the state topic: all users at once would
+/// fill the database.
 const OUTBOX_LIMIT: i64 = 2_000;
 const ROOM_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How often the command reports that it waits.
@@ -86,9 +87,13 @@ async fn batch(db: &PgPool, users: &[Uuid]) -> anyhow::Result<Republished> {
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 async fn until_there_is_room(db: &PgPool) -> sqlx::Result<()> {
     let mut reported_at = Instant::now();
-    while outbox::waiting(db, OUTBOX_LIMIT).await? >= OUTBOX_LIMIT {
+    while outbox::waiting::<UserState>(db, OUTBOX_LIMIT).await? >= OUTBOX_LIMIT {
         if reported_at.elapsed() > REPORT_INTERVAL {
-            println!("the outbox is full; waiting for the user service to publish it (is Kafka reachable?)");
+            println!(
+                "the outbox has {OUTBOX_LIMIT} rows of {}; waiting for the user service to publish them (is Kafka reachable, \
+                 and does it accept records of this topic?)",
+                UserState::TOPIC.name
+            );
             reported_at = Instant::now();
         }
         sleep(ROOM_POLL_INTERVAL).await;

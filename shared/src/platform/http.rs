@@ -56,10 +56,15 @@ pub(crate) fn layered(routes: PublicRoutes, layers: &Layers) -> Router {
         .method_not_allowed_fallback(async || {
             problem(problem::METHOD_NOT_ALLOWED, "the resource does not support this method")
         })
-        .layer(middleware::from_fn_with_state(requests, limited))
-        .layer(middleware::from_fn_with_state(layers.body_timeout, with_whole_body));
+        .layer(middleware::from_fn_with_state(requests, limited));
+    let routes = with_whole_bodies(routes, layers.body_timeout);
     // Before the body is read, so that a refused caller cannot make the service wait for it.
     observed_by(guarded(routes, layers.gate.clone()), layers)
+}
+
+/// Limits the size of a request's body, and the time that it takes to arrive.
+pub(crate) fn with_whole_bodies(routes: Router, limit: Duration) -> Router {
+    routes.layer(middleware::from_fn_with_state(limit, with_whole_body))
 }
 
 /// The routes of connections beyond the limit: each request is answered with 503.

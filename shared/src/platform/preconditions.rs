@@ -73,14 +73,20 @@ pub fn names() -> [&'static HeaderName; 2] {
 
 /// Replaces each byte that the crate `headers` cannot read by a character that no tag of ours
 /// contains. The crate ignores a whole list if one byte is not ASCII, and in a debug build it
-/// panics at white space within a tag.
+/// panics at white space within a tag. A tag that the line does not end would continue in the next
+/// line, after the white space with which the crate joins them. So it is ended, as a tag that matches
+/// no version.
 fn readable_line(line: &HeaderValue) -> HeaderValue {
     let mut in_quotes = false;
     let readable = line.as_bytes().iter().map(|byte| {
         in_quotes ^= *byte == b'"';
         if byte.is_ascii_graphic() || (!in_quotes && *byte == b' ') { *byte } else { b'_' }
     });
-    HeaderValue::from_bytes(&readable.collect::<Vec<u8>>()).expect("ASCII without control characters")
+    let mut readable: Vec<u8> = readable.collect();
+    if in_quotes {
+        readable.extend(b"_\"");
+    }
+    HeaderValue::from_bytes(&readable).expect("ASCII without control characters")
 }
 
 #[cfg(test)]
@@ -98,16 +104,31 @@ mod tests {
 
     #[test]
     fn if_match_compares_each_tag_of_all_lines_byte_by_byte_and_strongly() {
-        let matching: [&[u8]; 6] = [
+        let matching: [&[u8]; 8] = [
             b"\"1\"",
             b"*",
             b"\"77\", \"1\"",
             b"\"77\",\"1\"|\"2\"",
             b"\"77\"|\"1\"",
             b"\"a b\", \"\xe9\", W/\"1\", nonsense, \"1\"",
+            b"\"a|b\"|\"1\"",
+            b"\"1\", \"a|b\"",
         ];
-        let others: [&[u8]; 10] =
-            [b"W/\"1\"", b"\"001\"", b"\"+1\"", b"\" 1\"", b"1", b"", b"\"1", b"'1'", b"\"2\"", b"\"a\xe9 b\t\""];
+        let others: [&[u8]; 13] = [
+            b"W/\"1\"",
+            b"\"001\"",
+            b"\"+1\"",
+            b"\" 1\"",
+            b"1",
+            b"",
+            b"\"1",
+            b"'1'",
+            b"\"2\"",
+            b"\"a\xe9 b\t\"",
+            b"\"a|b\"",
+            b"\"1|\"",
+            b"\"|1\"",
+        ];
         let cases = matching.map(|lines| (lines, true)).into_iter().chain(others.map(|lines| (lines, false)));
         for (lines, matches) in cases {
             let preconditions = preconditions(&header::IF_MATCH, lines);
@@ -122,7 +143,7 @@ mod tests {
     #[test]
     fn if_none_match_answers_304_to_a_read_and_forbids_a_change() {
         let same: [&[u8]; 4] = [b"\"1\"", b"W/\"1\"", b"*", b"\"77\"|\"2\", \"1\""];
-        let others: [&[u8]; 3] = [b"\"001\"", b"\"2\"", b"1"];
+        let others: [&[u8]; 6] = [b"\"001\"", b"\"2\"", b"1", b"\"a|b\"", b"\"1|\"", b"W/\"1|2\""];
         let cases = same.map(|lines| (lines, true)).into_iter().chain(others.map(|lines| (lines, false)));
         for (lines, same) in cases {
             let preconditions = preconditions(&header::IF_NONE_MATCH, lines);

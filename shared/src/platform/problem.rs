@@ -57,7 +57,8 @@ pub fn internal_error() -> ProblemDetails {
 }
 
 /// A request failed because the database refused a statement or did not answer. Answers 503 with
-/// `Retry-After`.
+/// `Retry-After`. If the database refused a value of the request, that is a bug, because requests are
+/// checked before. A retry would fail again, so the answer is 500.
 #[derive(Debug, thiserror::Error)]
 #[error("the database does not answer")]
 pub struct Unavailable(#[from] sqlx::Error);
@@ -69,12 +70,29 @@ impl IntoResponse for Unavailable {
         database::report(&self.0);
         match self.0 {
             sqlx::Error::Database(error) => {
-                tracing::error!(code = error.code().as_deref(), "the database refused a statement");
+                let code = error.code();
+                if code.as_deref().is_some_and(is_about_a_value) {
+                    tracing::error!(
+                        code = code.as_deref(),
+                        "the database refused a value that the service had accepted"
+                    );
+                    return internal_error().into_response();
+                }
+                tracing::error!(code = code.as_deref(), "the database refused a statement");
+            }
+            sqlx::Error::PoolTimedOut => {
+                tracing::error!("no database session is free; if the database answers, all of them are in use");
+                return retry_later(STORE_UNAVAILABLE, "no database session is free; retry the request");
             }
             error => tracing::error!(%error, "the database does not answer"),
         }
         retry_later(STORE_UNAVAILABLE, "the database does not answer; retry the request")
     }
+}
+
+/// Whether this SQLSTATE is of class 22 (data) or 23 (constraints).
+fn is_about_a_value(code: &str) -> bool {
+    code.starts_with("22") || code.starts_with("23")
 }
 
 /// Turns an axum rejection into a problem document whose detail names the field and the rule.

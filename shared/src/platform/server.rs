@@ -7,11 +7,13 @@
 
 use std::sync::Arc;
 
+use anyhow::Context;
 use axum::{Extension, Router};
 use clap::Args;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -32,12 +34,15 @@ const REFUSALS: usize = 256;
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The wait after a failed accept: the process has no free file descriptor.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+/// Open files besides the public connections: the admin port and refused connections, Kafka, the
+/// database, the mail server, and the runtime.
+const OTHER_FILES: u64 = 400;
 
 /// The limits of a public port.
 #[derive(Args, Clone, Debug)]
 pub struct HttpConfig {
-    /// How many connections callers may have open. Further ones are answered with 503. Keep it at
-    /// least 400 below the process's limit of open files (ulimit -n).
+    /// How many connections callers may have open. Further ones are answered with 503. The process
+    /// needs 400 further open files, and does not start if its hard limit (ulimit -Hn) is lower.
     #[arg(long, env, default_value_t = 512, value_parser = number::<u32>(1..=65_536))]
     pub http_connections: u32,
     /// How many requests are handled at the same time. Further ones are answered with 503. At most
@@ -60,6 +65,26 @@ impl HttpConfig {
             "HTTP_REQUESTS is {} but HTTP_CONNECTIONS is only {}, so it would have no effect: lower HTTP_REQUESTS or \
              raise HTTP_CONNECTIONS",
             self.http_requests,
+            self.http_connections
+        );
+        Ok(())
+    }
+
+    /// Raises the process's limit of open files, as far as the connections need it and the operating
+    /// system allows it.
+    ///
+    /// # Errors
+    /// The limit is too low for HTTP_CONNECTIONS.
+    pub(crate) fn reserve_files(&self) -> anyhow::Result<()> {
+        let needed = u64::from(self.http_connections) + OTHER_FILES;
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of open files")?;
+        let raised = needed.min(hard);
+        let limit =
+            if soft < raised && setrlimit(Resource::RLIMIT_NOFILE, raised, hard).is_ok() { raised } else { soft };
+        anyhow::ensure!(
+            limit >= needed,
+            "HTTP_CONNECTIONS is {} and needs {needed} open files, but the limit of the process is {limit}: raise the limit \
+             (ulimit -n) or lower HTTP_CONNECTIONS",
             self.http_connections
         );
         Ok(())

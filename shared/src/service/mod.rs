@@ -84,6 +84,7 @@ impl Service {
     /// settings contradict each other.
     pub async fn start(name: &'static str, config: &ServiceConfig) -> anyhow::Result<Self> {
         config.check()?;
+        config.http.reserve_files()?;
         let mut config = config.clone();
         config.kafka.kafka_client_id.get_or_insert_with(|| format!("waybill-{name}"));
         let metrics = Metrics::default();
@@ -104,6 +105,7 @@ impl Service {
         service.health.waiting(START, "all tasks of the process to start");
         let routes = health::router(service.health.clone(), service.metrics.clone());
         let routes = routes.merge(service.blocked_records.clone().routes());
+        let routes = http::with_whole_bodies(routes, service.config.http.read_timeout());
         let routes = admin::guarded(routes, Guard::new(&service.config.admin_tokens, service.config.admin_addr)?);
         let routes = http::identified(routes, service.draining.clone());
         let overloaded = http::identified(http::overloaded(), service.draining.clone());

@@ -97,6 +97,60 @@ async fn the_cache_does_not_answer_from_a_replica_that_lagged_when_it_was_promot
     assert_refilled(&system, renamed, erased, unchanged).await;
 }
 
+/// T50, I8: a master fails over to a replica that lags, and back. It has the data of the replica then,
+/// and the same process and the same connections as before.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_does_not_answer_from_a_master_that_was_a_replica_in_between() {
+    let (mut system, mut kafka) = with_own_kafka().await;
+    let master = system.own_valkey().await;
+    let replica = System::another_valkey().await;
+    let link = Proxy::before(&address(&master)).await;
+    replica.component.replicate(Some(link.port())).await.unwrap();
+    let [renamed, erased, unchanged] = cached_users(&mut system).await;
+    until_replicated(&system, &replica).await;
+    link.silence();
+    change(&system, renamed, erased).await;
+
+    kafka.component.process.freeze();
+    replica.component.replicate(None).await.unwrap();
+    master.component.replicate(Some(replica.component.port())).await.unwrap();
+    let mut connection = system.stores.valkey().await;
+    eventually("the master has the data of the replica", async || {
+        let info: String = redis::cmd("INFO").arg("replication").query_async(&mut connection).await.unwrap();
+        info.contains("master_link_status:up").then_some(())
+    })
+    .await;
+    master.component.replicate(None).await.unwrap();
+    assert_unavailable(&system, [renamed, erased, unchanged]).await;
+    kafka.component.process.thaw();
+    assert_refilled(&system, renamed, erased, unchanged).await;
+}
+
+/// T67, I8: Valkey is set to evict keys and loses a profile. The cache answers 503 and says why. When Valkey
+/// evicts no more, the cache fills the view from the beginning of the topic.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cache_does_not_answer_from_a_store_that_evicts_keys() {
+    let mut system = System::empty().await;
+    let _valkey = system.own_valkey().await;
+    let [renamed, erased, unchanged] = cached_users(&mut system).await;
+    change(&system, renamed, erased).await;
+    let mut connection = system.stores.valkey().await;
+    let mut set_policy = async |policy: &str| {
+        let mut set = redis::cmd("CONFIG");
+        let () = set.arg("SET").arg("maxmemory-policy").arg(policy).query_async(&mut connection).await.unwrap();
+    };
+    set_policy("allkeys-lru").await;
+    eventually("/status names the policy", async || {
+        let (_, body) = system.processes.status(CACHE).await?;
+        body["waiting_for"]["view"].as_str()?.contains("maxmemory-policy noeviction").then_some(())
+    })
+    .await;
+    assert_eq!(system.stores.delete_cached_profile(unchanged).await, 1, "profiles that were evicted");
+    assert_unavailable(&system, [renamed, erased, unchanged]).await;
+    set_policy("noeviction").await;
+    assert_refilled(&system, renamed, erased, unchanged).await;
+}
+
 /// T51, I8: the connection stays on a node that became a replica. New connections lead to the new
 /// master.
 #[tokio::test(flavor = "multi_thread")]

@@ -88,6 +88,15 @@ async fn half_sent_requests_to_the_admin_port_are_closed() {
     for text in ["", "GET /livez HTTP/1.1\r\n"] {
         assert_eq!(until_closed(connect(text).await).await, "", "{text}");
     }
+    let head = |length: usize| {
+        format!(
+            "POST /dead-letters HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+        )
+    };
+    let answer = until_closed(connect(&(head(50) + "{")).await).await;
+    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("/problems/body-too-slow"), "{answer}");
+    let answer = until_closed(connect(&head(1_000_000)).await).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
 
 /// T71: a caller that sends requests and reads no answer is disconnected, so it does not keep its

@@ -16,6 +16,7 @@ mod cache_waiters;
 mod commands;
 mod consumer_crashes;
 mod consumer_waits;
+mod databases;
 mod dead_letters;
 mod deleted_records;
 mod effects;

@@ -129,6 +129,22 @@ async fn a_republish_waits_while_the_outbox_is_full() {
     assert_eq!(published_states(&system).await.len(), 3_000);
 }
 
+/// Rows of another topic wait, because Kafka does not accept them. They do not delay a republish.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_republish_does_not_wait_for_the_rows_of_another_topic() {
+    let system = user_service(&[]).await;
+    let db = system.stores.database(USER).await;
+    let insert = "insert into outbox (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, occurred_at)
+                  select gen_random_uuid(), 'nowhere', 'user', gen_random_uuid(), 0, 1, 'none', now() from generate_series(1::bigint, $1)";
+    sqlx::query(insert).bind(OUTBOX_LIMIT).execute(&db).await.unwrap();
+    insert_users_without_events(&system, 3).await;
+    let printed = system.processes.run(USER, &["republish"]).await.unwrap();
+    assert!(printed.ends_with("republished: 3 states, 0 tombstones\n"), "{printed}");
+    eventually_eq("states in the topic", 3, async || system.kafka.read(USER_STATE).len()).await;
+    let blocked = "select count(*) from outbox where topic = 'nowhere'";
+    assert_eq!(count(&db, blocked).await, OUTBOX_LIMIT, "rows of the other topic");
+}
+
 /// A republish that is killed has written complete batches. Run again from the beginning, or with
 /// `--after` the last user, it misses no user.
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,9 @@
 //! Settings that a service refuses, and secrets, which it never shows.
 
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 
+use testbed::testing;
 use tests::System;
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 
@@ -92,6 +94,29 @@ async fn settings_that_contradict_each_other_are_refused_at_start() {
         let error = refused(&system, service, &settings).await;
         assert!(names.iter().all(|name| error.contains(name)), "{settings:?}: {error}");
     }
+}
+
+/// The process raises its limit of open files as far as it may, and does not start if that is too few
+/// for its connections. Where it may, the start continues until the next error: the port is in use.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_connections_than_open_files_are_refused_at_start() {
+    let system = System::empty().await;
+    let occupied = TcpListener::bind("127.0.0.1:0").unwrap();
+    let start = async |limit: &str| {
+        let mut command = tokio::process::Command::new("sh");
+        command.args(["-c", &format!("{limit} && exec \"$0\"")]).arg(testing::stack().programs.join(USER.name));
+        for secret in ["USER_DATABASE_URL", "IDEMPOTENCY_SECRET"] {
+            command.env(secret, system.processes.setting(secret));
+        }
+        command.env("ADMIN_ADDR", occupied.local_addr().unwrap().to_string()).env("HTTP_CONNECTIONS", "512");
+        let output = tokio::time::timeout(tests::DEADLINE, command.kill_on_drop(true).output()).await.unwrap().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let error = start("ulimit -n 256").await;
+    assert!(error.contains("HTTP_CONNECTIONS is 512") && error.contains("the limit of the process is 256"), "{error}");
+    let error = start("ulimit -Sn 256").await;
+    assert!(error.contains("ADMIN_ADDR"), "{error}");
 }
 
 /// The secrets of every service, by the names of their variables.

@@ -15,6 +15,10 @@ use crate::platform::tls;
 
 /// Time to open a session.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
+/// A commit of the outbox or the inbox must survive a crash of the server. A database or a role may
+/// have another default. Stronger values stay.
+const DURABLE: &str =
+    "select set_config('synchronous_commit', 'on', false) where current_setting('synchronous_commit') = 'off'";
 /// How sqlx prints a certificate that is in a file.
 const FILE: &str = "file: ";
 
@@ -107,13 +111,11 @@ pub(super) fn settings_statement(settings: &[(&str, &str)]) -> String {
     settings.iter().map(|(name, value)| format!("set {name} = '{}';", quoted(value))).collect()
 }
 
-/// Runs [`settings_statement`]. If it fails, drop the session: it has no limits.
+/// Runs [`settings_statement`], and makes the commits of the session durable. If it fails, drop the
+/// session: it has no limits.
 pub(super) async fn apply(session: &mut PgConnection, statement: String) -> sqlx::Result<()> {
-    if statement.is_empty() {
-        return Ok(());
-    }
     // The names and values are constants of the program, or made by it.
-    sqlx::raw_sql(AssertSqlSafe(statement)).execute(session).await.map(drop)
+    sqlx::raw_sql(AssertSqlSafe(statement + DURABLE)).execute(session).await.map(drop)
 }
 
 #[cfg(test)]

@@ -3,12 +3,13 @@
 //! if its role may create tables, as on a system where a service has a single role.
 
 use std::collections::BTreeMap;
+use std::io;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use sqlx::PgConnection;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::PgConnectOptions;
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, sleep, timeout};
 
 use super::connect::{options, session};
 
@@ -22,6 +23,8 @@ const LOCK_TIMEOUT: &str = "500ms";
 /// The pause after a migration did not get its lock. In this time the statements that waited
 /// behind it run. It is longer than the wait, so that requests have most of the time.
 const LOCK_PAUSE: Duration = Duration::from_secs(2);
+/// Time for one answer of the database, except to a migration.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The key of the advisory lock of the migrator. Every release uses the same number.
 const MIGRATION_LOCK: i64 = 0x6D_6967_7261_7465; // "migrate"
@@ -85,7 +88,7 @@ pub(super) async fn prepare(options: &PgConnectOptions, migrations: &Migrator) -
     }
     // Null if the schema of the search path does not exist.
     let may_create = sqlx::query_scalar("select has_schema_privilege(current_schema(), 'create')");
-    let may_create: Option<bool> = may_create.fetch_one(&mut db).await?;
+    let may_create: Option<bool> = answered(may_create.fetch_one(&mut db)).await?;
     if may_create != Some(true) {
         let reason = format!(
             "the migrations {missing:?}: run the subcommand `migrate` of this release, with the URL of the role that owns the \
@@ -97,6 +100,21 @@ pub(super) async fn prepare(options: &PgConnectOptions, migrations: &Migrator) -
     Ok(Schema::Current)
 }
 
+/// Waits for an answer of the database, but only for a limited time: a server that is frozen or in the
+/// middle of a failover accepts connections and does not answer.
+async fn answered<T, E>(answer: impl Future<Output = Result<T, E>>) -> anyhow::Result<T>
+where
+    anyhow::Error: From<E>,
+{
+    match timeout(ANSWER_TIMEOUT, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => {
+            let error = io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {ANSWER_TIMEOUT:?}"));
+            Err(sqlx::Error::Io(error).into())
+        }
+    }
+}
+
 /// How the database differs from this release.
 struct Difference {
     /// The migrations of this release that the database lacks.
@@ -106,14 +124,22 @@ struct Difference {
 }
 
 /// # Errors
-/// A migration of this release was applied with another text.
+/// A migration of this release was applied with another text, or the database cannot store every
+/// text.
 async fn difference(db: &mut PgConnection, migrations: &Migrator) -> anyhow::Result<Difference> {
-    let any: bool =
-        sqlx::query_scalar("select to_regclass('_sqlx_migrations') is not null").fetch_one(&mut *db).await?;
+    let encoding = sqlx::query_scalar("select current_setting('server_encoding')").fetch_one(&mut *db);
+    let encoding: String = answered(encoding).await?;
+    ensure!(
+        encoding == "UTF8",
+        "the encoding of the database is {encoding}, so it cannot store every name and address: create it with `encoding \
+         'UTF8' template template0`, as deploy/postgres/service/database.sql does"
+    );
+    let any = sqlx::query_scalar("select to_regclass('_sqlx_migrations') is not null").fetch_one(&mut *db);
+    let any: bool = answered(any).await?;
     let mut applied = BTreeMap::new();
     if any {
-        let rows: Vec<(i64, Vec<u8>)> =
-            sqlx::query_as("select version, checksum from _sqlx_migrations").fetch_all(&mut *db).await?;
+        let rows = sqlx::query_as("select version, checksum from _sqlx_migrations").fetch_all(&mut *db);
+        let rows: Vec<(i64, Vec<u8>)> = answered(rows).await?;
         applied.extend(rows);
     }
     let mut missing = vec![];
@@ -136,7 +162,7 @@ async fn difference(db: &mut PgConnection, migrations: &Migrator) -> anyhow::Res
 /// wait inside a statement: its snapshot would block `create index concurrently`.
 async fn apply(db: &mut PgConnection, migrations: &Migrator, missing: &[i64]) -> anyhow::Result<()> {
     let locked = sqlx::query_scalar("select pg_try_advisory_lock($1)").bind(MIGRATION_LOCK).fetch_one(&mut *db);
-    if !locked.await? {
+    if !answered(locked).await? {
         return Err(Busy.into());
     }
     let mut migrator = Migrator::with_migrations(migrations.iter().cloned().collect());
@@ -146,7 +172,8 @@ async fn apply(db: &mut PgConnection, migrations: &Migrator, missing: &[i64]) ->
         // concurrently` would leave an invalid index if it gave up.
         let waits = migrations.iter().any(|migration| migration.version == *version && migration.no_tx);
         let limit = if waits { "0" } else { LOCK_TIMEOUT };
-        sqlx::query("select set_config('lock_timeout', $1, false)").bind(limit).execute(&mut *db).await?;
+        let set = sqlx::query("select set_config('lock_timeout', $1, false)").bind(limit);
+        answered(set.execute(&mut *db)).await?;
         migrator.run_to(*version, &mut *db).await.with_context(|| format!("cannot apply the migration {version}"))?;
     }
     Ok(())
@@ -161,14 +188,17 @@ fn is_busy(error: &anyhow::Error) -> bool {
     error.is::<Busy>() || code(error).is_some_and(|code| ["55P03", "40P01"].contains(&&*code))
 }
 
-/// Whether the server is down, is starting, or has too many clients. A wrong password and a failing
-/// migration are not transient.
+/// Whether the server is down, is starting, has too many clients, or is read-only, as during a
+/// failover. A wrong password and a failing migration are not transient.
 fn is_transient(error: &anyhow::Error) -> bool {
+    use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
+    // 57P0x: starting up, shutting down, ended as idle; 53xxx: out of connections; 08xxx: the
+    // connection broke; 25P03: idle in a transaction for too long; 25006: a read-only session.
+    const CODES: [&str; 5] = ["57P", "53", "08", "25P03", "25006"];
     match cause(error) {
-        Some(sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed) => true,
-        // 57P0x: starting up, shutting down, ended as idle; 53xxx: out of connections; 08xxx: the
-        // connection broke; 25P03: idle in a transaction for too long.
-        _ => code(error).is_some_and(|code| ["57P", "53", "08", "25P03"].iter().any(|class| code.starts_with(class))),
+        // Protocol: a proxy without a server behind it closes the connection before any answer.
+        Some(Io(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed) => true,
+        _ => code(error).is_some_and(|code| CODES.iter().any(|class| code.starts_with(class))),
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use anyhow::ensure;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -28,7 +28,8 @@ use migrations::Schema;
 /// process.
 const SESSION_LIMITS: [(&str, &str); 3] =
     [("statement_timeout", "5s"), ("lock_timeout", "2s"), ("idle_in_transaction_session_timeout", "5s")];
-const POOL_SIZE: u32 = 10;
+/// Sessions of a pool.
+pub const POOL_SIZE: u32 = 10;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A connection that was idle for longer than this is pinged before it is used.
 const PING_AFTER_IDLE: Duration = Duration::from_secs(5);
@@ -114,8 +115,10 @@ pub fn pool_with(options: PgConnectOptions, settings: &[(&str, &str)]) -> PgPool
                 Ok(true)
             })
         })
-        // By default the pool pings a returned connection without a time-out. A dead connection
-        // would keep its slot permanently, and ten of them would exhaust the pool.
+        // The pool pings a returned connection without a time-out. On a dead connection it would wait
+        // permanently, and ten of these would exhaust the pool. So a ping with a time-out comes first,
+        // and a connection that fails it is closed. The pool's own ping follows at once. A connection
+        // that dies between the two keeps its place until TCP reports an error.
         .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
         .connect_lazy_with(options)
 }
@@ -148,15 +151,18 @@ pub async fn is_writable(db: &PgPool) -> bool {
 /// write. Checks once a second.
 pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
     loop {
-        // True in a read-only session, and while the server is a standby.
-        let is_read_only = sqlx::query_scalar("select current_setting('transaction_read_only')::boolean");
-        match bounded(is_read_only.fetch_one(&db)).await {
-            Ok(false) => {
+        match state(&db).await {
+            Ok(State::Writable) => {
                 health.ready(COMPONENT);
                 health.resolved(COMPONENT);
             }
+            // The sessions of other replicas would wait for the same locks.
+            Ok(State::Busy) => {
+                health.ready(COMPONENT);
+                health.report(COMPONENT, format!("a free session: all {POOL_SIZE} are in use"));
+            }
             // Reads still succeed, so the process is ready.
-            Ok(true) => {
+            Ok(State::ReadOnly) => {
                 health.ready(COMPONENT);
                 health.report(COMPONENT, "the database to be writable");
                 sessions::doubt();
@@ -168,4 +174,35 @@ pub(crate) async fn watch(db: PgPool, health: Health) -> anyhow::Result<()> {
         }
         sleep(Duration::from_secs(1)).await;
     }
+}
+
+enum State {
+    Writable,
+    ReadOnly,
+    /// The database answers, and statements of this process use all sessions of the pool.
+    Busy,
+}
+
+/// Asks on a session of the pool. If none becomes free, asks on a session of its own: then either the
+/// sessions wait, for example for a lock, or the database does not answer.
+async fn state(db: &PgPool) -> sqlx::Result<State> {
+    match db.acquire().await {
+        Ok(mut session) => state_of(&mut session).await,
+        Err(sqlx::Error::PoolTimedOut) => {
+            let options = db.connect_options().as_ref().clone().application_name("watch");
+            let mut session = bounded(options.connect()).await?;
+            let state = state_of(&mut session).await?;
+            let _ = bounded(session.close()).await;
+            let is_busy = db.size() == POOL_SIZE && db.num_idle() == 0;
+            Ok(if is_busy && matches!(state, State::Writable) { State::Busy } else { state })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn state_of(session: &mut PgConnection) -> sqlx::Result<State> {
+    // True in a read-only session, and while the server is a standby.
+    let is_read_only = sqlx::query_scalar("select current_setting('transaction_read_only')::boolean");
+    let is_read_only = bounded(is_read_only.fetch_one(session)).await?;
+    Ok(if is_read_only { State::ReadOnly } else { State::Writable })
 }
