@@ -126,6 +126,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         config.registrations_per_principal,
         &service.metrics(),
     );
-    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations, turns: Turns::new() })).await?;
+    service
+        .http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations, turns: Turns::new() }))
+        .await?;
     service.run().await
 }
