@@ -50,9 +50,15 @@ fn unreachable(error: &anyhow::Error) -> String {
         Some(error) if error.kind() == ErrorKind::AuthenticationFailed => {
             "Valkey to accept the login: check user and password in VALKEY_URL".to_owned()
         }
-        Some(error) if error.code() == Some("NOPERM") => {
+        Some(error) if is_denied(error) => {
             "Valkey to let the user of VALKEY_URL run the commands of this service: check its ACL".to_owned()
         }
         _ => "Valkey to answer".to_owned(),
     }
+}
+
+/// Whether a command, alone or within a transaction, is not in the rights of the user.
+fn is_denied(error: &RedisError) -> bool {
+    let answers = error.clone().into_server_errors().unwrap_or_default();
+    answers.iter().any(|(_, answer)| answer.code() == "NOPERM")
 }

@@ -154,8 +154,10 @@ async fn requests_get_503_while_the_database_is_silent_and_a_retry_registers_onc
     let email = address();
     let key = Uuid::now_v7().to_string();
     let sent_at = Instant::now();
-    let requests = (0..CONCURRENT_REQUESTS).map(|_| system.users.post(&email, Some(&key)));
-    for answer in join_all(requests).await {
+    let others: Vec<String> = (1..CONCURRENT_REQUESTS).map(|_| address()).collect();
+    let first = system.users.post(&email, Some(&key));
+    let (first, others) = tokio::join!(first, join_all(others.iter().map(|other| system.users.post(other, None))));
+    for answer in others.into_iter().chain([first]) {
         assert_eq!(answer.unwrap().status, StatusCode::SERVICE_UNAVAILABLE);
     }
     assert!(sent_at.elapsed() < ANSWER_LIMIT, "the answers took {:?}", sent_at.elapsed());

@@ -43,7 +43,7 @@ async fn start(system: &mut System) -> (Own<Redis>, u16, Files) {
         format!("--tls-key-file {}", file("server-key.pem").display()),
         format!("--tls-ca-cert-file {}", authority.display()),
         "--tls-auth-clients yes".to_owned(),
-        format!("--user cache on >{PASSWORD} ~* +@all -@dangerous +info +role"),
+        format!("--user cache on >{PASSWORD} ~* +@all -@dangerous +info"),
     ];
     let flags: Vec<String> = flags.iter().flat_map(|flag| flag.split(' ')).map(str::to_owned).collect();
     let valkey = system.own_valkey_with(&flags).await;

@@ -49,7 +49,7 @@ pub fn write(folder: &Path) -> Result<()> {
 pub fn valkey_users(cache: &str, operator: &str) -> String {
     format!(
         "user default off
-user cache on >{cache} ~* +@all -@dangerous +info +role
+user cache on >{cache} ~* +@all -@dangerous +info
 user {OPERATOR} on >{operator} ~* &* +@all
 "
     )

@@ -225,6 +225,7 @@ mod tests {
         let further: BTreeSet<Rule> = with.difference(&without).cloned().collect();
         let expected = [
             "CLUSTER kafka-cluster: DESCRIBE_CONFIGS",
+            "TOPIC p.analytics.audit.dlq: CREATE",
             "TOPIC p.analytics.emails.dlq: CREATE",
             "TOPIC p.analytics.users.dlq: CREATE",
         ];

@@ -134,7 +134,12 @@ impl Kafka {
         self.change_rules(change, "Write", "*").await?;
         let all = ["--allow-principal", "User:*", "--operation", "All", "--cluster"];
         let but_one = ["--deny-principal", "User:*", "--operation", "IdempotentWrite", "--cluster"];
-        for rule in [all, but_one] {
+        let mut rules = [all, but_one];
+        if change.contains(&"--remove") {
+            // While only the denying rule is left, nobody may change the rules.
+            rules.reverse();
+        }
+        for rule in rules {
             let arguments: Vec<&str> = change.iter().chain(&rule).copied().collect();
             self.tool("org.apache.kafka.tools.AclCommand", &arguments).await?;
         }
