@@ -5,6 +5,7 @@ mod cluster;
 mod secured;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
@@ -309,7 +310,11 @@ async fn format(fetched: &Fetched, folder: &Path, name: &str, users: &[(String, 
     let status = tool.wait().await;
     let _ = fs::remove_file(&arguments);
     ensure!(status.success(), "Kafka cannot format its data folder{}", tool.last_lines());
-    Ok(fs::remove_file(logs.file(&name))?)
+    match fs::remove_file(logs.file(&name)) {
+        // Another run of the same command has emptied the folder of logs when it started.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 fn spawn(fetched: &Fetched, folder: &Path, name: &str, heap: &str, logs: &Logs) -> Result<Process> {
