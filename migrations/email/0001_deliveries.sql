@@ -64,10 +64,14 @@ create table deliveries (
 -- only the templates that its release has.
 create index deliveries_due on deliveries (template, due_at) where due_at is not null;
 
--- For the metrics, and for the command that sends mails again whose answer was lost. Ended
--- deliveries, which are nearly all, are not in it.
+-- For the metrics. Ended deliveries, which are nearly all, are not in it.
 create index deliveries_open on deliveries (status, requested_at)
     where status in ('unaddressed', 'pending', 'sending', 'unknown');
+
+-- For the command that sends mails again whose answer was lost too often. It reads them batch after
+-- batch.
+create index deliveries_undecided on deliveries (updated_at, id)
+    where status = 'unknown' and due_at is null;
 
 -- For the command that sends failed mails again. It reads them by code, in the order in which they
 -- failed, batch after batch.

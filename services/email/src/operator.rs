@@ -232,20 +232,28 @@ pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Resul
         return Ok(());
     }
     let mut all = 0;
+    // Each batch begins after the last one. The index alone answers the search; together with the
+    // update Postgres would read all rows and sort them.
+    let mut last = (since, Uuid::nil());
     loop {
         let batch = sqlx::query!(
-            "update deliveries set due_at = now(), released_at = now(), updated_at = now(), refusals = 0, unknowns = 0
-             where id in (
-                 select id from deliveries where status = 'unknown' and due_at is null and updated_at >= $1
-                 limit $2 for update)",
-            since,
+            "select id, updated_at from deliveries
+             where status = 'unknown' and due_at is null and (updated_at, id) > ($1, $2)
+             order by updated_at, id limit $3",
+            last.0,
+            last.1,
             BATCH
         );
-        let released = batch.execute(db).await?.rows_affected();
-        all += released;
-        if released < BATCH.unsigned_abs() {
-            break;
-        }
+        let batch = batch.fetch_all(db).await?;
+        let Some(end) = batch.last() else { break };
+        last = (end.updated_at, end.id);
+        let batch: Vec<Uuid> = batch.iter().map(|row| row.id).collect();
+        let released = sqlx::query!(
+            "update deliveries set due_at = now(), released_at = now(), updated_at = now(), refusals = 0, unknowns = 0
+             where id = any($1) and status = 'unknown' and due_at is null",
+            &batch
+        );
+        all += released.execute(db).await?.rows_affected();
     }
     println!("{all} mails with a lost answer released, to be sent by the running service");
     Ok(())
