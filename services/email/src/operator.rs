@@ -215,7 +215,8 @@ async fn release_failed(db: &PgPool, ids: &[Uuid]) -> sqlx::Result<u64> {
 }
 
 /// Sends mails again whose answer was lost several times. Each recipient may get one more copy,
-/// with the same Message-ID.
+/// with the same Message-ID. A mail whose answers are lost again while the command runs is not
+/// released twice. If the command is killed between two batches, the next call continues.
 #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
 pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Result<()> {
     let Which { since, dry_run } = options.which;
@@ -231,6 +232,7 @@ pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Resul
         println!("{} mails with a lost answer would be sent again", counted(count.fetch_one(db).await?));
         return Ok(());
     }
+    let until = sqlx::query_scalar!(r#"select now() as "now!""#).fetch_one(db).await?;
     let mut all = 0;
     // Each batch begins after the last one. The index alone answers the search; together with the
     // update Postgres would read all rows and sort them.
@@ -239,9 +241,11 @@ pub async fn retry_unknown(db: &PgPool, options: &RetryUnknown) -> anyhow::Resul
         let batch = sqlx::query!(
             "select id, updated_at from deliveries
              where status = 'unknown' and due_at is null and (updated_at, id) > ($1, $2)
-             order by updated_at, id limit $3",
+                 and updated_at <= $3
+             order by updated_at, id limit $4",
             last.0,
             last.1,
+            until,
             BATCH
         );
         let batch = batch.fetch_all(db).await?;
