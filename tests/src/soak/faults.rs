@@ -44,7 +44,7 @@ pub enum Fault {
     LoseBroker(i32, Duration),
     /// Another program holds a transaction open in the topic of facts for this time.
     OpenTransaction(Duration),
-    /// For this time nobody may read the topic of facts.
+    /// For this time no client may read the topic of facts.
     DenyTopic(Duration),
     KillPostgres,
     /// Valkey loses its data.

@@ -16,7 +16,7 @@ const ROUNDS: usize = 4;
 /// A session without a pooler, or behind one in session mode, has one process of its own from its
 /// begin to its end. So the session may not be used when its process changes, or when both sessions
 /// have the same one. Equal process ids prove nothing, because one address may lead to several
-/// servers: a process is told apart by its id and its start, in microseconds.
+/// servers: a process is identified by its id and its start, in microseconds.
 ///
 /// # Errors
 /// [`Refused`], or an error of the database.

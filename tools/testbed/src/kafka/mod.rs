@@ -121,7 +121,7 @@ impl Kafka {
         self.change_rules(&["--remove", "--force"], "Write", topic).await
     }
 
-    /// From now on nobody may write to any topic, so an idempotent producer gets no producer id.
+    /// From now on no client may write to any topic, so an idempotent producer gets no producer id.
     pub async fn deny_producing(&self) -> Result<()> {
         self.change_producing(&["--add"]).await
     }
@@ -137,7 +137,7 @@ impl Kafka {
         let but_one = ["--deny-principal", "User:*", "--operation", "IdempotentWrite", "--cluster"];
         let mut rules = [all, but_one];
         if change.contains(&"--remove") {
-            // While only the denying rule is left, nobody may change the rules.
+            // While only the denying rule is left, no client may change the rules.
             rules.reverse();
         }
         for rule in rules {
