@@ -165,6 +165,12 @@ pub async fn build(logs: &Logs) -> Result<PathBuf> {
     Ok(target().join("debug"))
 }
 
+/// As [`build`], as release programs.
+pub async fn build_release(logs: &Logs) -> Result<PathBuf> {
+    cargo_build(&["--release"], logs).await?;
+    Ok(target().join("release"))
+}
+
 /// As [`build`], with fault points. The programs are copied to a folder of their own, because any
 /// other `cargo build` replaces those in `target/debug`.
 pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
@@ -196,7 +202,7 @@ async fn cargo_build(arguments: &[&str], logs: &Logs) -> Result<()> {
         paths::on_path(&[tool])
             .with_context(|| format!("no `{tool}` on the PATH, and the Kafka client is compiled from C: {advice}"))?;
     }
-    say("Building the services (about 2 minutes the first time, seconds afterwards) …");
+    say("Building the services (some minutes the first time, seconds afterwards) …");
     let mut command = cargo();
     // Given explicitly, because the programs are read from there. The user's configuration may
     // differ.

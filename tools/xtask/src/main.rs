@@ -92,6 +92,19 @@ enum Command {
     ///
     /// Fails if one reads more than 1.5 times as much with ten times the users.
     Size,
+    /// Measure how fast the release programs are, relative to what bare clients reach on the same
+    /// components in the same run.
+    ///
+    /// Checks after each job that nothing was lost, doubled or reordered. Writes
+    /// target/bench/results.json, and docs/performance.md after a full run of all jobs. Stop other
+    /// programs first.
+    Bench {
+        /// Measure one slice of each side, with a tenth of the size.
+        #[arg(long)]
+        quick: bool,
+        /// Jobs to run. Default: all.
+        jobs: Vec<String>,
+    },
     /// Write docs/mistakes.md from the patches in tests/seeded.
     Mistakes,
     /// Update services/*/.sqlx, which describe the SQL queries so that the services compile without
@@ -138,6 +151,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Soak { minutes, seed } => unless_terminated(commands::soak::run(minutes, seed)).await,
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
         Command::Size => unless_terminated(commands::size::run()).await,
+        Command::Bench { quick, jobs } => unless_terminated(commands::bench::run(&jobs, quick)).await,
         Command::Mistakes => commands::mistakes::run(),
         Command::Prepare { check } => {
             let mode = if check { prepare::Mode::Check } else { prepare::Mode::Update };

@@ -1,4 +1,5 @@
 pub mod acls;
+pub mod bench;
 pub mod check;
 pub mod credentials;
 pub mod demo;

@@ -1,0 +1,127 @@
+//! The components that the jobs share, and for each job its own databases and names on them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use sqlx::{Connection, PgConnection, PgPool};
+use testbed::fetch::fetch;
+use testbed::postgres::{self, Database, Durability};
+use testbed::process::{Logs, Scratch};
+use testbed::services::{self, Instance, RunningService};
+use testbed::stack::{Access, Ports, Stack};
+use testbed::system::start_stack;
+use topology::Service;
+
+use crate::Size;
+use crate::disk::DiskProbe;
+use crate::meter::Meter;
+
+/// Fields are dropped in this order.
+pub struct Bed {
+    pub stack: Stack,
+    pub disk: DiskProbe,
+    programs: PathBuf,
+    size: Size,
+    logs: Logs,
+    _scratch: Scratch,
+}
+
+impl Bed {
+    /// Starts the components. Postgres stores each commit on the disk, as in production.
+    pub async fn start(programs: &Path, size: Size) -> Result<Self> {
+        let logs = Logs::to_files("bench")?;
+        let fetched = fetch().await?;
+        let scratch = Scratch::create("bench")?;
+        let ports = Ports::free();
+        let stack = start_stack(&fetched, scratch.path(), ports, Durability::Disk, Access::Open, &logs).await?;
+        let disk = DiskProbe::start(scratch.path())?;
+        Ok(Self { stack, disk, programs: programs.to_owned(), size, logs, _scratch: scratch })
+    }
+
+    pub fn size(&self) -> Size {
+        self.size
+    }
+
+    /// The pids of Postgres, Kafka and Redis.
+    pub fn components(&self) -> [u32; 3] {
+        [self.stack.postgres.process.pid(), self.stack.kafka.process.pid(), self.stack.redis.process.pid()]
+    }
+
+    pub fn meter(&self, services: &[&RunningService]) -> Result<Meter<'_>> {
+        let pids: Vec<u32> = services.iter().map(|service| service.process.pid()).collect();
+        Meter::start(self, &pids)
+    }
+
+    /// Whether each side gets a slice that does not count.
+    pub fn warms_up(&self) -> bool {
+        self.size == Size::Full
+    }
+
+    /// Whether a slice counts although other programs were running.
+    pub fn tolerates_others(&self) -> bool {
+        self.size == Size::Smoke
+    }
+
+    /// Databases, topics and keys of one job's own.
+    pub async fn lab(&self, job: &'static str) -> Result<Lab<'_>> {
+        let mut databases = BTreeMap::new();
+        for service in topology::with_database() {
+            let name = format!("bench_{job}_{}", service.name);
+            let database = postgres::create_database(&self.stack.postgres.url(), &name, service).await?;
+            database.migrate(service).await?;
+            databases.insert(service.name, database);
+        }
+        Ok(Lab { bed: self, job, databases })
+    }
+
+    pub async fn stop(self) {
+        self.stack.stop().await;
+    }
+}
+
+/// What one job has to itself.
+pub struct Lab<'a> {
+    pub bed: &'a Bed,
+    job: &'static str,
+    databases: BTreeMap<&'static str, Database>,
+}
+
+impl Lab<'_> {
+    /// The name of a topic or group on the broker, or the prefix of keys in Redis.
+    pub fn prefixed(&self, name: &str) -> String {
+        format!("{}.{name}", self.job)
+    }
+
+    /// Starts a service with further settings and waits until it is ready.
+    pub async fn start(&self, service: Service, settings: &[(&str, &str)]) -> Result<RunningService> {
+        let mut running = self.spawn(service, settings)?;
+        running.until_ready().await?;
+        Ok(running)
+    }
+
+    /// Starts a service and returns at once.
+    pub fn spawn(&self, service: Service, settings: &[(&str, &str)]) -> Result<RunningService> {
+        let mut environment = services::environment(&self.bed.stack, service);
+        let own = topology::with_database();
+        environment.extend(own.map(|of| (of.database_url_setting(), self.databases[of.name].url.clone())));
+        environment.push(("TOPIC_PREFIX".to_owned(), self.prefixed("")));
+        environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Instance::on_free_ports(service).spawn(&self.bed.programs, &environment, &self.bed.logs)
+    }
+
+    /// A connection with the rights of the service.
+    pub async fn connect(&self, service: Service) -> Result<PgConnection> {
+        Ok(PgConnection::connect(&self.databases[service.name].url).await?)
+    }
+
+    /// Connections with the rights of the role that owns the tables.
+    pub async fn owner(&self, service: Service) -> Result<PgPool> {
+        Ok(PgPool::connect(&self.databases[service.name].owner_url).await?)
+    }
+
+    /// The URL with which a program connects as the service.
+    pub fn database_url(&self, service: Service) -> &str {
+        &self.databases[service.name].url
+    }
+}

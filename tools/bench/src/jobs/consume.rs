@@ -1,0 +1,176 @@
+//! `consume`: a backlog of registrations in the topic, until analytics has counted all of them. The
+//! limit executes the same statements in transactions of 2,000 events, one after another on one
+//! connection, without Kafka.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use shared::events::{Cause, Envelope, Topic, UserEvent, UserRef, mint_id, now};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, query_scalar};
+use testbed::services::RunningService;
+use time::OffsetDateTime;
+use tokio::time::{Instant, sleep};
+use topology::{ANALYTICS, USER};
+use uuid::Uuid;
+
+use crate::bed::{Bed, Lab};
+use crate::kafka::Writer;
+use crate::meter::Slice;
+use crate::report::{Bound, Report};
+use crate::slices::{Contest, measure};
+use crate::{checks, statements};
+
+const EVENTS: u64 = 200_000;
+const GOAL: f64 = 0.85;
+/// CPU seconds of the service per 100,000 events.
+const CPU_GOAL: f64 = 0.6;
+/// MB.
+const MEMORY_GOAL: f64 = 40.0;
+/// Events of a transaction of the limit.
+const BATCH: usize = 2_000;
+const POLL: Duration = Duration::from_millis(2);
+/// How long a slice may take.
+const LIMIT: Duration = Duration::from_secs(300);
+const COUNTED: &str = "select coalesce(sum(registered), 0)::bigint from funnel_totals";
+/// What the inbox of `shared` executes.
+const INBOX: &str = "insert into inbox (handler, event_id) select $1, unnest($2::uuid[]) on conflict do nothing
+                     returning event_id";
+
+pub async fn run(bed: &Bed) -> Result<Report> {
+    let lab = bed.lab("consume").await?;
+    let mut consume = Consume::start(&lab).await?;
+    let slices = measure(bed, &mut consume).await?;
+    consume.check().await?;
+    let what = ["analytics: inbox, hour count, funnel", "the same statements in batches of 2,000, without Kafka"];
+    let report = Report::of_slices("consume", "events", what, slices, GOAL).with_memory_goal(MEMORY_GOAL);
+    let cpu = report.service_cpu();
+    Ok(report.with_goal("CPU of the service per 100,000", cpu, "s", Bound::AtMost(CPU_GOAL)))
+}
+
+struct Consume<'a> {
+    lab: &'a Lab<'a>,
+    service: RunningService,
+    db: PgPool,
+    /// Of the limit.
+    session: PgConnection,
+    writer: Writer,
+    count: String,
+    funnel: String,
+    events: u64,
+    done: u64,
+}
+
+impl<'a> Consume<'a> {
+    async fn start(lab: &'a Lab<'a>) -> Result<Self> {
+        // The user service creates the topic.
+        let mut owner_of_topic = lab.start(USER, &[]).await?;
+        owner_of_topic.stop().await;
+        Ok(Self {
+            lab,
+            service: lab.start(ANALYTICS, &[]).await?,
+            db: lab.owner(ANALYTICS).await?,
+            session: lab.connect(ANALYTICS).await?,
+            writer: Writer::transactional(lab.bed, &lab.prefixed("backlog"))?,
+            count: statements::of(ANALYTICS, "insert into registrations")?,
+            funnel: statements::of(ANALYTICS, "registered_at) select user_id")?,
+            events: lab.bed.size().of(EVENTS),
+            done: 0,
+        })
+    }
+
+    async fn counted(&self) -> Result<u64> {
+        Ok(query_scalar::<_, i64>(COUNTED).fetch_one(&self.db).await? as u64)
+    }
+
+    /// One transaction of the limit.
+    async fn batch(&mut self, events: &[(Uuid, Uuid)], at: OffsetDateTime) -> Result<()> {
+        let mut ids: Vec<Uuid> = events.iter().map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        let mut tx = self.session.begin().await?;
+        let new: Vec<Uuid> =
+            query_scalar(INBOX).bind("analytics.users").bind(ids).fetch_all(&mut *tx).await?;
+        let partition = |user: &Uuid| Topic::USER_EVENTS.partition_of(*user);
+        let mut users: Vec<Uuid> = events.iter().map(|(_, user)| *user).collect();
+        users.sort_unstable();
+        let partitions: Vec<i32> = users.iter().map(partition).collect();
+        let mut counts = vec![0_i64; Topic::USER_EVENTS.partitions as usize];
+        partitions.iter().for_each(|partition| counts[*partition as usize] += 1);
+        sqlx::query(AssertSqlSafe(self.count.as_str()))
+            .bind(vec![at.truncate_to_hour(); counts.len()])
+            .bind((0..Topic::USER_EVENTS.partitions).collect::<Vec<i32>>())
+            .bind(&counts)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query(AssertSqlSafe(self.funnel.as_str()))
+            .bind(&users)
+            .bind(vec![at; users.len()])
+            .bind(&partitions)
+            .bind(Topic::USER_EVENTS.name)
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        checks::require_equal("new events", new.len() as u64, events.len() as u64)
+    }
+
+    async fn check(&mut self) -> Result<()> {
+        checks::require_equal("users are in the funnel", self.counted().await?, self.done)?;
+        for table in ["inbox", "funnel"] {
+            let rows: i64 =
+                query_scalar(AssertSqlSafe(format!("select count(*) from {table}"))).fetch_one(&self.db).await?;
+            checks::require_equal(&format!("rows of {table}"), rows as u64, self.done)?;
+        }
+        let hours: i64 = query_scalar("select sum(registrations)::bigint from registrations").fetch_one(&self.db).await?;
+        checks::require_equal("registrations are counted", hours as u64, self.done)?;
+        self.service.stop().await;
+        Ok(())
+    }
+}
+
+/// The registration of a new user.
+pub fn registration() -> (Envelope, UserEvent) {
+    let user = mint_id();
+    let envelope = Envelope {
+        id: mint_id(),
+        kind: "user.registered".to_owned(),
+        source: "/user".to_owned(),
+        key: user,
+        version: 1,
+        time: now(),
+        cause: Cause::command(None),
+        traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00".to_owned()),
+        tracestate: None,
+    };
+    (envelope, UserEvent::Registered(UserRef { user_id: user }))
+}
+
+impl Contest for Consume<'_> {
+    async fn ours(&mut self) -> Result<Slice> {
+        self.writer.begin()?;
+        let topic = self.lab.prefixed(Topic::USER_EVENTS.name);
+        for _ in 0..self.events {
+            let (envelope, event) = registration();
+            self.writer.send_event(&topic, &envelope, &event)?;
+        }
+        self.writer.wait()?;
+        self.done += self.events;
+        let meter = self.lab.bed.meter(&[&self.service])?;
+        let deadline = Instant::now() + LIMIT;
+        self.writer.commit()?;
+        while self.counted().await? < self.done {
+            ensure!(Instant::now() < deadline, "analytics does not count the events");
+            sleep(POLL).await;
+        }
+        meter.stop(self.events)
+    }
+
+    async fn limit(&mut self) -> Result<Slice> {
+        let events: Vec<(Uuid, Uuid)> = (0..self.events).map(|_| (mint_id(), mint_id())).collect();
+        let at = now();
+        let meter = self.lab.bed.meter(&[])?;
+        for batch in events.chunks(BATCH) {
+            self.batch(batch, at).await?;
+        }
+        self.done += self.events;
+        meter.stop(self.events)
+    }
+}
