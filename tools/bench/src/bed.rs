@@ -1,7 +1,7 @@
 //! The components that the jobs share, and for each job its own databases and names on them.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use sqlx::{Connection, PgConnection, PgPool};
@@ -13,7 +13,7 @@ use testbed::stack::{Access, Ports, Stack};
 use testbed::system::start_stack;
 use topology::Service;
 
-use crate::Size;
+use crate::{Programs, Size};
 use crate::disk::DiskProbe;
 use crate::meter::Meter;
 
@@ -21,7 +21,9 @@ use crate::meter::Meter;
 pub struct Bed {
     pub stack: Stack,
     pub disk: DiskProbe,
-    programs: PathBuf,
+    services: PathBuf,
+    /// The program of the benchmark itself.
+    pub program: PathBuf,
     size: Size,
     logs: Logs,
     _scratch: Scratch,
@@ -29,14 +31,15 @@ pub struct Bed {
 
 impl Bed {
     /// Starts the components. Postgres stores each commit on the disk, as in production.
-    pub async fn start(programs: &Path, size: Size) -> Result<Self> {
+    pub async fn start(programs: Programs<'_>, size: Size) -> Result<Self> {
         let logs = Logs::to_files("bench")?;
         let fetched = fetch().await?;
         let scratch = Scratch::create("bench")?;
         let ports = Ports::free();
         let stack = start_stack(&fetched, scratch.path(), ports, Durability::Disk, Access::Open, &logs).await?;
         let disk = DiskProbe::start(scratch.path())?;
-        Ok(Self { stack, disk, programs: programs.to_owned(), size, logs, _scratch: scratch })
+        let (services, program) = (programs.services.to_owned(), programs.bench.to_owned());
+        Ok(Self { stack, disk, services, program, size, logs, _scratch: scratch })
     }
 
     pub fn size(&self) -> Size {
@@ -107,7 +110,7 @@ impl Lab<'_> {
         environment.extend(own.map(|of| (of.database_url_setting(), self.databases[of.name].url.clone())));
         environment.push(("TOPIC_PREFIX".to_owned(), self.prefixed("")));
         environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        Instance::on_free_ports(service).spawn(&self.bed.programs, &environment, &self.bed.logs)
+        Instance::on_free_ports(service).spawn(&self.bed.services, &environment, &self.bed.logs)
     }
 
     /// A connection with the rights of the service.
@@ -118,10 +121,5 @@ impl Lab<'_> {
     /// Connections with the rights of the role that owns the tables.
     pub async fn owner(&self, service: Service) -> Result<PgPool> {
         Ok(PgPool::connect(&self.databases[service.name].owner_url).await?)
-    }
-
-    /// The URL with which a program connects as the service.
-    pub fn database_url(&self, service: Service) -> &str {
-        &self.databases[service.name].url
     }
 }

@@ -64,13 +64,22 @@ impl ProducerContext for Rejections {
 impl Writer {
     /// Without transactions.
     pub fn new(bed: &Bed) -> Result<Self> {
-        Self::with(client(bed))
+        let mut config = client(bed);
+        config.set("linger.ms", "5");
+        Self::with(config)
+    }
+
+    /// Sends each record at once.
+    pub fn without_linger(bed: &Bed) -> Result<Self> {
+        let mut config = client(bed);
+        config.set("linger.ms", "0");
+        Self::with(config)
     }
 
     /// With transactions, so that readers see a whole backlog at one moment.
     pub fn transactional(bed: &Bed, id: &str) -> Result<Self> {
         let mut config = client(bed);
-        config.set("transactional.id", id).set("transaction.timeout.ms", "300000");
+        config.set("transactional.id", id).set("transaction.timeout.ms", "300000").set("linger.ms", "5");
         let writer = Self::with(config)?;
         writer.producer.init_transactions(TIMEOUT)?;
         Ok(writer)
@@ -82,7 +91,6 @@ impl Writer {
             .set("acks", "all")
             .set("compression.type", "zstd")
             .set("partitioner", "murmur2_random")
-            .set("linger.ms", "5")
             .set("queue.buffering.max.messages", "500000");
         let rejected: Arc<AtomicU64> = Arc::default();
         let producer = config.create_with_context(Rejections(Arc::clone(&rejected)))?;

@@ -61,11 +61,20 @@ impl Size {
     }
 }
 
+/// The programs that the benchmark starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Programs<'a> {
+    /// The folder with the services.
+    pub services: &'a Path,
+    /// The program of the benchmark itself, which also contains a limit.
+    pub bench: &'a Path,
+}
+
 /// Runs these jobs one after another, and calls `done` with the report of each.
 ///
 /// # Errors
 /// A component does not start, or something that a job wrote is lost, doubled or out of order.
-pub async fn run(jobs: &[Job], size: Size, programs: &Path, mut done: impl FnMut(&Report)) -> Result<Vec<Report>> {
+pub async fn run(jobs: &[Job], size: Size, programs: Programs<'_>, mut done: impl FnMut(&Report)) -> Result<Vec<Report>> {
     let bed = Bed::start(programs, size).await?;
     let mut reports = vec![];
     for job in jobs {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use bench::{Job, Machine, Size};
+use bench::{Job, Machine, Programs, Size};
 use clap::{Parser, Subcommand};
 use testbed::process;
 use testbed::say::say;
@@ -57,7 +57,8 @@ async fn run(command: Command) -> Result<ExitCode> {
     let size = if quick { Size::Quick } else { Size::Full };
     let machine = Machine::look()?;
     say(&machine);
-    let reports = bench::run(&jobs, size, &programs, |report| say(report)).await?;
+    let programs = Programs { services: &programs, bench: &std::env::current_exe()? };
+    let reports = bench::run(&jobs, size, programs, |report| say(report)).await?;
     bench::write(&machine, size, &reports, all)?;
     Ok(ExitCode::SUCCESS)
 }

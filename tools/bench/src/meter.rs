@@ -1,6 +1,6 @@
 //! Measures a slice: a piece of work of one side.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -51,11 +51,6 @@ impl<'a> Meter<'a> {
         services.iter().try_for_each(|pid| forget_peak(*pid))?;
         let before = Snapshot::take()?;
         Ok(Self { bed, services: services.to_vec(), before, start: Instant::now() })
-    }
-
-    /// The time since the slice began.
-    pub fn elapsed(&self) -> Duration {
-        self.start.elapsed()
     }
 
     /// Ends the slice, in which this amount of work was done.

@@ -23,6 +23,17 @@ pub struct Cpu {
 }
 
 impl Cpu {
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            service: self.service + other.service,
+            postgres: self.postgres + other.postgres,
+            kafka: self.kafka + other.kafka,
+            redis: self.redis + other.redis,
+            load: self.load + other.load,
+            others: self.others + other.others,
+        }
+    }
+
     pub fn map(self, change: impl Fn(f64) -> f64) -> Self {
         Self {
             service: change(self.service),

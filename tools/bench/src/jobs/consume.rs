@@ -1,6 +1,7 @@
 //! `consume`: a backlog of registrations in the topic, until analytics has counted all of them. The
 //! limit executes the same statements in transactions of 2,000 events, one after another on one
-//! connection, without Kafka.
+//! connection, without Kafka. Analytics has a second consumer of the same topic, the audit. It waits
+//! for a lock on its table during a slice of our side, and catches up after it.
 
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ const MEMORY_GOAL: f64 = 40.0;
 /// Events of a transaction of the limit.
 const BATCH: usize = 2_000;
 const POLL: Duration = Duration::from_millis(2);
+const AUDIT_POLL: Duration = Duration::from_millis(200);
 /// How long a slice may take.
 const LIMIT: Duration = Duration::from_secs(300);
 const COUNTED: &str = "select coalesce(sum(registered), 0)::bigint from funnel_totals";
@@ -57,7 +59,10 @@ struct Consume<'a> {
     count: String,
     funnel: String,
     events: u64,
+    /// Events of both sides.
     done: u64,
+    /// Events of our side.
+    consumed: u64,
 }
 
 impl<'a> Consume<'a> {
@@ -75,11 +80,21 @@ impl<'a> Consume<'a> {
             funnel: statements::of(ANALYTICS, "registered_at) select user_id")?,
             events: lab.bed.size().of(EVENTS),
             done: 0,
+            consumed: 0,
         })
     }
 
     async fn counted(&self) -> Result<u64> {
         Ok(query_scalar::<_, i64>(COUNTED).fetch_one(&self.db).await? as u64)
+    }
+
+    async fn until_audited(&self) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        while query_scalar::<_, i64>("select count(*) from audit").fetch_one(&self.db).await? < self.consumed as i64 {
+            ensure!(Instant::now() < deadline, "the audit does not store the events");
+            sleep(AUDIT_POLL).await;
+        }
+        Ok(())
     }
 
     /// One transaction of the limit.
@@ -153,6 +168,9 @@ impl Contest for Consume<'_> {
         }
         self.writer.wait()?;
         self.done += self.events;
+        self.consumed += self.events;
+        let mut audit = self.db.begin().await?;
+        sqlx::raw_sql("lock table audit in exclusive mode").execute(&mut *audit).await?;
         let meter = self.lab.bed.meter(&[&self.service])?;
         let deadline = Instant::now() + LIMIT;
         self.writer.commit()?;
@@ -160,7 +178,10 @@ impl Contest for Consume<'_> {
             ensure!(Instant::now() < deadline, "analytics does not count the events");
             sleep(POLL).await;
         }
-        meter.stop(self.events)
+        let slice = meter.stop(self.events)?;
+        audit.commit().await?;
+        self.until_audited().await?;
+        Ok(slice)
     }
 
     async fn limit(&mut self) -> Result<Slice> {

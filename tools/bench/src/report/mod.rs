@@ -1,5 +1,6 @@
 //! The results: on the terminal, as JSON, and as docs/performance.md.
 
+mod chart;
 mod figures;
 mod page;
 
@@ -55,6 +56,8 @@ pub struct Report {
     pub ours: String,
     /// What the limit does in a slice.
     pub limit: String,
+    /// What limits our side, for readers of the page.
+    pub limited_by: String,
     /// What is counted, for example `rows`.
     pub unit: String,
     /// Of a job with two sides.
@@ -118,6 +121,7 @@ impl Report {
             job: job.to_owned(),
             ours: ours.to_owned(),
             limit: String::new(),
+            limited_by: String::new(),
             unit: String::new(),
             slices: None,
             figures,
@@ -151,6 +155,12 @@ impl Report {
     /// The median of what our service needs for 100,000, in CPU seconds.
     pub fn service_cpu(&self) -> f64 {
         Spread::of(self.ours().iter().map(|slice| slice.cpu_per_100_000().service)).median
+    }
+
+    /// Says what limits our side.
+    pub fn limited_by(mut self, text: &str) -> Self {
+        text.clone_into(&mut self.limited_by);
+        self
     }
 
     pub fn with_disk(mut self, times: &[Duration]) -> Self {

@@ -62,6 +62,11 @@ impl SmtpSink {
         self.shared.state().mails.clone()
     }
 
+    /// The number of mails, without copying them.
+    pub fn count(&self) -> usize {
+        self.shared.state().mails.len()
+    }
+
     pub fn clear(&self) {
         self.shared.state().mails.clear();
     }
