@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use sqlx::{Connection, PgConnection, PgPool};
 use testbed::fetch::fetch;
 use testbed::postgres::{self, Database, Durability};
-use testbed::process::{Logs, Scratch};
-use testbed::services::{self, Instance, RunningService};
+use testbed::process::{Logs, Process, Scratch, command};
+use testbed::services::{self, Instance, RunningService, SERVICES};
 use testbed::stack::{Access, Ports, Stack};
 use testbed::system::start_stack;
 use topology::Service;
@@ -105,12 +105,30 @@ impl Lab<'_> {
 
     /// Starts a service and returns at once.
     pub fn spawn(&self, service: Service, settings: &[(&str, &str)]) -> Result<RunningService> {
+        let mut environment = self.environment(service);
+        environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Instance::on_free_ports(service).spawn(&self.bed.services, &environment, &self.bed.logs)
+    }
+
+    /// Creates the topics of all services, of which most do not run.
+    pub async fn create_topics(&self) -> Result<()> {
+        for service in SERVICES {
+            let mut creation = command(self.bed.services.join(service.name));
+            creation.arg("create-topics").envs(self.environment(service));
+            let name = format!("{}-create-topics", service.name);
+            let mut creation = Process::spawn(&name, creation, &self.bed.logs)?;
+            let status = creation.wait().await;
+            ensure!(status.success(), "{} cannot create its topics{}", service.name, creation.last_lines());
+        }
+        Ok(())
+    }
+
+    fn environment(&self, service: Service) -> Vec<(String, String)> {
         let mut environment = services::environment(&self.bed.stack, service);
         let own = topology::with_database();
         environment.extend(own.map(|of| (of.database_url_setting(), self.databases[of.name].url.clone())));
         environment.push(("TOPIC_PREFIX".to_owned(), self.prefixed("")));
-        environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        Instance::on_free_ports(service).spawn(&self.bed.services, &environment, &self.bed.logs)
+        environment
     }
 
     /// A connection with the rights of the service.

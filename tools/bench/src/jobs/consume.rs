@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, query_scalar};
 use testbed::services::RunningService;
 use time::OffsetDateTime;
 use tokio::time::{Instant, sleep};
-use topology::{ANALYTICS, USER};
+use topology::ANALYTICS;
 use uuid::Uuid;
 
 use crate::bed::{Bed, Lab};
@@ -67,9 +67,7 @@ struct Consume<'a> {
 
 impl<'a> Consume<'a> {
     async fn start(lab: &'a Lab<'a>) -> Result<Self> {
-        // The user service creates the topic.
-        let mut owner_of_topic = lab.start(USER, &[]).await?;
-        owner_of_topic.stop().await;
+        lab.create_topics().await?;
         Ok(Self {
             lab,
             service: lab.start(ANALYTICS, &[]).await?,

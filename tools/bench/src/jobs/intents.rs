@@ -10,7 +10,7 @@ use sqlx::postgres::types::PgInterval;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, query_scalar};
 use testbed::services::RunningService;
 use tokio::time::{Instant, sleep};
-use topology::{EMAIL, USER};
+use topology::EMAIL;
 use uuid::Uuid;
 
 use super::consume::registration;
@@ -55,8 +55,7 @@ struct Intents<'a> {
 
 impl<'a> Intents<'a> {
     async fn start(lab: &'a Lab<'a>) -> Result<Self> {
-        // The user service creates the topics.
-        lab.start(USER, &[]).await?.stop().await;
+        lab.create_topics().await?;
         Ok(Self {
             lab,
             service: lab.start(EMAIL, &[]).await?,

@@ -20,7 +20,7 @@ use testbed::services::RunningService;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
-use topology::{CACHE, USER};
+use topology::CACHE;
 use uuid::Uuid;
 
 use super::view::{profile, state};
@@ -63,8 +63,7 @@ struct Read<'a> {
 impl<'a> Read<'a> {
     /// Fills the cache and waits until both sides answer.
     async fn start(lab: &'a Lab<'a>) -> Result<Self> {
-        // The user service creates the topic.
-        lab.start(USER, &[]).await?.stop().await;
+        lab.create_topics().await?;
         let service = lab.start(CACHE, &[]).await?;
         let writer = Writer::new(lab.bed)?;
         let users: Vec<Uuid> = (0..USERS).map(|_| mint_id()).collect();

@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
-use topology::{EMAIL, USER};
+use topology::EMAIL;
 
 use crate::bed::{Bed, Lab};
 use crate::checks;
@@ -58,8 +58,7 @@ struct Send<'a> {
 
 impl<'a> Send<'a> {
     async fn start(lab: &'a Lab<'a>) -> Result<Self> {
-        // The user service creates the topics.
-        lab.start(USER, &[]).await?.stop().await;
+        lab.create_topics().await?;
         let service = lab.start(EMAIL, &[("SENDERS", &SENDERS.to_string())]).await?;
         let db = lab.owner(EMAIL).await?;
         Ok(Self { lab, service, db, mails: lab.bed.size().of(MAILS), sent: 0, sample: String::new() })

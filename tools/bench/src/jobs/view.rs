@@ -12,7 +12,7 @@ use shared::events::{Cause, Envelope, Profile, Topic, UserState, mint_id, now};
 use testbed::paths::root;
 use testbed::services::RunningService;
 use tokio::time::{Instant, sleep};
-use topology::{CACHE, USER};
+use topology::CACHE;
 use uuid::Uuid;
 
 use crate::bed::{Bed, Lab};
@@ -57,8 +57,7 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     async fn start(lab: &'a Lab<'a>) -> Result<Self> {
-        // The user service creates the topic.
-        lab.start(USER, &[]).await?.stop().await;
+        lab.create_topics().await?;
         let service = lab.start(CACHE, &[]).await?;
         let store = Client::open(lab.bed.stack.redis.url())?.get_multiplexed_async_connection().await?;
         let script = Script::new(&std::fs::read_to_string(root().join("services/cache/src/view.lua"))?);
