@@ -13,9 +13,9 @@ use testbed::stack::{Access, Ports, Stack};
 use testbed::system::start_stack;
 use topology::Service;
 
-use crate::{Programs, Size};
 use crate::disk::DiskProbe;
 use crate::meter::Meter;
+use crate::{Programs, Size};
 
 /// Fields are dropped in this order.
 pub struct Bed {

@@ -199,7 +199,10 @@ pub fn read(
 }
 
 /// A header of a record.
-pub fn header<'a>(message: &'a impl Message<Headers = rdkafka::message::BorrowedHeaders>, name: &str) -> Option<&'a str> {
+pub fn header<'a>(
+    message: &'a impl Message<Headers = rdkafka::message::BorrowedHeaders>,
+    name: &str,
+) -> Option<&'a str> {
     use rdkafka::message::Headers;
     let value = message.headers()?.iter().find(|header| header.key == name)?.value?;
     std::str::from_utf8(value).ok()

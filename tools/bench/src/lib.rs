@@ -74,7 +74,12 @@ pub struct Programs<'a> {
 ///
 /// # Errors
 /// A component does not start, or something that a job wrote is lost, doubled or out of order.
-pub async fn run(jobs: &[Job], size: Size, programs: Programs<'_>, mut done: impl FnMut(&Report)) -> Result<Vec<Report>> {
+pub async fn run(
+    jobs: &[Job],
+    size: Size,
+    programs: Programs<'_>,
+    mut done: impl FnMut(&Report),
+) -> Result<Vec<Report>> {
     let bed = Bed::start(programs, size).await?;
     let mut reports = vec![];
     for job in jobs {

@@ -100,8 +100,7 @@ impl<'a> Consume<'a> {
         let mut ids: Vec<Uuid> = events.iter().map(|(id, _)| *id).collect();
         ids.sort_unstable();
         let mut tx = self.session.begin().await?;
-        let new: Vec<Uuid> =
-            query_scalar(INBOX).bind("analytics.users").bind(ids).fetch_all(&mut *tx).await?;
+        let new: Vec<Uuid> = query_scalar(INBOX).bind("analytics.users").bind(ids).fetch_all(&mut *tx).await?;
         let partition = |user: &Uuid| Topic::USER_EVENTS.partition_of(*user);
         let mut users: Vec<Uuid> = events.iter().map(|(_, user)| *user).collect();
         users.sort_unstable();
@@ -132,7 +131,8 @@ impl<'a> Consume<'a> {
                 query_scalar(AssertSqlSafe(format!("select count(*) from {table}"))).fetch_one(&self.db).await?;
             checks::require_equal(&format!("rows of {table}"), rows as u64, self.done)?;
         }
-        let hours: i64 = query_scalar("select sum(registrations)::bigint from registrations").fetch_one(&self.db).await?;
+        let hours: i64 =
+            query_scalar("select sum(registrations)::bigint from registrations").fetch_one(&self.db).await?;
         checks::require_equal("registrations are counted", hours as u64, self.done)?;
         self.service.stop().await;
         Ok(())

@@ -160,9 +160,9 @@ impl<'a> Latency<'a> {
         ];
         let what = "an idle system, one request each 200 ms: when a consumer has the event";
         let report = Report::of_figures("latency", what, vec![leader, follower, bare, answers]);
-        goals.into_iter().fold(report, |report, (what, value, most)| {
-            report.with_goal(what, value, "ms", Bound::AtMost(most))
-        })
+        goals
+            .into_iter()
+            .fold(report, |report, (what, value, most)| report.with_goal(what, value, "ms", Bound::AtMost(most)))
     }
 
     fn check(&self, registered: u64) -> Result<()> {

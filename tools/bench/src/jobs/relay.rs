@@ -99,8 +99,7 @@ impl<'a> Relay<'a> {
         };
         require(Topic::USER_EVENTS.name, self.published)?;
         if self.copied > 0 {
-            let written: i64 =
-                kafka::ends(self.lab.bed, &self.lab.prefixed("limit"))?.into_values().sum();
+            let written: i64 = kafka::ends(self.lab.bed, &self.lab.prefixed("limit"))?.into_values().sum();
             checks::require_equal("records of the limit", written as u64, self.copied)?;
         }
         self.service.stop().await;

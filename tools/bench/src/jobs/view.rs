@@ -16,11 +16,11 @@ use topology::CACHE;
 use uuid::Uuid;
 
 use crate::bed::{Bed, Lab};
+use crate::checks;
 use crate::kafka::{self, Writer};
 use crate::meter::Slice;
 use crate::report::Report;
 use crate::slices::{Contest, measure};
-use crate::checks;
 
 const STATES: u64 = 200_000;
 const GOAL: f64 = 0.7;
@@ -136,7 +136,8 @@ impl Contest for View<'_> {
         self.writer.commit()?;
         // The end of a partition is after the marker of the transaction. The view's position gets there
         // when the partition is read to its end; the last record is before the marker.
-        let ends = kafka::ends(self.lab.bed, &topic)?.into_iter().map(|(partition, end)| (partition, end - 1)).collect();
+        let ends =
+            kafka::ends(self.lab.bed, &topic)?.into_iter().map(|(partition, end)| (partition, end - 1)).collect();
         while !self.has_reached(&ends).await? {
             ensure!(Instant::now() < deadline, "the cache does not write the states");
             sleep(POLL).await;

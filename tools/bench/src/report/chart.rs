@@ -21,7 +21,9 @@ const THICKNESS: f64 = 14.0;
 
 /// Horizontal bars with their values, in units of `unit`.
 pub fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
-    let tallest = |bar: &Bar| [Some(bar.value), bar.range.map(|(_, most)| most), bar.goal].into_iter().flatten().fold(0.0, f64::max);
+    let tallest = |bar: &Bar| {
+        [Some(bar.value), bar.range.map(|(_, most)| most), bar.goal].into_iter().flatten().fold(0.0, f64::max)
+    };
     let scale = (WIDTH - NAMES - VALUES) / bars.iter().map(tallest).fold(f64::MIN_POSITIVE, f64::max);
     let height = HEAD + LINE * bars.len() as f64;
     let mut svg = format!(

@@ -219,11 +219,8 @@ impl Display for Report {
         if let Some(disk) = &self.disk {
             writeln!(f, "  fdatasync: median {:.2} ms, p99 {:.2} ms", disk.median, disk.p99)?;
         }
-        let goals: Vec<String> = self
-            .goals
-            .iter()
-            .map(|goal| format!("{goal}{}", if goal.is_met() { "" } else { " (short)" }))
-            .collect();
+        let goals: Vec<String> =
+            self.goals.iter().map(|goal| format!("{goal}{}", if goal.is_met() { "" } else { " (short)" })).collect();
         let verdict = if self.is_ok() { "ok" } else { "short" };
         if goals.is_empty() {
             write!(f, "{}: measured", self.job)

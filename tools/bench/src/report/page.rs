@@ -37,7 +37,11 @@ fn page(machine: &Machine, reports: &[Report]) -> Result<String> {
     let mut page = String::new();
     let (intro, method) = METHOD.split_once("<!-- results -->\n").context("method.md has no mark for the results")?;
     page.push_str(intro);
-    writeln!(page, "Measured on {} cores ({}), load {:.2} before the run.\n", machine.cores, machine.processor, machine.load)?;
+    writeln!(
+        page,
+        "Measured on {} cores ({}), load {:.2} before the run.\n",
+        machine.cores, machine.processor, machine.load
+    )?;
     writeln!(page, "| job | what | measured | goal | |\n|---|---|---|---|---|")?;
     for report in reports {
         for goal in &report.goals {
