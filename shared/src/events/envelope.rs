@@ -2,6 +2,8 @@
 //! record's value is the data, unwrapped. Sources: CloudEvents 1.0.2, its Kafka protocol binding
 //! §3.2, its sequence extension and its distributed tracing extension.
 
+use std::fmt::Write as _;
+
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 use uuid::Uuid;
@@ -18,6 +20,12 @@ const TRACEPARENT_LENGTH: usize = 55;
 /// The longest `tracestate` (bytes) and its most members, as W3C Trace Context requires.
 const TRACESTATE_MAX_LENGTH: usize = 512;
 const TRACESTATE_MAX_MEMBERS: usize = 32;
+/// The most headers that an envelope has.
+pub const MAX_HEADERS: usize = 14;
+/// The longest time in RFC 3339 (bytes), with nanoseconds and an offset.
+const TIME_LENGTH: usize = 35;
+/// Bytes. Enough for the schema of most types; a longer text makes its buffer grow.
+const TEXT_CAPACITY: usize = 64;
 
 /// Identity and origin of an event. Every guarantee depends on these attributes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,25 +93,47 @@ pub fn now() -> OffsetDateTime {
 }
 
 impl Envelope {
-    /// The record's headers. An absent optional attribute has no header.
-    pub fn headers(&self) -> Vec<(&'static str, String)> {
-        let time = self.time.format(&Rfc3339).expect("the year of an event has four digits");
-        let mut headers = vec![
-            ("ce_specversion", SPEC_VERSION.to_owned()),
-            ("ce_id", self.id.to_string()),
-            ("ce_type", self.kind.clone()),
-            ("ce_source", self.source.clone()),
-            ("ce_subject", self.key.to_string()),
-            ("ce_time", time),
-            ("ce_dataschema", format!("urn:waybill:{}:{SCHEMA_MAJOR}", self.kind)),
-            ("ce_sequence", self.version.to_string()),
-            ("content-type", JSON.to_owned()),
-        ];
+    /// Hands each header of the record to `add`: its name and its value. An absent optional attribute
+    /// has no header. There are at most [`MAX_HEADERS`].
+    ///
+    /// The relay writes millions of records, so each value is formatted into one buffer.
+    pub fn each_header(&self, mut add: impl FnMut(&'static str, &str)) {
+        let mut id = Uuid::encode_buffer();
+        let mut time = [0; TIME_LENGTH];
+        // The length comes from the rest of the buffer: `format_into` returns less than it has written.
+        let mut rest = &mut time[..];
+        self.time.format_into(&mut rest, &Rfc3339).expect("the year of an event has four digits");
+        let length = TIME_LENGTH - rest.len();
+        let time = std::str::from_utf8(&time[..length]).expect("RFC 3339 is ASCII");
+        let mut text = String::with_capacity(TEXT_CAPACITY);
+        add("ce_specversion", SPEC_VERSION);
+        add("ce_id", self.id.hyphenated().encode_lower(&mut id));
+        add("ce_type", &self.kind);
+        add("ce_source", &self.source);
+        add("ce_subject", self.key.hyphenated().encode_lower(&mut id));
+        add("ce_time", time);
+        write(&mut text, format_args!("urn:waybill:{}:{SCHEMA_MAJOR}", self.kind));
+        add("ce_dataschema", &text);
+        write(&mut text, format_args!("{}", self.version));
+        add("ce_sequence", &text);
+        add("content-type", JSON);
         let Cause { causation, correlation, actor } = self.cause;
-        let ids = [("ce_causationid", causation), ("ce_correlationid", correlation), ("ce_actor", actor)];
-        headers.extend(ids.into_iter().filter_map(|(name, id)| Some((name, id?.to_string()))));
-        headers.extend(self.traceparent.clone().map(|value| ("traceparent", value)));
-        headers.extend(self.tracestate.clone().map(|value| ("tracestate", value)));
+        for (name, cause) in [("ce_causationid", causation), ("ce_correlationid", correlation), ("ce_actor", actor)] {
+            if let Some(cause) = cause {
+                add(name, cause.hyphenated().encode_lower(&mut id));
+            }
+        }
+        for (name, value) in [("traceparent", &self.traceparent), ("tracestate", &self.tracestate)] {
+            if let Some(value) = value {
+                add(name, value);
+            }
+        }
+    }
+
+    /// The record's headers, as [`Envelope::each_header`] hands them over.
+    pub fn headers(&self) -> Vec<(&'static str, String)> {
+        let mut headers = vec![];
+        self.each_header(|name, value| headers.push((name, value.to_owned())));
         headers
     }
 
@@ -146,6 +176,12 @@ impl Envelope {
             tracestate: tracestate.map(str::to_owned),
         })
     }
+}
+
+/// Replaces the text.
+fn write(text: &mut String, value: std::fmt::Arguments<'_>) {
+    text.clear();
+    text.write_fmt(value).expect("writing to a string cannot fail");
 }
 
 /// The same time in UTC. `None` if its year in UTC is not between 1 and 9999. Another year cannot
@@ -254,6 +290,12 @@ mod tests {
     fn parse(key: Option<&str>, headers: &[(&'static str, String)]) -> Result<Envelope, DecodeError> {
         let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, Some(value.as_bytes()))).collect();
         Envelope::parse(key.map(str::as_bytes), &headers)
+    }
+
+    #[test]
+    fn an_envelope_has_at_most_the_declared_number_of_headers() {
+        let tracestate = Some("a=1".to_owned());
+        assert_eq!(Envelope { tracestate, ..envelope() }.headers().len(), MAX_HEADERS);
     }
 
     #[test]

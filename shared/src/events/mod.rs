@@ -10,7 +10,7 @@ mod user;
 pub use address::check_address;
 pub use email::{Delivery, EmailEvent, Undelivered};
 pub(crate) use envelope::trace_context;
-pub use envelope::{Cause, Envelope, in_utc, mint_id, now};
+pub use envelope::{Cause, Envelope, MAX_HEADERS, in_utc, mint_id, now};
 pub use topics::{Kind, Topic, key_hash};
 pub use user::{Profile, UserEvent, UserRef, UserState};
 

@@ -86,7 +86,8 @@ impl Topic {
 /// The hash by which Kafka chooses a key's partition: the partition is its remainder by the number
 /// of partitions. It is not negative.
 pub fn key_hash(key: Uuid) -> i32 {
-    (murmur2(key.to_string().as_bytes()) & 0x7fff_ffff).cast_signed()
+    let mut text = Uuid::encode_buffer();
+    (murmur2(key.hyphenated().encode_lower(&mut text).as_bytes()) & 0x7fff_ffff).cast_signed()
 }
 
 const BROKER_TIME: (&str, &str) = ("message.timestamp.type", "LogAppendTime");

@@ -91,6 +91,44 @@ async fn rows_that_postgres_does_not_delete_are_published_once() {
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 2, "facts of two registrations");
 }
 
+/// Inserts events of a key, each of almost the largest size. Five of them fill a round.
+pub async fn insert_large_versions(db: &PgPool, key: Uuid, versions: RangeInclusive<i64>) {
+    let insert = "insert into outbox
+                      (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
+                  select gen_random_uuid(), 'user.events.v1', 'user', $1, $4, version, 'user.profile_changed',
+                      convert_to(rpad('', 900000, 'x'), 'utf8'), now()
+                  from generate_series($2::bigint, $3) version order by version";
+    let insert = sqlx::query(insert).bind(key).bind(versions.start()).bind(versions.end()).bind(key_hash(key));
+    insert.execute(db).await.unwrap();
+}
+
+/// I3, I4: Postgres refuses to delete rows while a backlog waits. The relay publishes no further round
+/// than the one that was in flight. A crash then publishes these two rounds again, and no others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_publishes_at_most_two_rounds_again() {
+    const ROWS: i64 = 30;
+    const TWO_ROUNDS: usize = 10;
+    let mut system = System::start_only(&[USER]).await;
+    let judge = system.judge().await;
+    let db = system.stores.database(USER).await;
+    sqlx::raw_sql(KEEP_ROWS).execute(&db).await.unwrap();
+    insert_large_versions(&db, Uuid::now_v7(), 1..=ROWS).await;
+    eventually_eq("facts of two rounds", TWO_ROUNDS, async || system.kafka.read(USER_EVENTS).len()).await;
+    let failed = async || system.processes.metric(USER, "relay_rounds_total", &["outcome=\"failed\""]).await;
+    eventually("the relay has failed four times", async || failed().await.filter(|rounds| *rounds >= 4.0)).await;
+    assert_eq!(
+        system.kafka.read(USER_EVENTS).len(),
+        TWO_ROUNDS,
+        "a third round is published before the first one is deleted"
+    );
+
+    system.processes.kill(USER);
+    sqlx::raw_sql("drop trigger keep_rows on outbox").execute(&db).await.unwrap();
+    system.processes.start(&[USER]).await;
+    judge.check(&mut system).await;
+    assert_eq!(system.kafka.read(USER_EVENTS).len(), ROWS as usize + TWO_ROUNDS, "facts with the copies of two rounds");
+}
+
 /// Inserts events of a key from one version to another at once, as many commands would.
 const INSERT_VERSIONS: &str = "
     insert into outbox (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)

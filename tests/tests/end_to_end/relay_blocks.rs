@@ -12,7 +12,7 @@ use tests::{System, eventually, eventually_eq, throughout, within};
 use topology::USER;
 use uuid::Uuid;
 
-use crate::outbox::insert_event;
+use crate::outbox::{insert_event, insert_large_versions};
 
 /// The time until a new event is published although others wait. Far below the time that one
 /// attempt per blocked key would take.
@@ -144,6 +144,32 @@ async fn a_rejected_record_blocks_only_its_key() {
     let versions: Vec<i64> = system.kafka.read_key(TOPIC, large).iter().map(|record| record.version()).collect();
     assert_eq!(versions, [1, 2]);
     until_metric(&system, "outbox_blocked_keys", 0.0).await;
+}
+
+/// T10, I4: a rejected record and a later row of its key are in different rounds of a backlog. The
+/// relay has read the later round before Kafka rejects the first one. The later row waits all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejected_record_also_blocks_the_rows_that_were_read_ahead() {
+    const TOPIC: &str = "small.records";
+    let mut system = System::start_only(&[USER]).await;
+    let db = system.stores.database(USER).await;
+    system.kafka.create_topic(TOPIC, 1, &[("max.message.bytes", "1000")]).await;
+    system.processes.stop(USER).await;
+    let large = Uuid::now_v7();
+    insert_large(&db, TOPIC, &[large]).await;
+    // More than one round, and less than two.
+    insert_large_versions(&db, Uuid::now_v7(), 1..=8).await;
+    insert_event(&mut db.acquire().await.unwrap(), TOPIC, large, 2).await;
+
+    system.processes.start(&[USER]).await;
+    eventually_eq("rows that wait", 2, async || count(&db, "select count(*) from outbox").await).await;
+    assert!(system.kafka.read_key(TOPIC, large).is_empty(), "version 2 must not overtake version 1");
+    until_metric(&system, "outbox_blocked_keys", 1.0).await;
+
+    system.kafka.alter_topic(TOPIC, &[("max.message.bytes", "100000")]).await;
+    system.stores.until_outbox_empty(USER).await;
+    let versions: Vec<i64> = system.kafka.read_key(TOPIC, large).iter().map(|record| record.version()).collect();
+    assert_eq!(versions, [1, 2]);
 }
 
 /// T10, I4: one of thousands of rows is rejected. The relay finds it, and blocks no other key.

@@ -6,6 +6,8 @@ use tests::{System, eventually_eq};
 use topology::{ANALYTICS, USER};
 use uuid::Uuid;
 
+use crate::outbox::insert_large_versions;
+
 /// T04, T05, I1, I3, I4: wherever the relay is killed under load, no event is lost or published out
 /// of order. Some events are published twice, at new offsets, and each takes effect once. Each
 /// point is reached twice, in a full run eight times.
@@ -28,6 +30,34 @@ async fn a_relay_killed_at_any_point_loses_and_reorders_nothing_and_duplicates_n
     assert!(copies(&history.facts) > 0, "a crash between commit and delete must publish rows twice");
     let duplicates = system.processes.metric(ANALYTICS, "events_consumed_total", &["outcome=\"duplicate\""]).await;
     assert!(duplicates.is_some_and(|count| count > 0.0), "analytics must receive the copies: {duplicates:?}");
+}
+
+/// T04, I3, I4: a backlog waits, so the relay deletes the rows of one round and reads those of another
+/// while it publishes a third. Wherever it is killed, no event is lost or published out of order.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_killed_while_its_rounds_overlap_loses_and_reorders_nothing() {
+    const ROWS: i64 = 16;
+    let mut system = System::start_only(&[USER]).await;
+    let judge = system.judge().await;
+    let db = system.stores.database(USER).await;
+    system.processes.stop(USER).await;
+    let points = [
+        ("after_read_ahead", 1),
+        ("after_read_ahead", 2),
+        ("after_enqueue", 2),
+        ("after_ack", 2),
+        ("after_commit", 2),
+        ("after_delete", 1),
+        ("after_delete", 2),
+    ];
+    for (point, nth) in points {
+        insert_large_versions(&db, Uuid::now_v7(), 1..=ROWS).await;
+        system.processes.spawn_with(USER, &[("FAULT_AT", &format!("relay.{point}:{nth}:kill"))]);
+        system.processes.until_ended(USER).await;
+    }
+    system.processes.start(&[USER]).await;
+    let history = judge.check(&mut system).await;
+    assert!(copies(&history.facts) > 0, "a crash between commit and delete must publish rows twice");
 }
 
 /// I2: a relay dies in a round and Kafka aborts its transaction. No consumer reads its records.

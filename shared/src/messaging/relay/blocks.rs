@@ -170,6 +170,12 @@ pub struct Excluded {
     pub keys: Vec<Uuid>,
 }
 
+impl Excluded {
+    pub fn is_empty(&self) -> bool {
+        self.topics.is_empty() && self.partitions.is_empty() && self.keys.is_empty()
+    }
+}
+
 /// What is due for a probe by a round of one row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Probe {
@@ -218,7 +224,7 @@ impl Blocks {
     }
 
     /// Kafka has accepted records of these topics.
-    pub fn accepted<'a>(&mut self, topics: impl Iterator<Item = &'a String>) {
+    pub fn accepted<'a>(&mut self, topics: impl Iterator<Item = &'a str>) {
         if !self.rejected_in_a_row.is_empty() {
             topics.for_each(|topic| drop(self.rejected_in_a_row.remove(topic)));
         }
@@ -356,12 +362,12 @@ mod tests {
 
     #[test]
     fn a_topic_with_too_many_blocked_keys_is_blocked_as_a_whole() {
-        let topic = "a".to_owned();
+        let topic = "a";
         let mut blocks = Blocks::default();
         for key in 0..=MAX_KEYS_PER_TOPIC as u128 {
             assert_eq!(blocks.count().topics, 0, "after {key} keys");
-            blocks.block_key(Uuid::from_u128(key), &topic, 7, "too large".to_owned());
-            blocks.accepted([&topic].into_iter());
+            blocks.block_key(Uuid::from_u128(key), topic, 7, "too large".to_owned());
+            blocks.accepted([topic].into_iter());
         }
         assert_eq!(blocks.count(), Blocked { topics: 1, partitions: 0, keys: 0 });
     }

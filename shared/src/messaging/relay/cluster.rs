@@ -54,15 +54,34 @@ impl Cluster {
     /// # Errors
     /// Kafka does not answer.
     pub fn topic(&mut self, name: &str, runtime: &Runtime) -> anyhow::Result<TopicState> {
+        self.known_for(name, MAX_AGE, SETTINGS_MAX_AGE, runtime)
+    }
+
+    /// Asks about a topic if the last answer will soon be too old. The relay does so after a round, so
+    /// that the next row need not wait for the answer.
+    ///
+    /// # Errors
+    /// Kafka does not answer.
+    pub fn renew(&mut self, name: &str, runtime: &Runtime) -> anyhow::Result<()> {
+        self.known_for(name, MAX_AGE / 2, SETTINGS_MAX_AGE / 2, runtime).map(drop)
+    }
+
+    fn known_for(
+        &mut self,
+        name: &str,
+        max_age: Duration,
+        settings_max_age: Duration,
+        runtime: &Runtime,
+    ) -> anyhow::Result<TopicState> {
         if !is_topic_name(name) {
             // The client would panic for some of these names.
             return Ok(TopicState::Unavailable(RDKafkaErrorCode::InvalidTopic.to_string()));
         }
         let known = self.topics.get(name);
-        if let Some(known) = known.filter(|known| known.asked_at.elapsed() < MAX_AGE) {
+        if let Some(known) = known.filter(|known| known.asked_at.elapsed() < max_age) {
             return Ok(known.state.clone());
         }
-        let fresh = known.filter(|known| known.settings_asked_at.elapsed() < SETTINGS_MAX_AGE);
+        let fresh = known.filter(|known| known.settings_asked_at.elapsed() < settings_max_age);
         let (settings_asked_at, min_in_sync) = match fresh {
             Some(known) => (known.settings_asked_at, known.min_in_sync),
             None => (Instant::now(), runtime.block_on(min_in_sync(&self.admin, name))),

@@ -19,8 +19,18 @@ const ELECTION_INTERVAL: Duration = Duration::from_millis(500);
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// The leader polls continuously, so a session that is idle for this long belongs to a frozen
 /// process. Postgres closes it, which releases the lock.
-const SESSION_LIMITS: [(&str, &str); 3] =
-    [("idle_session_timeout", "15s"), ("statement_timeout", "5s"), ("idle_in_transaction_session_timeout", "10s")];
+///
+/// The plans of its few statements are made once: by an index, whatever the statistics say. They may be
+/// from a time when the table was almost empty.
+const SESSION_SETTINGS: [(&str, &str); 6] = [
+    ("idle_session_timeout", "15s"),
+    ("statement_timeout", "5s"),
+    ("idle_in_transaction_session_timeout", "10s"),
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    // The rows of a round are sorted if some are left out. By default the sort would write them to disk.
+    ("work_mem", "32MB"),
+];
 
 /// Notifies the relay of new rows.
 #[derive(Clone, Default)]
@@ -99,7 +109,7 @@ impl Election<'_> {
     pub async fn win(&self, waiting: impl Fn()) -> anyhow::Result<Option<(PgConnection, Names)>> {
         // Checked in each term: a pooler that was switched to transaction mode would hand out the lock
         // more than once.
-        let mut db = session(self.database, "relay", &SESSION_LIMITS).await?;
+        let mut db = session(self.database, "relay", &SESSION_SETTINGS).await?;
         let names = Names::of(&mut db, self.outbox).await.context("cannot read the name of the database")?;
         let mut measured_at: Option<Instant> = None;
         while !self.stop.is_cancelled() {

@@ -7,6 +7,9 @@
 //! `transactional.id`, and the `init_transactions` of a new leader ends the transactions of its
 //! predecessor.
 //!
+//! While more rows wait than one round takes, rounds overlap: while Kafka takes one round, the rows of
+//! the previous one are deleted and those of the next one are read.
+//!
 //! A fault of a topic blocks that topic, a fault of a partition the keys of that partition, and a
 //! fault of a row that row and the later rows of its key. Everything else is published.
 //!
@@ -18,7 +21,8 @@ mod cluster;
 mod election;
 mod transaction;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -40,23 +44,26 @@ use crate::platform::health::Health;
 use crate::platform::metrics::{Metrics, RoundLabels, TopicLabels};
 use crate::platform::settings::number;
 use crate::platform::telemetry::{self, TraceContext};
-use blocks::{Blocked, Blocks, Evidence, Probe, Scope, scope};
+use blocks::{Blocked, Blocks, Evidence, Excluded, Probe, Scope, scope};
 use cluster::{Cluster, TopicState};
 use election::{Election, Names};
-use rows::Row;
+use rows::{Batch, Row};
 use transaction::{Outgoing, Rejection, RoundError, Transactions};
 
 pub use election::Wake;
 pub(crate) use election::listen;
 
 /// Rows per round, at most. With a large backlog the cost of a transaction is negligible; a small
-/// backlog makes small rounds.
-const ROUND_ROWS: usize = 5_000;
+/// backlog makes small rounds. Two rounds are in memory, and a record in librdkafka's queue takes a
+/// kilobyte more than its payload.
+const ROUND_ROWS: usize = 8_000;
 /// A rejected round is tried again with this fraction of its rows. Each rejection costs a new
 /// producer, half a second or more, and a round that succeeds costs milliseconds: so few large steps
 /// find a record faster than halving.
 const SPLIT: usize = 8;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// The most spans that a round's span links to. The SDK keeps no more.
+const MAX_LINKS: usize = 128;
 /// The components in `/status`: whether this process can take part in publishing, and, of a leader,
 /// which rows wait.
 const COMPONENT: &str = "outbox relay";
@@ -183,13 +190,27 @@ enum Round {
     Rejected,
 }
 
+/// What overlaps with the round that is published next.
+#[derive(Default)]
+struct Pipeline {
+    /// The rows of the previous round: Kafka has them, and they are not deleted yet.
+    published: Vec<i64>,
+    /// The rows of the next round, if they are read already. While they were read the previous round
+    /// was in flight. They have no row of that round, and may have later rows of its keys.
+    next: Option<Batch>,
+}
+
 impl Term<'_> {
     fn run(mut self) -> anyhow::Result<()> {
+        let mut pipeline = Pipeline::default();
         while !self.relay.stop.is_cancelled() {
             self.look_up_blocked()?;
             let round = match self.blocks.due_by_rejection() {
-                Some(probe) => self.probe(&probe)?,
-                None => self.publish_next()?,
+                Some(probe) => {
+                    self.drain(&mut pipeline)?;
+                    self.probe(&probe)?
+                }
+                None => self.publish_next(&mut pipeline)?,
             };
             self.report_blocks();
             self.measure_if_due();
@@ -197,7 +218,14 @@ impl Term<'_> {
                 self.wait();
             }
         }
+        self.drain(&mut pipeline)?;
         self.runtime.block_on(self.db.close()).context("cannot close the relay's database connection")
+    }
+
+    /// Deletes what is published, and forgets the rows of the next round. They are read again.
+    fn drain(&mut self, pipeline: &mut Pipeline) -> anyhow::Result<()> {
+        let Pipeline { published, .. } = std::mem::take(pipeline);
+        self.outbox().delete_published(&published)
     }
 
     /// Waits for a notification, for the poll interval, or until a block is due. It measures the
@@ -222,6 +250,10 @@ impl Term<'_> {
         }
     }
 
+    fn outbox(&mut self) -> Outbox<'_> {
+        Outbox { relay: self.relay, runtime: &self.runtime, db: &mut self.db, round_rows: *self.round_rows }
+    }
+
     /// Looks up the topics again whose blocks by metadata are due.
     fn look_up_blocked(&mut self) -> anyhow::Result<()> {
         for topic in self.blocks.due_by_metadata() {
@@ -232,18 +264,24 @@ impl Term<'_> {
     }
 
     /// Publishes the oldest rows that are not blocked.
-    fn publish_next(&mut self) -> anyhow::Result<Round> {
-        let limit = i64::try_from(*self.round_rows)?;
-        let excluded = self.blocks.excluded();
-        let rows = bounded(rows::read(&mut self.db, &excluded, limit));
-        let rows = self.runtime.block_on(rows).context("cannot read the outbox")?;
-        let found = rows.len();
-        let rows = self.leave_out_unavailable(rows)?;
-        if rows.is_empty() && found > 0 {
-            return Ok(Round::Rejected); // the next read leaves out what was blocked now
+    fn publish_next(&mut self, pipeline: &mut Pipeline) -> anyhow::Result<Round> {
+        let batch = match pipeline.next.take() {
+            Some(batch) => batch,
+            None => {
+                self.drain(pipeline)?;
+                let excluded = self.blocks.excluded();
+                self.outbox().read(&excluded, &[])?
+            }
+        };
+        let found = batch.rows.len();
+        let rows = self.leave_out_unavailable(batch.rows)?;
+        if rows.is_empty() {
+            self.drain(pipeline)?;
+            // The next read leaves out what was blocked now.
+            return Ok(if found > 0 { Round::Rejected } else { Round::Empty });
         }
         let count = rows.len();
-        let round = self.round(rows);
+        let round = self.round(rows, batch.is_full, pipeline);
         if round.is_err() {
             *self.round_rows = (count / 2).max(1);
         }
@@ -261,8 +299,11 @@ impl Term<'_> {
             return Ok(Round::Rejected);
         };
         let rows = self.leave_out_unavailable(vec![row])?;
+        if rows.is_empty() {
+            return Ok(Round::Rejected);
+        }
         let begin = Instant::now();
-        match self.round(rows)? {
+        match self.round(rows, false, &mut Pipeline::default())? {
             Round::Published => self.blocks.unblock(probe),
             Round::Rejected => self.blocks.pause_probes(begin.elapsed()),
             Round::Empty => {}
@@ -273,9 +314,9 @@ impl Term<'_> {
     /// Blocks the topics and partitions of these rows that metadata shows as unavailable, and
     /// leaves out their rows.
     fn leave_out_unavailable(&mut self, rows: Vec<Row>) -> anyhow::Result<Vec<Row>> {
-        let topics: BTreeSet<String> = rows.iter().map(|row| row.topic.clone()).collect();
+        let topics: BTreeSet<&str> = rows.iter().map(|row| row.topic.as_str()).collect();
         for topic in topics {
-            self.judge(&topic)?;
+            self.judge(topic)?;
         }
         Ok(rows.into_iter().filter(|row| !self.blocks.is_unavailable(&row.topic, row.key_hash)).collect())
     }
@@ -332,41 +373,77 @@ impl Term<'_> {
     /// the rows are published again, at new offsets, with the same event ids, and consumers
     /// recognise them as duplicates. No database transaction is open while the relay waits for
     /// Kafka.
-    fn round(&mut self, rows: Vec<Row>) -> anyhow::Result<Round> {
-        if rows.is_empty() {
-            return Ok(Round::Empty);
-        }
+    ///
+    /// If more rows wait (`is_full`), its own rows are deleted while the next round is in flight. So a
+    /// crash between that round's commit and this delete publishes two rounds again, and never more:
+    /// the next but one is read after this delete. If Kafka rejects this round, the rows of the next
+    /// one are forgotten: they may have later rows of a key that is blocked now.
+    fn round(&mut self, rows: Vec<Row>, is_full: bool, pipeline: &mut Pipeline) -> anyhow::Result<Round> {
         fault::point("relay.after_read");
         let span = tracing::error_span!("publish", rows = rows.len(), "otel.kind" = "producer");
-        let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
-        let topics: Vec<String> = rows.iter().map(|row| row.topic.clone()).collect();
-        let records = rows.into_iter().map(|row| {
-            let topic = self.relay.kafka.prefixed(&row.topic);
-            let partition = state_topic(&row.topic).map(|topic| topic.partition_of(row.envelope.aggregateid));
-            let envelope = row.envelope.into_envelope(&self.relay.source);
-            telemetry::link(&span, &TraceContext::of(&envelope));
-            Outgoing { topic, partition, envelope, payload: row.payload }
+        let records = Arc::new(self.encode(rows));
+        records.iter().take(MAX_LINKS).for_each(|record| telemetry::link(&span, &TraceContext::of(&record.envelope)));
+        let ids: Vec<i64> = records.iter().map(|record| record.row).collect();
+        let previous = std::mem::take(&mut pipeline.published);
+        let excluded = self.blocks.excluded();
+        let Self { relay, runtime, db, transactions, round_rows, .. } = self;
+        let mut outbox = Outbox { relay, runtime, db, round_rows: **round_rows };
+        let (published, next) = transactions.publish(&records, || {
+            outbox.delete_published(&previous)?;
+            if is_full { outbox.read_ahead(&excluded, &ids).map(Some) } else { Ok(None) }
         });
-        let records: Vec<Outgoing> = records.collect();
-        match self.transactions.publish(&records) {
+        let next = next?;
+        match published {
             Ok(()) => {}
             Err(RoundError::Other(error)) => return Err(error),
             Err(RoundError::Rejected(rejections)) => {
-                let found = self.block_rejected(&rejections, &ids, &topics, &records)?;
-                return if found { self.give_up_round() } else { self.split(&ids, &topics, &records, None) };
+                let found = self.block_rejected(&rejections, &records)?;
+                return if found { self.give_up_round() } else { self.split(&records, None) };
             }
             Err(RoundError::Unexplained(error)) => {
-                return self.split(&ids, &topics, &records, error.rdkafka_error_code());
+                return self.split(&records, error.rdkafka_error_code());
             }
         }
         fault::point("relay.after_commit");
-        self.blocks.accepted(topics.iter());
-        self.delete_published(&ids)?;
-        fault::point("relay.after_delete");
+        self.blocks.accepted(records.iter().map(|record| &*record.topic));
         *self.round_rows = (*self.round_rows * 2).min(ROUND_ROWS);
         span.set_attribute("messaging.batch.message_count", ids.len() as i64);
         self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "published" }).inc();
+        if next.is_some() {
+            *pipeline = Pipeline { published: ids, next };
+        } else {
+            self.outbox().delete_published(&ids)?;
+            self.renew(&records);
+        }
         Ok(Round::Published)
+    }
+
+    /// Asks Kafka about the topics of these records again, because the next rows are probably for the
+    /// same ones. If Kafka does not answer, the next round asks again.
+    fn renew(&mut self, records: &[Outgoing]) {
+        let names: BTreeSet<&str> = records.iter().map(|record| &*record.destination).collect();
+        for name in names {
+            if let Err(error) = self.cluster.renew(name, &self.runtime) {
+                tracing::debug!(error = format!("{error:#}"), "cannot ask Kafka about a topic; will retry");
+                return;
+            }
+        }
+    }
+
+    fn encode(&self, rows: Vec<Row>) -> Vec<Outgoing> {
+        // A round has few topics.
+        let mut topics: BTreeMap<String, (Arc<str>, Arc<str>)> = BTreeMap::new();
+        let records = rows.into_iter().map(|row| {
+            let destination = || self.relay.kafka.prefixed(&row.topic);
+            if !topics.contains_key(&row.topic) {
+                topics.insert(row.topic.clone(), (row.topic.as_str().into(), destination().into()));
+            }
+            let (topic, destination) = topics[&row.topic].clone();
+            let partition = state_topic(&row.topic).map(|topic| topic.partition_of(row.envelope.aggregateid));
+            let envelope = row.envelope.into_envelope(&self.relay.source);
+            Outgoing { row: row.id, topic, destination, partition, envelope, payload: row.payload }
+        });
+        records.collect()
     }
 
     /// Begins with a new producer: the failed one is dropped, never aborted and reused. No record
@@ -380,18 +457,13 @@ impl Term<'_> {
     /// The round was rejected, and the record that caused it is not known: Kafka rejects a whole
     /// batch for one record of it. Tries fewer rows, until the record is found.
     /// A code about a topic blocks the topic as soon as the round has no other.
-    fn split(
-        &mut self,
-        ids: &[i64],
-        topics: &[String],
-        records: &[Outgoing],
-        code: Option<RDKafkaErrorCode>,
-    ) -> anyhow::Result<Round> {
+    fn split(&mut self, records: &[Outgoing], code: Option<RDKafkaErrorCode>) -> anyhow::Result<Round> {
         let reason = code.map_or("rejected by Kafka".to_owned(), |code| code.to_string());
-        if code.map(scope) == Some(Scope::Topic) && topics.iter().all(|topic| *topic == topics[0]) {
-            self.blocks.block_topic(&topics[0], reason, Evidence::Rejection);
-        } else if let [record] = records {
-            self.blocks.block_key(record.envelope.key, &topics[0], ids[0], reason);
+        let first = &records[0];
+        if code.map(scope) == Some(Scope::Topic) && records.iter().all(|record| record.topic == first.topic) {
+            self.blocks.block_topic(&first.topic, reason, Evidence::Rejection);
+        } else if records.len() == 1 {
+            self.blocks.block_key(first.envelope.key, &first.topic, first.row, reason);
         } else {
             *self.round_rows = (records.len() / SPLIT).max(1);
         }
@@ -402,32 +474,26 @@ impl Term<'_> {
     ///
     /// # Errors
     /// One of them concerns the whole term.
-    fn block_rejected(
-        &mut self,
-        rejections: &[Rejection],
-        ids: &[i64],
-        topics: &[String],
-        records: &[Outgoing],
-    ) -> anyhow::Result<bool> {
+    fn block_rejected(&mut self, rejections: &[Rejection], records: &[Outgoing]) -> anyhow::Result<bool> {
         let mut rejected_records = vec![];
         let mut found = false;
         for Rejection { index, code } in rejections {
-            let topic = &topics[*index];
+            let record = &records[*index];
             match scope(*code) {
                 Scope::Topic => {
-                    self.blocks.block_topic(topic, code.to_string(), Evidence::Rejection);
+                    self.blocks.block_topic(&record.topic, code.to_string(), Evidence::Rejection);
                     found = true;
                 }
                 Scope::Partition => {
-                    self.block_unavailable(topic, records[*index].envelope.key, *code)?;
+                    self.block_unavailable(&record.topic, record.envelope.key, *code)?;
                     found = true;
                 }
-                Scope::Record => rejected_records.push((*index, *code)),
+                Scope::Record => rejected_records.push((record, *code)),
                 Scope::Term => anyhow::bail!("Kafka did not acknowledge the round: {code}"),
             }
         }
-        if let [(index, code)] = rejected_records.as_slice() {
-            self.blocks.block_key(records[*index].envelope.key, &topics[*index], ids[*index], code.to_string());
+        if let [(record, code)] = rejected_records.as_slice() {
+            self.blocks.block_key(record.envelope.key, &record.topic, record.row, code.to_string());
             found = true;
         }
         Ok(found)
@@ -440,22 +506,6 @@ impl Term<'_> {
         self.judge(topic)?;
         let is_blocked = self.blocks.is_unavailable(topic, key_hash(key));
         anyhow::ensure!(is_blocked, "Kafka did not acknowledge the round: {code}");
-        Ok(())
-    }
-
-    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is
-    /// retried on the session that holds the lock: a new term would publish the same rows again
-    /// each time. A session that became read-only ends the term: the next one begins with a session
-    /// that can write. Crash before the delete succeeds: the next leader publishes the rows again.
-    fn delete_published(&mut self, ids: &[i64]) -> anyhow::Result<()> {
-        while let Err(error) = self.runtime.block_on(bounded(rows::delete(&mut self.db, ids))) {
-            if !may_succeed_later(&error) || self.relay.stop.is_cancelled() {
-                return Err(error).context("cannot delete published rows");
-            }
-            self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
-            tracing::warn!(%error, "cannot delete published rows; will retry");
-            self.runtime.block_on(self.relay.stop.run_until_cancelled(tokio::time::sleep(RETRY_INTERVAL)));
-        }
         Ok(())
     }
 
@@ -482,6 +532,50 @@ impl Term<'_> {
             self.relay.health.report(BLOCKED, reason);
             tracing::error!(topics, partitions, keys, ?examples, "outbox rows wait because Kafka does not accept them");
         }
+    }
+}
+
+/// The outbox, through the session that holds the lock.
+struct Outbox<'a> {
+    relay: &'a Relay,
+    runtime: &'a Runtime,
+    db: &'a mut PgConnection,
+    /// Rows per round.
+    round_rows: usize,
+}
+
+impl Outbox<'_> {
+    /// Reads the next round while one is in flight.
+    fn read_ahead(&mut self, excluded: &Excluded, in_flight: &[i64]) -> anyhow::Result<Batch> {
+        let batch = self.read(excluded, in_flight)?;
+        fault::point("relay.after_read_ahead");
+        Ok(batch)
+    }
+
+    fn read(&mut self, excluded: &Excluded, in_flight: &[i64]) -> anyhow::Result<Batch> {
+        let limit = i64::try_from(self.round_rows)?;
+        let batch = bounded(rows::read(self.db, excluded, in_flight, limit));
+        self.runtime.block_on(batch).context("cannot read the outbox")
+    }
+
+    /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is
+    /// retried on the session that holds the lock: a new term would publish the same rows again
+    /// each time. A session that became read-only ends the term: the next one begins with a session
+    /// that can write. Crash before the delete succeeds: the next leader publishes the rows again.
+    fn delete_published(&mut self, ids: &[i64]) -> anyhow::Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        while let Err(error) = self.runtime.block_on(bounded(rows::delete(self.db, ids))) {
+            if !may_succeed_later(&error) || self.relay.stop.is_cancelled() {
+                return Err(error).context("cannot delete published rows");
+            }
+            self.relay.metrics.relay_rounds.get_or_create(&RoundLabels { outcome: "failed" }).inc();
+            tracing::warn!(%error, "cannot delete published rows; will retry");
+            self.runtime.block_on(self.relay.stop.run_until_cancelled(tokio::time::sleep(RETRY_INTERVAL)));
+        }
+        fault::point("relay.after_delete");
+        Ok(())
     }
 }
 
