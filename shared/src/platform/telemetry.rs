@@ -47,6 +47,11 @@ pub struct TelemetryConfig {
 }
 
 impl TelemetryConfig {
+    /// Whether spans are exported to a collector.
+    pub(crate) fn exports_spans(&self) -> bool {
+        self.collector.is_given()
+    }
+
     fn filter(&self, service: &str) -> anyhow::Result<EnvFilter> {
         let default = || format!("warn,rdkafka=off,{service}=info,shared=info");
         let mut directives = self.rust_log.clone().unwrap_or_else(default);

@@ -2,10 +2,11 @@
 //! can never succeed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
 use std::time::Instant;
 
-use rdkafka::message::{Message, OwnedMessage};
-use tracing::{Instrument, Span, field::Empty};
+use rdkafka::message::{BorrowedMessage, Message};
+use tracing::{Instrument, Level, Span, enabled, field::Empty};
 
 use super::breaker::Breaker;
 use super::start::ConsumerSetup;
@@ -15,8 +16,9 @@ use crate::messaging::handler::{self, Delivery, Failure, Handler, OneByOneTooLon
 use crate::messaging::record::{Coordinates, Record};
 use crate::platform::telemetry::{self, TraceContext};
 
-/// Records per batch.
-pub(in crate::messaging) const BATCH_RECORDS: usize = 500;
+/// The default of the setting BATCH_RECORDS. A transaction has a cost of its own, which is shared by
+/// the records of a batch: with more records it is hardly visible any more.
+pub(crate) const BATCH_RECORDS: u16 = 2_000;
 /// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
 /// most 1 MiB more.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
@@ -48,10 +50,15 @@ impl<E: Into<Failure>> From<E> for Halt {
 
 type PartitionOffset = (i32, i64);
 
+/// A record in the memory of the Kafka client.
+pub(super) type PolledMessage<'c> = Rc<BorrowedMessage<'c>>;
+
 /// Records that were polled and are not stored as handled yet.
-pub(super) struct Batch {
-    messages: Vec<OwnedMessage>,
+pub(super) struct Batch<'c> {
+    messages: Vec<PolledMessage<'c>>,
     bytes: usize,
+    /// How many records fill the batch.
+    limit: usize,
     /// Records of the batch that have taken effect. They are kept while the batch is retried, so
     /// that no record is handled, dead-lettered or counted again because another one failed.
     finished: BTreeSet<PartitionOffset>,
@@ -68,11 +75,12 @@ struct Counts {
     dead_lettered: u64,
 }
 
-impl Batch {
-    pub fn new() -> Self {
+impl<'c> Batch<'c> {
+    pub fn new(limit: u16) -> Self {
         Self {
-            messages: Vec::with_capacity(BATCH_RECORDS),
+            messages: Vec::new(),
             bytes: 0,
+            limit: limit.into(),
             finished: BTreeSet::new(),
             counts: Counts::default(),
             skip_logged: false,
@@ -84,31 +92,31 @@ impl Batch {
     }
 
     pub fn is_full(&self) -> bool {
-        self.messages.len() >= BATCH_RECORDS || self.bytes >= BATCH_BYTES
+        self.messages.len() >= self.limit || self.bytes >= BATCH_BYTES
     }
 
-    pub fn push(&mut self, message: OwnedMessage) {
-        self.bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
+    pub fn push(&mut self, message: PolledMessage<'c>) {
+        self.bytes += message.payload_len() + message.key_len();
         self.messages.push(message);
     }
 
-    pub fn extend(&mut self, messages: impl IntoIterator<Item = OwnedMessage>) {
+    pub fn extend(&mut self, messages: impl IntoIterator<Item = PolledMessage<'c>>) {
         messages.into_iter().for_each(|message| self.push(message));
     }
 
     /// A batch of one record that blocks its partition.
-    pub fn of(message: OwnedMessage) -> Self {
-        let mut batch = Self::new();
+    pub fn of(message: PolledMessage<'c>) -> Self {
+        let mut batch = Self::new(1);
         batch.push(message);
         batch
     }
 
     /// Takes out the records of a partition from its first unfinished record on, and returns the
     /// unfinished ones. So [`Batch::next_offsets`] does not exceed the first of them.
-    pub fn take_blocked(&mut self, partition: i32) -> VecDeque<OwnedMessage> {
+    pub fn take_blocked(&mut self, partition: i32) -> VecDeque<PolledMessage<'c>> {
         let unfinished = self.unfinished();
         let first = unfinished.iter().find(|(other, _)| *other == partition).map_or(i64::MAX, |(_, offset)| *offset);
-        let is_blocked = |message: &mut OwnedMessage| message.partition() == partition && message.offset() >= first;
+        let is_blocked = |message: &mut PolledMessage<'c>| message.partition() == partition && message.offset() >= first;
         let blocked = self.messages.extract_if(.., is_blocked);
         blocked.filter(|message| !self.finished.contains(&partition_offset(message))).collect()
     }
@@ -119,7 +127,7 @@ impl Batch {
     }
 
     pub fn partitions(&self) -> BTreeSet<i32> {
-        self.messages.iter().map(OwnedMessage::partition).collect()
+        self.messages.iter().map(|message| message.partition()).collect()
     }
 
     /// The offset after the last record, per partition.
@@ -129,7 +137,7 @@ impl Batch {
 
     /// Records that have not taken effect.
     pub fn unfinished(&self) -> Vec<PartitionOffset> {
-        self.messages.iter().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
+        self.messages.iter().map(|message| partition_offset(message)).filter(|record| !self.finished.contains(record)).collect()
     }
 
     /// Counts the finished records and empties the batch. Each record is counted once, however
@@ -164,7 +172,7 @@ impl Batch {
             if is_finished || delivery.failing.contains_key(&message.partition()) {
                 continue;
             }
-            match Record::decode(message.key(), message, Coordinates::of(message)) {
+            match Record::decode(message.key(), &**message, Coordinates::of(&**message)) {
                 Ok(Some(record)) => records.push(record),
                 Ok(None) => delivery.skip(message),
                 // The records before this one are delivered first, because the breaker considers
@@ -189,7 +197,7 @@ impl Batch {
 /// The partitions whose next record fails, each with the reason.
 pub(super) type Failing = BTreeMap<i32, String>;
 
-fn partition_offset(message: &OwnedMessage) -> PartitionOffset {
+fn partition_offset(message: &BorrowedMessage<'_>) -> PartitionOffset {
     (message.partition(), message.offset())
 }
 
@@ -206,7 +214,7 @@ pub(super) struct DeliveryContext<'a, H> {
 /// One delivery of a batch.
 struct BatchDelivery<'a, H> {
     context: DeliveryContext<'a, H>,
-    messages: &'a [OwnedMessage],
+    messages: &'a [PolledMessage<'a>],
     finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
     skip_logged: &'a mut bool,
@@ -231,7 +239,7 @@ impl<H: Handler> BatchDelivery<'_, H> {
 
     /// This release does not know the type of the event. Only the first such record is logged, for
     /// an operator who wants to know where to read again with a newer release.
-    fn skip(&mut self, message: &OwnedMessage) {
+    fn skip(&mut self, message: &BorrowedMessage<'_>) {
         self.counts.skipped += 1;
         if !std::mem::replace(self.skip_logged, true) {
             tracing::warn!(
@@ -247,12 +255,12 @@ impl<H: Handler> BatchDelivery<'_, H> {
     /// Writes the record's dead letter before any later record is handled. A later record moves the
     /// position of a handler that stores its own position past this one. After a crash in between,
     /// no process would read this record again.
-    async fn dead_letter(&mut self, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
+    async fn dead_letter(&mut self, message: &BorrowedMessage<'_>, reason: String) -> Result<(), Halt> {
         if let Some((rejected, of)) = self.context.breaker.too_many() {
             return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
         }
         let coordinates = Coordinates::of(message);
-        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.clone() };
+        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.detach() };
         self.context.dead_letters.write(&letter).await.map_err(Halt::Unwritten)?;
         tracing::error!(group = H::GROUP, coordinates = %letter.coordinates, reason = letter.reason, "record dead-lettered");
         self.counts.dead_lettered += 1;
@@ -310,7 +318,10 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
             let next_offset = record.coordinates.offset + 1;
             record.expected_position = next_offsets.insert(record.coordinates.partition, next_offset);
         }
-        let spans: Vec<Span> = records.iter().map(|record| self.record_span(record)).collect();
+        // Nothing sees the span of one of several records, except a collector and the line below.
+        let is_logged = enabled!(Level::DEBUG);
+        let has_spans = records.len() == 1 || setup.exports_spans || is_logged;
+        let spans: Vec<Span> = records.iter().filter(|_| has_spans).map(|record| self.record_span(record)).collect();
         let span = if let [single] = spans.as_slice() { single } else { &self.span };
         let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
         let outcome = handled.inspect_err(|_| {
@@ -318,22 +329,14 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         })?;
         *self.context.next_offsets = next_offsets;
         self.counts.outcome += outcome;
-        for (record, span) in records.iter().zip(&spans) {
-            let Record { event, envelope, coordinates, .. } = record;
-            tracing::debug!(
-                group = H::GROUP,
-                event.id = %envelope.id,
-                event.type = envelope.kind,
-                event.version = envelope.version,
-                user.id = %event.user(envelope.key),
-                correlation.id = envelope.cause.correlation.map(tracing::field::display),
-                trace.id = %telemetry::trace_id(span),
-                %coordinates,
-                "event handled"
-            );
-            let age = (events::now() - envelope.time).as_seconds_f64();
-            setup.metrics.event_age.get_or_create(&setup.labels()).observe(age.max(0.0));
+        let now = events::now();
+        let ages = setup.metrics.event_age.get_or_create(&setup.labels());
+        for Record { envelope, coordinates, .. } in records.iter() {
+            ages.observe((now - envelope.time).as_seconds_f64().max(0.0));
             self.finish_accepted((coordinates.partition, coordinates.offset));
+        }
+        if is_logged {
+            log_handled(H::GROUP, records, &spans);
         }
         Ok(())
     }
@@ -351,5 +354,23 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
 
     fn is_finished(&self, record: &Record<H::Event>) -> bool {
         self.finished.contains(&(record.coordinates.partition, record.coordinates.offset))
+    }
+}
+
+/// Logs each event, in the trace of its record.
+fn log_handled<E: Event>(group: &str, records: &[Record<E>], spans: &[Span]) {
+    for (record, span) in records.iter().zip(spans) {
+        let Record { event, envelope, coordinates, .. } = record;
+        tracing::debug!(
+            group,
+            event.id = %envelope.id,
+            event.type = envelope.kind,
+            event.version = envelope.version,
+            user.id = %event.user(envelope.key),
+            correlation.id = envelope.cause.correlation.map(tracing::field::display),
+            trace.id = %telemetry::trace_id(span),
+            %coordinates,
+            "event handled"
+        );
     }
 }

@@ -20,9 +20,10 @@ mod waiting;
 mod blocking;
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rdkafka::message::{Message, OwnedMessage};
+use rdkafka::message::Message;
 use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
 
@@ -31,14 +32,15 @@ use super::handler::{Failure, Handler, Split};
 use super::record::Coordinates;
 use crate::events::Event;
 use crate::fault;
-use batch::{Batch, DeliveryContext, Failing, Halt};
+use batch::{Batch, DeliveryContext, Failing, Halt, PolledMessage};
 use breaker::Breaker;
 use operator::Decision;
 use partitions::{Partitions, Polled};
 use unassigned::Unassigned;
 use waiting::Waiting;
 
-pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
+pub(super) use batch::BATCH_BYTES;
+pub(crate) use batch::BATCH_RECORDS;
 pub use breaker::BreakerConfig;
 pub(crate) use operator::BlockedRecords;
 pub use operator::{DeadLetterRecord, dead_letter};
@@ -53,18 +55,18 @@ const LINGER: Duration = Duration::from_millis(2);
 const CAUGHT_UP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A running consumer.
-pub(crate) struct Consumer<H> {
+pub(crate) struct Consumer<'c, H> {
     setup: ConsumerSetup<H>,
     runtime: Runtime,
     dead_letters: DeadLetterWriter,
-    partitions: Partitions,
+    partitions: Partitions<'c>,
     unassigned: Unassigned,
     waiting: Waiting,
     /// When `caught_up` was last called; `None` forces a call on the next turn.
     last_caught_up_call: Option<Instant>,
 }
 
-impl<H: Handler> Consumer<H> {
+impl<'c, H: Handler> Consumer<'c, H> {
     /// Prepares the topics, joins the group and consumes until the process stops. Blocks the
     /// calling thread.
     ///
@@ -78,17 +80,18 @@ impl<H: Handler> Consumer<H> {
         let topics = setup.stop.run_until_cancelled(setup.prepare_topics());
         let Some(prepared) = runtime.block_on(topics) else { return Ok(()) };
         prepared?;
-        let partitions = Partitions::subscribe(&setup)?;
+        let client = partitions::join(&setup)?;
+        let partitions = Partitions::new(&client, &setup);
         let waiting = Waiting::new(breaker, setup.resumed.clone());
         let unassigned = Unassigned::new();
         let consumer =
-            Self { setup, runtime, dead_letters, partitions, unassigned, waiting, last_caught_up_call: None };
+            Consumer { setup, runtime, dead_letters, partitions, unassigned, waiting, last_caught_up_call: None };
         consumer.consume()
     }
 
     /// The loop. Crash anywhere: records whose offset was not committed come again.
     fn consume(mut self) -> anyhow::Result<()> {
-        let mut batch = Batch::new();
+        let mut batch = Batch::new(self.setup.batch_records);
         while !self.setup.stop.is_cancelled() {
             if !self.waiting.is_paused() {
                 self.partitions.place(&self.setup, &self.runtime);
@@ -108,13 +111,13 @@ impl<H: Handler> Consumer<H> {
     /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group
     /// would consider it dead. Its partitions are paused, so a poll returns only events of the
     /// group.
-    fn fill(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
+    fn fill(&mut self, batch: &mut Batch<'c>) -> anyhow::Result<()> {
         let mut wait = IDLE_POLL;
         while self.waiting.is_paused() || !batch.is_full() {
             match self.partitions.poll(wait) {
                 Polled::Nothing => break,
                 Polled::Record(message) => {
-                    batch.push(message);
+                    batch.push(Rc::new(message));
                     wait = LINGER;
                 }
                 Polled::EndOfPartition => {
@@ -144,7 +147,7 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
-    fn work(&mut self, batch: &mut Batch) -> Result<(), Halt> {
+    fn work(&mut self, batch: &mut Batch<'c>) -> Result<(), Halt> {
         if !batch.is_empty() {
             let split = self.split();
             for (partition, reason) in self.deliver(batch, split)? {
@@ -182,7 +185,7 @@ impl<H: Handler> Consumer<H> {
         self.runtime.block_on(async { timeout(limit, works).await }).unwrap_or(false)
     }
 
-    fn deliver(&mut self, batch: &mut Batch, split: Split) -> Result<Failing, Halt> {
+    fn deliver(&mut self, batch: &mut Batch<'c>, split: Split) -> Result<Failing, Halt> {
         let context = DeliveryContext {
             setup: &self.setup,
             dead_letters: &self.dead_letters,
@@ -196,7 +199,7 @@ impl<H: Handler> Consumer<H> {
     /// Follows an operator's decision about a record that blocks its partition, or tries the record
     /// again that is due. Does only one of these in a turn, so that the consumer polls in between.
     /// `batch` is empty; it gets the later records of a partition that continues.
-    fn retry_blocked(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
+    fn retry_blocked(&mut self, batch: &mut Batch<'c>) -> anyhow::Result<()> {
         let blocked = self.partitions.blocked.values();
         let decided = blocked.clone().find_map(|blocked| Some((blocked.decision()?, blocked.record().clone())));
         let due = blocked.filter(|blocked| blocked.due <= Instant::now()).min_by_key(|blocked| blocked.due);
@@ -210,7 +213,7 @@ impl<H: Handler> Consumer<H> {
 
     /// Crash after the effect and before the offset is stored: the record comes again, and effects
     /// are idempotent.
-    fn retry_record(&mut self, batch: &mut Batch, record: OwnedMessage) -> anyhow::Result<()> {
+    fn retry_record(&mut self, batch: &mut Batch<'c>, record: PolledMessage<'c>) -> anyhow::Result<()> {
         let partition = record.partition();
         let started = Instant::now();
         let mut single = Batch::of(record);
@@ -234,13 +237,13 @@ impl<H: Handler> Consumer<H> {
     /// letter is written again with the same key.
     fn dead_letter_blocked(
         &mut self,
-        batch: &mut Batch,
-        record: OwnedMessage,
+        batch: &mut Batch<'c>,
+        record: PolledMessage<'c>,
         decision: Decision,
     ) -> anyhow::Result<()> {
-        let coordinates = Coordinates::of(&record);
+        let coordinates = Coordinates::of(&*record);
         let reason = decision.reason.clone();
-        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: record };
+        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: record.detach() };
         if let Err(error) = self.runtime.block_on(self.dead_letters.write(&letter)) {
             decision.answer(Err(format!("{error:#}")));
             return Ok(());
@@ -271,7 +274,7 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// Decides what follows from the result of a turn.
-    fn finish_turn(&mut self, batch: &mut Batch, result: Result<(), Halt>) -> anyhow::Result<()> {
+    fn finish_turn(&mut self, batch: &mut Batch<'c>, result: Result<(), Halt>) -> anyhow::Result<()> {
         let setup = &self.setup;
         let partitions = &mut self.partitions;
         match result {
