@@ -2,15 +2,17 @@
 //! can never succeed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem;
 use std::rc::Rc;
 use std::time::Instant;
 
 use rdkafka::message::{BorrowedMessage, Message};
+use tokio::task::yield_now;
 use tracing::{Instrument, Level, Span, enabled, field::Empty};
 
 use super::breaker::Breaker;
 use super::start::ConsumerSetup;
-use crate::events::{self, Event};
+use crate::events::{self, DecodeError, Event};
 use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
 use crate::messaging::handler::{self, Delivery, Failure, Handler, OneByOneTooLong, Outcome, Split};
 use crate::messaging::record::{Coordinates, Record};
@@ -22,6 +24,10 @@ pub(crate) const BATCH_RECORDS: u16 = 2_000;
 /// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
 /// most 1 MiB more.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// How many records are decoded between two looks at the handler, which waits for its database
+/// meanwhile. Decoding them takes about 0.1 ms.
+const DECODE_SLICE: usize = 50;
 
 /// Why a batch was not completed.
 pub(super) enum Halt {
@@ -53,10 +59,21 @@ type PartitionOffset = (i32, i64);
 /// A record in the memory of the Kafka client.
 pub(super) type PolledMessage<'c> = Rc<BorrowedMessage<'c>>;
 
+/// The result of [`Record::decode`].
+type Decoded<E> = Result<Option<Record<E>>, DecodeError>;
+
+struct Entry<'c, E> {
+    message: PolledMessage<'c>,
+    /// Set by [`Batch::decode`], and taken by the first delivery.
+    decoded: Option<Decoded<E>>,
+}
+
 /// Records that were polled and are not stored as handled yet.
-pub(super) struct Batch<'c> {
-    messages: Vec<PolledMessage<'c>>,
+pub(super) struct Batch<'c, E> {
+    entries: Vec<Entry<'c, E>>,
     bytes: usize,
+    /// The records of the previous full batch, until [`Batch::decode`] frees them.
+    handled: Vec<Entry<'c, E>>,
     /// How many records fill the batch.
     limit: usize,
     /// Records of the batch that have taken effect. They are kept while the batch is retried, so
@@ -75,11 +92,12 @@ struct Counts {
     dead_lettered: u64,
 }
 
-impl<'c> Batch<'c> {
+impl<'c, E: Event> Batch<'c, E> {
     pub fn new(limit: u16) -> Self {
         Self {
-            messages: Vec::new(),
+            entries: Vec::new(),
             bytes: 0,
+            handled: Vec::new(),
             limit: limit.into(),
             finished: BTreeSet::new(),
             counts: Counts::default(),
@@ -88,16 +106,16 @@ impl<'c> Batch<'c> {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.messages.is_empty()
+        self.entries.is_empty()
     }
 
     pub fn is_full(&self) -> bool {
-        self.messages.len() >= self.limit || self.bytes >= BATCH_BYTES
+        self.entries.len() >= self.limit || self.bytes >= BATCH_BYTES
     }
 
     pub fn push(&mut self, message: PolledMessage<'c>) {
         self.bytes += message.payload_len() + message.key_len();
-        self.messages.push(message);
+        self.entries.push(Entry { message, decoded: None });
     }
 
     pub fn extend(&mut self, messages: impl IntoIterator<Item = PolledMessage<'c>>) {
@@ -116,37 +134,65 @@ impl<'c> Batch<'c> {
     pub fn take_blocked(&mut self, partition: i32) -> VecDeque<PolledMessage<'c>> {
         let unfinished = self.unfinished();
         let first = unfinished.iter().find(|(other, _)| *other == partition).map_or(i64::MAX, |(_, offset)| *offset);
-        let is_blocked = |message: &mut PolledMessage<'c>| message.partition() == partition && message.offset() >= first;
-        let blocked = self.messages.extract_if(.., is_blocked);
-        blocked.filter(|message| !self.finished.contains(&partition_offset(message))).collect()
+        let taken = self.take(partition, first);
+        taken.into_iter().filter(|message| !self.finished.contains(&partition_offset(message))).collect()
+    }
+
+    /// Takes out the records of a partition from an offset on.
+    pub fn take(&mut self, partition: i32, first: i64) -> Vec<PolledMessage<'c>> {
+        let is_taken =
+            |entry: &mut Entry<'c, E>| entry.message.partition() == partition && entry.message.offset() >= first;
+        self.entries.extract_if(.., is_taken).map(|entry| entry.message).collect()
     }
 
     /// Drops the records of all other partitions.
     pub fn retain_partitions(&mut self, keep: impl Fn(i32) -> bool) {
-        self.messages.retain(|message| keep(message.partition()));
+        self.entries.retain(|entry| keep(entry.message.partition()));
     }
 
     pub fn partitions(&self) -> BTreeSet<i32> {
-        self.messages.iter().map(|message| message.partition()).collect()
+        self.messages().map(|message| message.partition()).collect()
     }
 
     /// The offset after the last record, per partition.
     pub fn next_offsets(&self) -> BTreeMap<i32, i64> {
-        self.messages.iter().map(|message| (message.partition(), message.offset() + 1)).collect()
+        self.messages().map(|message| (message.partition(), message.offset() + 1)).collect()
     }
 
     /// Records that have not taken effect.
     pub fn unfinished(&self) -> Vec<PartitionOffset> {
-        self.messages.iter().map(|message| partition_offset(message)).filter(|record| !self.finished.contains(record)).collect()
+        self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
+    }
+
+    fn messages(&self) -> impl Iterator<Item = &BorrowedMessage<'c>> {
+        self.entries.iter().map(|entry| &*entry.message)
+    }
+
+    /// Frees the memory of the previous batch, and decodes the records ahead of their delivery.
+    /// Yields from time to time.
+    pub async fn decode(&mut self) {
+        while !self.handled.is_empty() {
+            self.handled.truncate(self.handled.len().saturating_sub(DECODE_SLICE));
+            yield_now().await;
+        }
+        for slice in self.entries.chunks_mut(DECODE_SLICE) {
+            for entry in slice.iter_mut().filter(|entry| entry.decoded.is_none()) {
+                entry.decoded = Some(decode(&entry.message));
+            }
+            yield_now().await;
+        }
     }
 
     /// Counts the finished records and empties the batch. Each record is counted once, however
     /// often the batch was retried.
-    pub fn complete<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
-        self.messages.clear();
+    pub fn complete<H: Handler<Event = E>>(&mut self, setup: &ConsumerSetup<H>) {
+        if self.is_full() {
+            self.handled = mem::take(&mut self.entries);
+        }
+        self.entries.clear();
         self.bytes = 0;
         self.finished.clear();
-        let Counts { outcome, skipped, dead_lettered } = std::mem::take(&mut self.counts);
+        let Counts { outcome, skipped, dead_lettered } = mem::take(&mut self.counts);
         setup.count("applied", outcome.applied);
         setup.count("duplicate", outcome.duplicate);
         setup.count("stale", outcome.stale);
@@ -159,20 +205,23 @@ impl<'c> Batch<'c> {
     /// partitions that are returned: with [`Split::Failing`] a record that fails blocks its
     /// partition and no other. After a failure some records may have taken effect: the finished
     /// ones are left out of the next attempt, and effects are idempotent.
-    pub async fn deliver<H: Handler>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
-        let Self { messages, finished, counts, skip_logged, .. } = self;
+    pub async fn deliver<H: Handler<Event = E>>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
+        let Self { entries, finished, counts, skip_logged, .. } = self;
         let group = H::GROUP;
-        let span = tracing::error_span!("consume", group, records = messages.len());
+        let span = tracing::error_span!("consume", group, records = entries.len());
         let failing = Failing::new();
+        let ahead: Vec<Option<Decoded<E>>> = entries.iter_mut().map(|entry| entry.decoded.take()).collect();
+        let messages: Vec<&BorrowedMessage<'c>> = entries.iter().map(|entry| &*entry.message).collect();
+        let messages = &messages;
         let mut delivery =
             BatchDelivery { context, messages, finished, counts, skip_logged, span, one_by_one_since: None, failing };
         let mut records = Vec::with_capacity(messages.len());
-        for message in messages.iter() {
+        for (message, decoded) in messages.iter().zip(ahead) {
             let is_finished = delivery.finished.contains(&partition_offset(message));
             if is_finished || delivery.failing.contains_key(&message.partition()) {
                 continue;
             }
-            match Record::decode(message.key(), &**message, Coordinates::of(&**message)) {
+            match decoded.unwrap_or_else(|| decode(message)) {
                 Ok(Some(record)) => records.push(record),
                 Ok(None) => delivery.skip(message),
                 // The records before this one are delivered first, because the breaker considers
@@ -197,6 +246,10 @@ impl<'c> Batch<'c> {
 /// The partitions whose next record fails, each with the reason.
 pub(super) type Failing = BTreeMap<i32, String>;
 
+fn decode<E: Event>(message: &BorrowedMessage<'_>) -> Decoded<E> {
+    Record::decode(message.key(), message, Coordinates::of(message))
+}
+
 fn partition_offset(message: &BorrowedMessage<'_>) -> PartitionOffset {
     (message.partition(), message.offset())
 }
@@ -214,7 +267,7 @@ pub(super) struct DeliveryContext<'a, H> {
 /// One delivery of a batch.
 struct BatchDelivery<'a, H> {
     context: DeliveryContext<'a, H>,
-    messages: &'a [PolledMessage<'a>],
+    messages: &'a [&'a BorrowedMessage<'a>],
     finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
     skip_logged: &'a mut bool,
@@ -241,7 +294,7 @@ impl<H: Handler> BatchDelivery<'_, H> {
     /// an operator who wants to know where to read again with a newer release.
     fn skip(&mut self, message: &BorrowedMessage<'_>) {
         self.counts.skipped += 1;
-        if !std::mem::replace(self.skip_logged, true) {
+        if !mem::replace(self.skip_logged, true) {
             tracing::warn!(
                 group = H::GROUP,
                 coordinates = %Coordinates::of(message),

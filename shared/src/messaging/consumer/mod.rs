@@ -2,6 +2,11 @@
 //! run only inside `poll`, when no batch is being processed, so there is nothing to drain and no
 //! race. Scale by more consumers, not by threads per partition.
 //!
+//! With a backlog the consumer polls the next batch before the handler gets the present one. While
+//! the handler waits for its database, the consumer decodes the next batch, and does not poll. So a
+//! revoke waits until the present batch is handled and stored. `Consumer::fill` then drops the
+//! records of the revoked partitions from the next batch.
+//!
 //! It stores the offset of the next record, and only after the effects are durable. librdkafka
 //! commits stored offsets from time to time (OFFSET_COMMIT_MS), on a revoke and on shutdown.
 
@@ -19,7 +24,8 @@ mod unassigned;
 mod waiting;
 mod blocking;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -92,16 +98,17 @@ impl<'c, H: Handler> Consumer<'c, H> {
     /// The loop. Crash anywhere: records whose offset was not committed come again.
     fn consume(mut self) -> anyhow::Result<()> {
         let mut batch = Batch::new(self.setup.batch_records);
+        let mut next = Batch::new(self.setup.batch_records);
         while !self.setup.stop.is_cancelled() {
             if !self.waiting.is_paused() {
                 self.partitions.place(&self.setup, &self.runtime);
                 self.retry_blocked(&mut batch)?;
             }
             self.unassigned.look(&self.setup, &self.partitions)?;
-            self.fill(&mut batch)?;
+            self.fill(&mut batch, &mut next)?;
             if self.waiting.may_work(&self.setup, &self.partitions) {
-                let result = self.work(&mut batch);
-                self.finish_turn(&mut batch, result)?;
+                let result = self.work(&mut batch, &mut next);
+                self.finish_turn(&mut batch, &mut next, result)?;
             }
         }
         self.partitions.commit();
@@ -111,11 +118,23 @@ impl<'c, H: Handler> Consumer<'c, H> {
     /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group
     /// would consider it dead. Its partitions are paused, so a poll returns only events of the
     /// group.
-    fn fill(&mut self, batch: &mut Batch<'c>) -> anyhow::Result<()> {
-        let mut wait = IDLE_POLL;
-        while self.waiting.is_paused() || !batch.is_full() {
+    ///
+    /// When the batch is full, the next one gets the records that the client has already fetched.
+    /// They are decoded while the handler works on the batch, and they are the next turn's batch.
+    fn fill(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> anyhow::Result<()> {
+        if batch.is_empty() {
+            mem::swap(batch, next);
+        }
+        let is_paused = self.waiting.is_paused();
+        let mut wait = if is_paused || batch.is_empty() { IDLE_POLL } else { LINGER };
+        while is_paused || !batch.is_full() || !next.is_full() {
+            let is_ahead = batch.is_full() || !next.is_empty();
+            if is_ahead && !is_paused {
+                wait = Duration::ZERO;
+            }
             match self.partitions.poll(wait) {
                 Polled::Nothing => break,
+                Polled::Record(message) if is_ahead => next.push(Rc::new(message)),
                 Polled::Record(message) => {
                     batch.push(Rc::new(message));
                     wait = LINGER;
@@ -143,15 +162,17 @@ impl<'c, H: Handler> Consumer<'c, H> {
         // consumer handles them, or this one reads them again.
         let placed = &self.partitions.next_offsets;
         batch.retain_partitions(|partition| placed.contains_key(&partition));
+        next.retain_partitions(|partition| placed.contains_key(&partition));
         Ok(())
     }
 
     /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
-    fn work(&mut self, batch: &mut Batch<'c>) -> Result<(), Halt> {
+    fn work(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> Result<(), Halt> {
         if !batch.is_empty() {
             let split = self.split();
-            for (partition, reason) in self.deliver(batch, split)? {
-                let records = batch.take_blocked(partition);
+            for (partition, reason) in self.deliver(batch, next, split)? {
+                let mut records = batch.take_blocked(partition);
+                records.extend(next.take(partition, 0));
                 self.partitions.block(partition, records, reason, &self.setup.blocked_records)?;
             }
             fault::point("consumer.after_effect");
@@ -161,7 +182,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
         // Also for an empty batch: its records may have been revoked after some had taken effect.
         batch.complete(&self.setup);
         if self.last_caught_up_call.is_none_or(|last| last.elapsed() >= CAUGHT_UP_INTERVAL) {
-            self.call_caught_up()?;
+            self.call_caught_up(&next.partitions())?;
             self.last_caught_up_call = Some(Instant::now());
         }
         Ok(())
@@ -185,7 +206,13 @@ impl<'c, H: Handler> Consumer<'c, H> {
         self.runtime.block_on(async { timeout(limit, works).await }).unwrap_or(false)
     }
 
-    fn deliver(&mut self, batch: &mut Batch<'c>, split: Split) -> Result<Failing, Halt> {
+    /// Delivers the batch. Decodes the next one while the handler waits for its database.
+    fn deliver(
+        &mut self,
+        batch: &mut Batch<'c, H::Event>,
+        next: &mut Batch<'c, H::Event>,
+        split: Split,
+    ) -> Result<Failing, Halt> {
         let context = DeliveryContext {
             setup: &self.setup,
             dead_letters: &self.dead_letters,
@@ -193,13 +220,13 @@ impl<'c, H: Handler> Consumer<'c, H> {
             next_offsets: &mut self.partitions.next_offsets,
             split,
         };
-        self.runtime.block_on(batch.deliver(context))
+        self.runtime.block_on(async { tokio::join!(batch.deliver(context), next.decode()).0 })
     }
 
     /// Follows an operator's decision about a record that blocks its partition, or tries the record
     /// again that is due. Does only one of these in a turn, so that the consumer polls in between.
     /// `batch` is empty; it gets the later records of a partition that continues.
-    fn retry_blocked(&mut self, batch: &mut Batch<'c>) -> anyhow::Result<()> {
+    fn retry_blocked(&mut self, batch: &mut Batch<'c, H::Event>) -> anyhow::Result<()> {
         let blocked = self.partitions.blocked.values();
         let decided = blocked.clone().find_map(|blocked| Some((blocked.decision()?, blocked.record().clone())));
         let due = blocked.filter(|blocked| blocked.due <= Instant::now()).min_by_key(|blocked| blocked.due);
@@ -213,11 +240,11 @@ impl<'c, H: Handler> Consumer<'c, H> {
 
     /// Crash after the effect and before the offset is stored: the record comes again, and effects
     /// are idempotent.
-    fn retry_record(&mut self, batch: &mut Batch<'c>, record: PolledMessage<'c>) -> anyhow::Result<()> {
+    fn retry_record(&mut self, batch: &mut Batch<'c, H::Event>, record: PolledMessage<'c>) -> anyhow::Result<()> {
         let partition = record.partition();
         let started = Instant::now();
         let mut single = Batch::of(record);
-        match self.deliver(&mut single, Split::Failing) {
+        match self.deliver(&mut single, &mut Batch::new(0), Split::Failing) {
             Ok(failing) if failing.is_empty() => {
                 self.partitions.store(&single.next_offsets())?;
                 single.complete(&self.setup);
@@ -237,7 +264,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
     /// letter is written again with the same key.
     fn dead_letter_blocked(
         &mut self,
-        batch: &mut Batch<'c>,
+        batch: &mut Batch<'c, H::Event>,
         record: PolledMessage<'c>,
         decision: Decision,
     ) -> anyhow::Result<()> {
@@ -257,8 +284,9 @@ impl<'c, H: Handler> Consumer<'c, H> {
         Ok(())
     }
 
-    fn call_caught_up(&mut self) -> Result<(), Failure> {
-        for end in self.partitions.ends()? {
+    /// `unhandled` are partitions of which records were polled that are not handled yet.
+    fn call_caught_up(&mut self, unhandled: &BTreeSet<i32>) -> Result<(), Failure> {
+        for end in self.partitions.ends(unhandled)? {
             let limit = self.setup.kafka.handle_timeout();
             let call = self.setup.handler.caught_up(end);
             match self.runtime.block_on(async { timeout(limit, call).await })? {
@@ -274,7 +302,12 @@ impl<'c, H: Handler> Consumer<'c, H> {
     }
 
     /// Decides what follows from the result of a turn.
-    fn finish_turn(&mut self, batch: &mut Batch<'c>, result: Result<(), Halt>) -> anyhow::Result<()> {
+    fn finish_turn(
+        &mut self,
+        batch: &mut Batch<'c, H::Event>,
+        next: &mut Batch<'c, H::Event>,
+        result: Result<(), Halt>,
+    ) -> anyhow::Result<()> {
         let setup = &self.setup;
         let partitions = &mut self.partitions;
         match result {
@@ -285,6 +318,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
                 // were applied earlier and will not be delivered again, so they count as
                 // duplicates.
                 let affected: Vec<i32> = batch.partitions().into_iter().collect();
+                affected.iter().for_each(|partition| batch.extend(next.take(*partition, 0)));
                 tracing::info!(group = H::GROUP, partitions = ?affected, "the handler has another position; restarting there");
                 partitions.dropped.extend(batch.unfinished());
                 batch.complete(setup);

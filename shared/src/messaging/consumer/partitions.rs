@@ -70,8 +70,7 @@ pub(super) enum Polled<'c> {
 
 /// Creates a client that joins the group.
 pub(super) fn join<H: Handler>(setup: &ConsumerSetup<H>) -> anyhow::Result<Client> {
-    let client: Client =
-        create_with(&setup.kafka.group_member(H::GROUP, setup.number), Assignment::new(setup))?;
+    let client: Client = create_with(&setup.kafka.group_member(H::GROUP, setup.number), Assignment::new(setup))?;
     client.subscribe(&[&setup.topic()]).context("cannot subscribe to the topic")?;
     Ok(client)
 }
@@ -174,10 +173,13 @@ impl<'c> Partitions<'c> {
 
     /// The partitions that have been read to the end. The next offset after the end is the client's
     /// position, which is after the marker of the last transaction. Storing it makes the lag 0.
-    pub fn ends(&self) -> Result<Vec<EndOfPartition>, KafkaError> {
+    /// `unhandled` are partitions of which records were polled that are not handled yet: their
+    /// position is after these records.
+    pub fn ends(&self, unhandled: &BTreeSet<i32>) -> Result<Vec<EndOfPartition>, KafkaError> {
         let positions = self.client.position()?;
         // A blocked partition has records that are not handled.
-        let at_end = self.at_end.iter().filter(|partition| !self.blocked.contains_key(partition));
+        let is_handled = |partition: &&i32| !self.blocked.contains_key(partition) && !unhandled.contains(partition);
+        let at_end = self.at_end.iter().filter(is_handled);
         let ends = at_end.filter_map(|partition| {
             let expected_position = *self.next_offsets.get(partition)?;
             let position = positions.find_partition(&self.topic, *partition).map(|element| element.offset());
