@@ -22,7 +22,8 @@ use crate::platform::telemetry::{self, TraceContext};
 /// the records of a batch: with more records it is hardly visible any more.
 pub(crate) const BATCH_RECORDS: u16 = 2_000;
 /// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
-/// most 1 MiB more.
+/// most 1 MiB more. With a backlog a consumer has three batches: the present one, the next one, and
+/// for a moment the previous one.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 /// How many records are decoded between two looks at the handler, which waits for its database

@@ -127,7 +127,8 @@ impl<'c, H: Handler> Consumer<'c, H> {
         }
         let is_paused = self.waiting.is_paused();
         let mut wait = if is_paused || batch.is_empty() { IDLE_POLL } else { LINGER };
-        while is_paused || !batch.is_full() || !next.is_full() {
+        // At least one poll, for the events of the group.
+        loop {
             let is_ahead = batch.is_full() || !next.is_empty();
             if is_ahead && !is_paused {
                 wait = Duration::ZERO;
@@ -147,6 +148,9 @@ impl<'c, H: Handler> Consumer<'c, H> {
                     self.partitions.handle_client_error(&error)?;
                     break;
                 }
+            }
+            if !is_paused && batch.is_full() && next.is_full() {
+                break;
             }
         }
         let idle = self.partitions.idle();
