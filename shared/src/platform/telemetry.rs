@@ -88,7 +88,8 @@ impl TraceContext {
 
 /// Installs logging and tracing for the whole process. `service` is the service's name, which is
 /// also the name of its crate. Without an OTLP endpoint spans are still created, so that log lines
-/// and records carry a trace id, and then dropped.
+/// and records carry a trace id, and then dropped. Only a consumer creates none for the records of a
+/// batch, because nothing would carry their trace ids.
 ///
 /// # Errors
 /// A setting of the collector cannot be used, or RUST_LOG is not a valid filter.

@@ -358,7 +358,9 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
     type Error = Halt;
 
     /// A single record is handled within its own span, so that what the handler does and publishes
-    /// belongs to the record's trace.
+    /// belongs to the record's trace. Several records are handled within the span of the batch. They
+    /// have spans of their own only if a collector or the log line of each event needs them: the spans
+    /// would be more than half of the work of a handler such as an inbox.
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         let setup = self.context.setup;
         let limit = setup.kafka.handle_timeout();
@@ -372,7 +374,6 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
             let next_offset = record.coordinates.offset + 1;
             record.expected_position = next_offsets.insert(record.coordinates.partition, next_offset);
         }
-        // Nothing sees the span of one of several records, except a collector and the line below.
         let is_logged = enabled!(Level::DEBUG);
         let has_spans = records.len() == 1 || setup.exports_spans || is_logged;
         let spans: Vec<Span> = records.iter().filter(|_| has_spans).map(|record| self.record_span(record)).collect();
