@@ -13,7 +13,7 @@ mod dead_letters;
 mod consumer;
 mod replay;
 
-pub(crate) use consumer::{BlockedRecords, Consumer, ConsumerSetup};
+pub(crate) use consumer::{BATCH_RECORDS, BlockedRecords, Consumer, ConsumerSetup};
 pub use consumer::{BreakerConfig, DeadLetterRecord, dead_letter};
 pub use dead_letters::{ListDeadLetters, Redrive, list_dead_letters, redrive};
 pub(crate) use dead_letters::{count_open_dead_letters, declared_topic as dead_letter_topic};

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 
 use rdkafka::Message;
-use rdkafka::message::{Header, Headers, OwnedMessage};
+use rdkafka::message::{Header, Headers};
 
 use crate::events::{DecodeError, Envelope, Event};
 
@@ -19,7 +19,7 @@ pub struct Coordinates {
 }
 
 impl Coordinates {
-    pub(crate) fn of(message: &OwnedMessage) -> Self {
+    pub(crate) fn of(message: &impl Message) -> Self {
         Self { topic: message.topic().to_owned(), partition: message.partition(), offset: message.offset() }
     }
 }
@@ -63,7 +63,7 @@ impl<E: Event> Record<E> {
     /// `Ok(None)`: this release does not know the type of the event.
     pub(crate) fn decode(
         key: Option<&[u8]>,
-        message: &OwnedMessage,
+        message: &impl Message,
         coordinates: Coordinates,
     ) -> Result<Option<Self>, DecodeError> {
         let headers: Result<Vec<_>, _> = headers(message).map(|header| header.map(|h| (h.key, h.value))).collect();
@@ -94,7 +94,7 @@ impl<E: Event> Record<E> {
 
 /// A record's headers. rdkafka panics on a name that is not UTF-8, which any client may write to a
 /// topic. This function turns the panic into an error.
-pub(super) fn headers(message: &OwnedMessage) -> impl Iterator<Item = Result<Header<'_, &[u8]>, DecodeError>> {
+pub(super) fn headers<M: Message>(message: &M) -> impl Iterator<Item = Result<Header<'_, &[u8]>, DecodeError>> {
     message.headers().into_iter().flat_map(|headers| {
         (0..headers.count()).map(|index| {
             catch_unwind(AssertUnwindSafe(|| headers.get(index)))

@@ -178,7 +178,7 @@ impl<H: Recorded> Replay<H> {
         let mut batch = Vec::new();
         let mut bytes = 0;
         let deadline = Instant::now() + SILENCE_LIMIT;
-        while !unfinished.is_empty() && batch.len() < BATCH_RECORDS && bytes < BATCH_BYTES {
+        while !unfinished.is_empty() && batch.len() < BATCH_RECORDS.into() && bytes < BATCH_BYTES {
             match self.consumer.poll(POLL_INTERVAL) {
                 Some(Ok(message)) => {
                     let end = until[&message.partition()];

@@ -47,6 +47,11 @@ pub struct TelemetryConfig {
 }
 
 impl TelemetryConfig {
+    /// Whether spans are exported to a collector.
+    pub(crate) fn exports_spans(&self) -> bool {
+        self.collector.is_given()
+    }
+
     fn filter(&self, service: &str) -> anyhow::Result<EnvFilter> {
         let default = || format!("warn,rdkafka=off,{service}=info,shared=info");
         let mut directives = self.rust_log.clone().unwrap_or_else(default);
@@ -83,7 +88,8 @@ impl TraceContext {
 
 /// Installs logging and tracing for the whole process. `service` is the service's name, which is
 /// also the name of its crate. Without an OTLP endpoint spans are still created, so that log lines
-/// and records carry a trace id, and then dropped.
+/// and records carry a trace id, and then dropped. Only a consumer creates none for the records of a
+/// batch, because nothing would carry their trace ids.
 ///
 /// # Errors
 /// A setting of the collector cannot be used, or RUST_LOG is not a valid filter.

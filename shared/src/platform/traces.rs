@@ -77,6 +77,11 @@ impl CollectorConfig {
         Ok(Some(counted(exporter, metrics)))
     }
 
+    /// Whether there is a collector.
+    pub(super) fn is_given(&self) -> bool {
+        self.otel_exporter_otlp_endpoint.is_some()
+    }
+
     /// Whether headers are sent without encryption.
     pub(super) fn reveals_headers(&self) -> bool {
         self.headers.get().is_some() && self.otel_exporter_otlp_endpoint.is_some() && !self.has_tls()

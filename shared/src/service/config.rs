@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::messaging::{BreakerConfig, KafkaConfig};
+use crate::messaging::{BATCH_RECORDS as DEFAULT_BATCH_RECORDS, BreakerConfig, KafkaConfig};
 use crate::platform::access::{AuthConfig, RateConfig};
 use crate::platform::admin::AdminTokens;
 use crate::platform::secret::OptionalSecret;
@@ -45,6 +45,11 @@ pub struct ServiceConfig {
     /// stay idle.
     #[arg(long, env, default_value_t = 1, value_parser = number::<u16>(1..=64))]
     pub consumers: u16,
+    /// The largest number of records that a consumer hands to its handler at once. It waits for no
+    /// record: a batch has those that Kafka has already sent. 1 if each record needs a transaction
+    /// of its own.
+    #[arg(long, env, default_value_t = DEFAULT_BATCH_RECORDS, value_parser = number::<u16>(1..=10_000))]
+    pub batch_records: u16,
     #[command(flatten)]
     pub breaker: BreakerConfig,
     #[command(flatten)]

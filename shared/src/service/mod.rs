@@ -199,6 +199,8 @@ impl Service {
                 handler: handler.clone(),
                 kafka: self.config.kafka.clone(),
                 breaker: self.config.breaker.clone(),
+                batch_records: self.config.batch_records,
+                exports_spans: self.config.telemetry.exports_spans(),
                 resumed: self.resumed.subscribe(),
                 blocked_records: self.blocked_records.clone(),
                 health: self.health.clone(),

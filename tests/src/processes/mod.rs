@@ -202,7 +202,19 @@ impl Processes {
     /// Of several values of one variable the last one counts.
     fn environment_of(&self, service: Service, settings: &[(&str, &str)]) -> Vec<(String, String)> {
         let own = self.own_environment.get(service.name).into_iter().flatten();
+        let for_all = settings_of_the_run();
         let further = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        self.environment.iter().chain(own).cloned().chain(further).collect()
+        for_all.into_iter().chain(self.environment.iter().chain(own).cloned()).chain(further).collect()
     }
+}
+
+/// `WAYBILL_TEST_SETTINGS`: variables with which every service of every test is started, for example
+/// `CONSUMERS=6 BATCH_RECORDS=1`. What a test sets itself takes precedence.
+fn settings_of_the_run() -> Vec<(String, String)> {
+    let settings = std::env::var("WAYBILL_TEST_SETTINGS").unwrap_or_default();
+    let parsed = settings.split_whitespace().map(|setting| {
+        let (name, value) = setting.split_once('=').expect("WAYBILL_TEST_SETTINGS is NAME=value NAME=value");
+        (name.to_owned(), value.to_owned())
+    });
+    parsed.collect()
 }

@@ -188,6 +188,65 @@ async fn a_consumer_that_loses_a_partition_commits_what_it_has_handled() {
     assert_eq!((at_first, at_other.unwrap_or(0.0)), (0.0, 0.0), "records that were handled twice");
 }
 
+/// T17, I9, I11: with a backlog a consumer has polled the next batch while its handler works on the
+/// present one. Partitions move in the meantime: the present batch is finished and committed, and the
+/// records of the next one go to the new owner. No record is handled twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_were_polled_ahead_go_to_the_new_owner() {
+    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    system.processes.stop(ANALYTICS).await;
+    let mut registered = 0;
+    for _ in 0..30 {
+        registered += register_on_each_partition(&system).await;
+    }
+
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = ("FAULT_AT", "inbox.before_commit:2:stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    let settings = [("BATCH_RECORDS", "40"), ("OFFSET_COMMIT_MS", "60000"), stall, until];
+    system.processes.spawn_with(ANALYTICS, &settings);
+    system.processes.until_logged(ANALYTICS, "fault point reached").await;
+    let mut other = system.processes.spawn_another_with(ANALYTICS, &[("OFFSET_COMMIT_MS", "60000")]);
+    let members = async || system.kafka.members(ANALYTICS_USERS).len();
+    eventually_eq("members after the other copy has joined", 2, members).await;
+    std::fs::write(end_of_stall, "").unwrap();
+    other.until_ready().await;
+    until_registered(&system, registered).await;
+    let labels = [&*format!("group=\"{ANALYTICS_USERS}\""), "outcome=\"duplicate\""];
+    let at_other = other.admin().metric("events_consumed_total", &labels).await;
+    let at_first = system.processes.counted(ANALYTICS_USERS, "duplicate").await;
+    assert_eq!((at_first, at_other.unwrap_or(0.0)), (0.0, 0.0), "records that were handled twice");
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+}
+
+/// I9: the consumer has polled the last records of a partition, and its end, while the handler still
+/// works on the records before them. It stores no offset after records that are not handled. The
+/// handler is slow, so that the client has fetched everything before the third of four batches.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_partition_is_not_stored_before_its_last_records_are_handled() {
+    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    system.processes.stop(ANALYTICS).await;
+    sqlx::raw_sql(SLOW).execute(&system.stores.database(ANALYTICS).await).await.unwrap();
+    let first = system.kafka.committed(ANALYTICS_USERS).get(&0).copied().unwrap_or(0);
+    let fact = || Draft::user_event("user.registered", Uuid::now_v7(), 1).on(0);
+    let facts: Vec<Draft> = (0..14).map(|_| fact()).collect();
+    system.kafka.write_all(USER_EVENTS, &facts).await;
+
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = ("FAULT_AT", "inbox.before_commit:4:stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    let settings = [("BATCH_RECORDS", "4"), ("OFFSET_COMMIT_MS", "100"), stall, until];
+    system.processes.spawn_with(ANALYTICS, &settings);
+    system.processes.until_logged(ANALYTICS, "fault point reached").await;
+    let committed = async || system.kafka.committed(ANALYTICS_USERS).get(&0).copied();
+    eventually_eq("the committed offset", Some(first + 12), committed).await;
+    throughout(LATE, "no later offset is committed", async || committed().await == Some(first + 12)).await;
+
+    std::fs::write(end_of_stall, "").unwrap();
+    until_registered(&system, 14).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+}
+
 /// A client may request the first and last offsets of a partition while it looks for its start, and
 /// Kafka answers late. The late answer does not change the start: no handled record is read again.
 #[tokio::test(flavor = "multi_thread")]

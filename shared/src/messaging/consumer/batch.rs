@@ -2,24 +2,33 @@
 //! can never succeed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem;
+use std::rc::Rc;
 use std::time::Instant;
 
-use rdkafka::message::{Message, OwnedMessage};
-use tracing::{Instrument, Span, field::Empty};
+use rdkafka::message::{BorrowedMessage, Message};
+use tokio::task::yield_now;
+use tracing::{Instrument, Level, Span, enabled, field::Empty};
 
 use super::breaker::Breaker;
 use super::start::ConsumerSetup;
-use crate::events::{self, Event};
+use crate::events::{self, DecodeError, Event};
 use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
 use crate::messaging::handler::{self, Delivery, Failure, Handler, OneByOneTooLong, Outcome, Split};
 use crate::messaging::record::{Coordinates, Record};
 use crate::platform::telemetry::{self, TraceContext};
 
-/// Records per batch.
-pub(in crate::messaging) const BATCH_RECORDS: usize = 500;
+/// The default of the setting BATCH_RECORDS. A transaction has a cost of its own, which is shared by
+/// the records of a batch: with more records it is hardly visible any more.
+pub(crate) const BATCH_RECORDS: u16 = 2_000;
 /// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
-/// most 1 MiB more.
+/// most 1 MiB more. With a backlog a consumer has three batches: the present one, the next one, and
+/// for a moment the previous one.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// How many records are decoded between two looks at the handler, which waits for its database
+/// meanwhile. Decoding them takes about 0.1 ms.
+const DECODE_SLICE: usize = 50;
 
 /// Why a batch was not completed.
 pub(super) enum Halt {
@@ -48,10 +57,26 @@ impl<E: Into<Failure>> From<E> for Halt {
 
 type PartitionOffset = (i32, i64);
 
+/// A record in the memory of the Kafka client.
+pub(super) type PolledMessage<'c> = Rc<BorrowedMessage<'c>>;
+
+/// The result of [`Record::decode`].
+type Decoded<E> = Result<Option<Record<E>>, DecodeError>;
+
+struct Entry<'c, E> {
+    message: PolledMessage<'c>,
+    /// Set by [`Batch::decode`], and taken by the first delivery.
+    decoded: Option<Decoded<E>>,
+}
+
 /// Records that were polled and are not stored as handled yet.
-pub(super) struct Batch {
-    messages: Vec<OwnedMessage>,
+pub(super) struct Batch<'c, E> {
+    entries: Vec<Entry<'c, E>>,
     bytes: usize,
+    /// The records of the previous full batch, until [`Batch::decode`] frees them.
+    handled: Vec<Entry<'c, E>>,
+    /// How many records fill the batch.
+    limit: usize,
     /// Records of the batch that have taken effect. They are kept while the batch is retried, so
     /// that no record is handled, dead-lettered or counted again because another one failed.
     finished: BTreeSet<PartitionOffset>,
@@ -68,11 +93,13 @@ struct Counts {
     dead_lettered: u64,
 }
 
-impl Batch {
-    pub fn new() -> Self {
+impl<'c, E: Event> Batch<'c, E> {
+    pub fn new(limit: u16) -> Self {
         Self {
-            messages: Vec::with_capacity(BATCH_RECORDS),
+            entries: Vec::new(),
             bytes: 0,
+            handled: Vec::new(),
+            limit: limit.into(),
             finished: BTreeSet::new(),
             counts: Counts::default(),
             skip_logged: false,
@@ -80,65 +107,93 @@ impl Batch {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.messages.is_empty()
+        self.entries.is_empty()
     }
 
     pub fn is_full(&self) -> bool {
-        self.messages.len() >= BATCH_RECORDS || self.bytes >= BATCH_BYTES
+        self.entries.len() >= self.limit || self.bytes >= BATCH_BYTES
     }
 
-    pub fn push(&mut self, message: OwnedMessage) {
-        self.bytes += message.payload().map_or(0, <[u8]>::len) + message.key().map_or(0, <[u8]>::len);
-        self.messages.push(message);
+    pub fn push(&mut self, message: PolledMessage<'c>) {
+        self.bytes += message.payload_len() + message.key_len();
+        self.entries.push(Entry { message, decoded: None });
     }
 
-    pub fn extend(&mut self, messages: impl IntoIterator<Item = OwnedMessage>) {
+    pub fn extend(&mut self, messages: impl IntoIterator<Item = PolledMessage<'c>>) {
         messages.into_iter().for_each(|message| self.push(message));
     }
 
     /// A batch of one record that blocks its partition.
-    pub fn of(message: OwnedMessage) -> Self {
-        let mut batch = Self::new();
+    pub fn of(message: PolledMessage<'c>) -> Self {
+        let mut batch = Self::new(1);
         batch.push(message);
         batch
     }
 
     /// Takes out the records of a partition from its first unfinished record on, and returns the
     /// unfinished ones. So [`Batch::next_offsets`] does not exceed the first of them.
-    pub fn take_blocked(&mut self, partition: i32) -> VecDeque<OwnedMessage> {
+    pub fn take_blocked(&mut self, partition: i32) -> VecDeque<PolledMessage<'c>> {
         let unfinished = self.unfinished();
         let first = unfinished.iter().find(|(other, _)| *other == partition).map_or(i64::MAX, |(_, offset)| *offset);
-        let is_blocked = |message: &mut OwnedMessage| message.partition() == partition && message.offset() >= first;
-        let blocked = self.messages.extract_if(.., is_blocked);
-        blocked.filter(|message| !self.finished.contains(&partition_offset(message))).collect()
+        let taken = self.take(partition, first);
+        taken.into_iter().filter(|message| !self.finished.contains(&partition_offset(message))).collect()
+    }
+
+    /// Takes out the records of a partition from an offset on.
+    pub fn take(&mut self, partition: i32, first: i64) -> Vec<PolledMessage<'c>> {
+        let is_taken =
+            |entry: &mut Entry<'c, E>| entry.message.partition() == partition && entry.message.offset() >= first;
+        self.entries.extract_if(.., is_taken).map(|entry| entry.message).collect()
     }
 
     /// Drops the records of all other partitions.
     pub fn retain_partitions(&mut self, keep: impl Fn(i32) -> bool) {
-        self.messages.retain(|message| keep(message.partition()));
+        self.entries.retain(|entry| keep(entry.message.partition()));
     }
 
     pub fn partitions(&self) -> BTreeSet<i32> {
-        self.messages.iter().map(OwnedMessage::partition).collect()
+        self.messages().map(|message| message.partition()).collect()
     }
 
     /// The offset after the last record, per partition.
     pub fn next_offsets(&self) -> BTreeMap<i32, i64> {
-        self.messages.iter().map(|message| (message.partition(), message.offset() + 1)).collect()
+        self.messages().map(|message| (message.partition(), message.offset() + 1)).collect()
     }
 
     /// Records that have not taken effect.
     pub fn unfinished(&self) -> Vec<PartitionOffset> {
-        self.messages.iter().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
+        self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
+    }
+
+    fn messages(&self) -> impl Iterator<Item = &BorrowedMessage<'c>> {
+        self.entries.iter().map(|entry| &*entry.message)
+    }
+
+    /// Frees the memory of the previous batch, and decodes the records ahead of their delivery.
+    /// Yields from time to time.
+    pub async fn decode(&mut self) {
+        while !self.handled.is_empty() {
+            self.handled.truncate(self.handled.len().saturating_sub(DECODE_SLICE));
+            yield_now().await;
+        }
+        for slice in self.entries.chunks_mut(DECODE_SLICE) {
+            for entry in slice.iter_mut().filter(|entry| entry.decoded.is_none()) {
+                entry.decoded = Some(decode(&entry.message));
+            }
+            yield_now().await;
+        }
     }
 
     /// Counts the finished records and empties the batch. Each record is counted once, however
     /// often the batch was retried.
-    pub fn complete<H: Handler>(&mut self, setup: &ConsumerSetup<H>) {
-        self.messages.clear();
+    pub fn complete<H: Handler<Event = E>>(&mut self, setup: &ConsumerSetup<H>) {
+        if self.is_full() {
+            self.handled = mem::take(&mut self.entries);
+        }
+        self.entries.clear();
         self.bytes = 0;
         self.finished.clear();
-        let Counts { outcome, skipped, dead_lettered } = std::mem::take(&mut self.counts);
+        let Counts { outcome, skipped, dead_lettered } = mem::take(&mut self.counts);
         setup.count("applied", outcome.applied);
         setup.count("duplicate", outcome.duplicate);
         setup.count("stale", outcome.stale);
@@ -151,20 +206,23 @@ impl Batch {
     /// partitions that are returned: with [`Split::Failing`] a record that fails blocks its
     /// partition and no other. After a failure some records may have taken effect: the finished
     /// ones are left out of the next attempt, and effects are idempotent.
-    pub async fn deliver<H: Handler>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
-        let Self { messages, finished, counts, skip_logged, .. } = self;
+    pub async fn deliver<H: Handler<Event = E>>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
+        let Self { entries, finished, counts, skip_logged, .. } = self;
         let group = H::GROUP;
-        let span = tracing::error_span!("consume", group, records = messages.len());
+        let span = tracing::error_span!("consume", group, records = entries.len());
         let failing = Failing::new();
+        let ahead: Vec<Option<Decoded<E>>> = entries.iter_mut().map(|entry| entry.decoded.take()).collect();
+        let messages: Vec<&BorrowedMessage<'c>> = entries.iter().map(|entry| &*entry.message).collect();
+        let messages = &messages;
         let mut delivery =
             BatchDelivery { context, messages, finished, counts, skip_logged, span, one_by_one_since: None, failing };
         let mut records = Vec::with_capacity(messages.len());
-        for message in messages.iter() {
+        for (message, decoded) in messages.iter().zip(ahead) {
             let is_finished = delivery.finished.contains(&partition_offset(message));
             if is_finished || delivery.failing.contains_key(&message.partition()) {
                 continue;
             }
-            match Record::decode(message.key(), message, Coordinates::of(message)) {
+            match decoded.unwrap_or_else(|| decode(message)) {
                 Ok(Some(record)) => records.push(record),
                 Ok(None) => delivery.skip(message),
                 // The records before this one are delivered first, because the breaker considers
@@ -189,7 +247,11 @@ impl Batch {
 /// The partitions whose next record fails, each with the reason.
 pub(super) type Failing = BTreeMap<i32, String>;
 
-fn partition_offset(message: &OwnedMessage) -> PartitionOffset {
+fn decode<E: Event>(message: &BorrowedMessage<'_>) -> Decoded<E> {
+    Record::decode(message.key(), message, Coordinates::of(message))
+}
+
+fn partition_offset(message: &BorrowedMessage<'_>) -> PartitionOffset {
     (message.partition(), message.offset())
 }
 
@@ -206,7 +268,7 @@ pub(super) struct DeliveryContext<'a, H> {
 /// One delivery of a batch.
 struct BatchDelivery<'a, H> {
     context: DeliveryContext<'a, H>,
-    messages: &'a [OwnedMessage],
+    messages: &'a [&'a BorrowedMessage<'a>],
     finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
     skip_logged: &'a mut bool,
@@ -231,9 +293,9 @@ impl<H: Handler> BatchDelivery<'_, H> {
 
     /// This release does not know the type of the event. Only the first such record is logged, for
     /// an operator who wants to know where to read again with a newer release.
-    fn skip(&mut self, message: &OwnedMessage) {
+    fn skip(&mut self, message: &BorrowedMessage<'_>) {
         self.counts.skipped += 1;
-        if !std::mem::replace(self.skip_logged, true) {
+        if !mem::replace(self.skip_logged, true) {
             tracing::warn!(
                 group = H::GROUP,
                 coordinates = %Coordinates::of(message),
@@ -247,12 +309,12 @@ impl<H: Handler> BatchDelivery<'_, H> {
     /// Writes the record's dead letter before any later record is handled. A later record moves the
     /// position of a handler that stores its own position past this one. After a crash in between,
     /// no process would read this record again.
-    async fn dead_letter(&mut self, message: &OwnedMessage, reason: String) -> Result<(), Halt> {
+    async fn dead_letter(&mut self, message: &BorrowedMessage<'_>, reason: String) -> Result<(), Halt> {
         if let Some((rejected, of)) = self.context.breaker.too_many() {
             return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
         }
         let coordinates = Coordinates::of(message);
-        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.clone() };
+        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.detach() };
         self.context.dead_letters.write(&letter).await.map_err(Halt::Unwritten)?;
         tracing::error!(group = H::GROUP, coordinates = %letter.coordinates, reason = letter.reason, "record dead-lettered");
         self.counts.dead_lettered += 1;
@@ -296,7 +358,9 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
     type Error = Halt;
 
     /// A single record is handled within its own span, so that what the handler does and publishes
-    /// belongs to the record's trace.
+    /// belongs to the record's trace. Several records are handled within the span of the batch. They
+    /// have spans of their own only if a collector or the log line of each event needs them: the spans
+    /// would be more than half of the work of a handler such as an inbox.
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         let setup = self.context.setup;
         let limit = setup.kafka.handle_timeout();
@@ -310,7 +374,9 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
             let next_offset = record.coordinates.offset + 1;
             record.expected_position = next_offsets.insert(record.coordinates.partition, next_offset);
         }
-        let spans: Vec<Span> = records.iter().map(|record| self.record_span(record)).collect();
+        let is_logged = enabled!(Level::DEBUG);
+        let has_spans = records.len() == 1 || setup.exports_spans || is_logged;
+        let spans: Vec<Span> = records.iter().filter(|_| has_spans).map(|record| self.record_span(record)).collect();
         let span = if let [single] = spans.as_slice() { single } else { &self.span };
         let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
         let outcome = handled.inspect_err(|_| {
@@ -318,22 +384,14 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         })?;
         *self.context.next_offsets = next_offsets;
         self.counts.outcome += outcome;
-        for (record, span) in records.iter().zip(&spans) {
-            let Record { event, envelope, coordinates, .. } = record;
-            tracing::debug!(
-                group = H::GROUP,
-                event.id = %envelope.id,
-                event.type = envelope.kind,
-                event.version = envelope.version,
-                user.id = %event.user(envelope.key),
-                correlation.id = envelope.cause.correlation.map(tracing::field::display),
-                trace.id = %telemetry::trace_id(span),
-                %coordinates,
-                "event handled"
-            );
-            let age = (events::now() - envelope.time).as_seconds_f64();
-            setup.metrics.event_age.get_or_create(&setup.labels()).observe(age.max(0.0));
+        let now = events::now();
+        let ages = setup.metrics.event_age.get_or_create(&setup.labels());
+        for Record { envelope, coordinates, .. } in records.iter() {
+            ages.observe((now - envelope.time).as_seconds_f64().max(0.0));
             self.finish_accepted((coordinates.partition, coordinates.offset));
+        }
+        if is_logged {
+            log_handled(H::GROUP, records, &spans);
         }
         Ok(())
     }
@@ -351,5 +409,23 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
 
     fn is_finished(&self, record: &Record<H::Event>) -> bool {
         self.finished.contains(&(record.coordinates.partition, record.coordinates.offset))
+    }
+}
+
+/// Logs each event, in the trace of its record.
+fn log_handled<E: Event>(group: &str, records: &[Record<E>], spans: &[Span]) {
+    for (record, span) in records.iter().zip(spans) {
+        let Record { event, envelope, coordinates, .. } = record;
+        tracing::debug!(
+            group,
+            event.id = %envelope.id,
+            event.type = envelope.kind,
+            event.version = envelope.version,
+            user.id = %event.user(envelope.key),
+            correlation.id = envelope.cause.correlation.map(tracing::field::display),
+            trace.id = %telemetry::trace_id(span),
+            %coordinates,
+            "event handled"
+        );
     }
 }

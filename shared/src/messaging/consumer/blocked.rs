@@ -3,13 +3,13 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use rdkafka::message::OwnedMessage;
-
+use super::batch::PolledMessage;
 use super::operator::{Decision, Listed};
+use crate::messaging::record::Coordinates;
 
-pub(super) struct Blocked {
+pub(super) struct Blocked<'c> {
     /// The failing record, and the later records of the partition that were polled with it.
-    pub records: VecDeque<OwnedMessage>,
+    pub records: VecDeque<PolledMessage<'c>>,
     /// Its entry in the list for operators.
     pub listed: Listed,
     pub reason: String,
@@ -18,10 +18,14 @@ pub(super) struct Blocked {
     pub backoff: Duration,
 }
 
-impl Blocked {
+impl<'c> Blocked<'c> {
     /// The failing record.
-    pub fn record(&self) -> &OwnedMessage {
+    pub fn record(&self) -> &PolledMessage<'c> {
         self.records.front().expect("a partition is blocked by a record")
+    }
+
+    pub fn coordinates(&self) -> Coordinates {
+        Coordinates::of(&**self.record())
     }
 
     pub fn decision(&self) -> Option<Decision> {

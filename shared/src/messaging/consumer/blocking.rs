@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::Consumer as _;
-use rdkafka::message::OwnedMessage;
 
 use super::backoff::next_backoff;
+use super::batch::PolledMessage;
 use super::blocked::Blocked;
 use super::operator::BlockedRecords;
 use super::partitions::Partitions;
@@ -20,16 +20,16 @@ use crate::messaging::record::Coordinates;
 /// record waits for this many times the attempt's duration.
 const HANGING_SHARE: u32 = 20;
 
-impl Partitions {
+impl<'c> Partitions<'c> {
     /// Pauses a partition at the first of these records, which fails.
     pub fn block(
         &mut self,
         partition: i32,
-        records: VecDeque<OwnedMessage>,
+        records: VecDeque<PolledMessage<'c>>,
         reason: String,
         operators: &BlockedRecords,
     ) -> anyhow::Result<()> {
-        let Some(coordinates) = records.front().map(Coordinates::of) else { return Ok(()) };
+        let Some(coordinates) = records.front().map(|record| Coordinates::of(&**record)) else { return Ok(()) };
         self.client.pause(&self.list([&partition]))?;
         self.client.context().note_paused(partition, true);
         tracing::error!(
@@ -60,20 +60,20 @@ impl Partitions {
 
     /// Continues the partition after the record. Returns the later records that were polled with
     /// it.
-    pub fn unblock(&mut self, partition: i32) -> anyhow::Result<VecDeque<OwnedMessage>> {
+    pub fn unblock(&mut self, partition: i32) -> anyhow::Result<VecDeque<PolledMessage<'c>>> {
         let Some(mut blocked) = self.blocked.remove(&partition) else { return Ok(VecDeque::new()) };
         let context = self.client.context();
         context.note_paused(partition, false);
         context.reports.continues(partition, Wait::FailingRecord);
         self.client.resume(&self.list([&partition]))?;
-        tracing::info!(group = self.group, coordinates = %Coordinates::of(blocked.record()), "the partition continues");
+        tracing::info!(group = self.group, coordinates = %blocked.coordinates(), "the partition continues");
         blocked.records.pop_front();
         Ok(std::mem::take(&mut blocked.records))
     }
 
     fn report_blocked(&self, partition: i32) {
         let Some(blocked) = self.blocked.get(&partition) else { return };
-        let coordinates = Coordinates::of(blocked.record());
+        let coordinates = blocked.coordinates();
         let reason = format!(
             "the record {coordinates} fails: {}. It is tried again. Fix the cause, or run: dead-letter {coordinates} \
              --reason TEXT",

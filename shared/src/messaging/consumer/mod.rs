@@ -2,6 +2,11 @@
 //! run only inside `poll`, when no batch is being processed, so there is nothing to drain and no
 //! race. Scale by more consumers, not by threads per partition.
 //!
+//! With a backlog the consumer polls the next batch before the handler gets the present one. While
+//! the handler waits for its database, the consumer decodes the next batch, and does not poll. So a
+//! revoke waits until the present batch is handled and stored. `Consumer::fill` then drops the
+//! records of the revoked partitions from the next batch.
+//!
 //! It stores the offset of the next record, and only after the effects are durable. librdkafka
 //! commits stored offsets from time to time (OFFSET_COMMIT_MS), on a revoke and on shutdown.
 
@@ -19,10 +24,12 @@ mod unassigned;
 mod waiting;
 mod blocking;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rdkafka::message::{Message, OwnedMessage};
+use rdkafka::message::Message;
 use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
 
@@ -31,14 +38,15 @@ use super::handler::{Failure, Handler, Split};
 use super::record::Coordinates;
 use crate::events::Event;
 use crate::fault;
-use batch::{Batch, DeliveryContext, Failing, Halt};
+use batch::{Batch, DeliveryContext, Failing, Halt, PolledMessage};
 use breaker::Breaker;
 use operator::Decision;
 use partitions::{Partitions, Polled};
 use unassigned::Unassigned;
 use waiting::Waiting;
 
-pub(super) use batch::{BATCH_BYTES, BATCH_RECORDS};
+pub(super) use batch::BATCH_BYTES;
+pub(crate) use batch::BATCH_RECORDS;
 pub use breaker::BreakerConfig;
 pub(crate) use operator::BlockedRecords;
 pub use operator::{DeadLetterRecord, dead_letter};
@@ -53,18 +61,18 @@ const LINGER: Duration = Duration::from_millis(2);
 const CAUGHT_UP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A running consumer.
-pub(crate) struct Consumer<H> {
+pub(crate) struct Consumer<'c, H> {
     setup: ConsumerSetup<H>,
     runtime: Runtime,
     dead_letters: DeadLetterWriter,
-    partitions: Partitions,
+    partitions: Partitions<'c>,
     unassigned: Unassigned,
     waiting: Waiting,
     /// When `caught_up` was last called; `None` forces a call on the next turn.
     last_caught_up_call: Option<Instant>,
 }
 
-impl<H: Handler> Consumer<H> {
+impl<'c, H: Handler> Consumer<'c, H> {
     /// Prepares the topics, joins the group and consumes until the process stops. Blocks the
     /// calling thread.
     ///
@@ -78,27 +86,29 @@ impl<H: Handler> Consumer<H> {
         let topics = setup.stop.run_until_cancelled(setup.prepare_topics());
         let Some(prepared) = runtime.block_on(topics) else { return Ok(()) };
         prepared?;
-        let partitions = Partitions::subscribe(&setup)?;
+        let client = partitions::join(&setup)?;
+        let partitions = Partitions::new(&client, &setup);
         let waiting = Waiting::new(breaker, setup.resumed.clone());
         let unassigned = Unassigned::new();
         let consumer =
-            Self { setup, runtime, dead_letters, partitions, unassigned, waiting, last_caught_up_call: None };
+            Consumer { setup, runtime, dead_letters, partitions, unassigned, waiting, last_caught_up_call: None };
         consumer.consume()
     }
 
     /// The loop. Crash anywhere: records whose offset was not committed come again.
     fn consume(mut self) -> anyhow::Result<()> {
-        let mut batch = Batch::new();
+        let mut batch = Batch::new(self.setup.batch_records);
+        let mut next = Batch::new(self.setup.batch_records);
         while !self.setup.stop.is_cancelled() {
             if !self.waiting.is_paused() {
                 self.partitions.place(&self.setup, &self.runtime);
                 self.retry_blocked(&mut batch)?;
             }
             self.unassigned.look(&self.setup, &self.partitions)?;
-            self.fill(&mut batch)?;
+            self.fill(&mut batch, &mut next)?;
             if self.waiting.may_work(&self.setup, &self.partitions) {
-                let result = self.work(&mut batch);
-                self.finish_turn(&mut batch, result)?;
+                let result = self.work(&mut batch, &mut next);
+                self.finish_turn(&mut batch, &mut next, result)?;
             }
         }
         self.partitions.commit();
@@ -108,13 +118,26 @@ impl<H: Handler> Consumer<H> {
     /// Polls until the batch is full or no record comes. A paused consumer polls too, or the group
     /// would consider it dead. Its partitions are paused, so a poll returns only events of the
     /// group.
-    fn fill(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
-        let mut wait = IDLE_POLL;
-        while self.waiting.is_paused() || !batch.is_full() {
+    ///
+    /// When the batch is full, the next one gets the records that the client has already fetched.
+    /// They are decoded while the handler works on the batch, and they are the next turn's batch.
+    fn fill(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> anyhow::Result<()> {
+        if batch.is_empty() {
+            mem::swap(batch, next);
+        }
+        let is_paused = self.waiting.is_paused();
+        let mut wait = if is_paused || batch.is_empty() { IDLE_POLL } else { LINGER };
+        // At least one poll, for the events of the group.
+        loop {
+            let is_ahead = batch.is_full() || !next.is_empty();
+            if is_ahead && !is_paused {
+                wait = Duration::ZERO;
+            }
             match self.partitions.poll(wait) {
                 Polled::Nothing => break,
+                Polled::Record(message) if is_ahead => next.push(Rc::new(message)),
                 Polled::Record(message) => {
-                    batch.push(message);
+                    batch.push(Rc::new(message));
                     wait = LINGER;
                 }
                 Polled::EndOfPartition => {
@@ -125,6 +148,9 @@ impl<H: Handler> Consumer<H> {
                     self.partitions.handle_client_error(&error)?;
                     break;
                 }
+            }
+            if !is_paused && batch.is_full() && next.is_full() {
+                break;
             }
         }
         let idle = self.partitions.idle();
@@ -140,15 +166,17 @@ impl<H: Handler> Consumer<H> {
         // consumer handles them, or this one reads them again.
         let placed = &self.partitions.next_offsets;
         batch.retain_partitions(|partition| placed.contains_key(&partition));
+        next.retain_partitions(|partition| placed.contains_key(&partition));
         Ok(())
     }
 
     /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
-    fn work(&mut self, batch: &mut Batch) -> Result<(), Halt> {
+    fn work(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> Result<(), Halt> {
         if !batch.is_empty() {
             let split = self.split();
-            for (partition, reason) in self.deliver(batch, split)? {
-                let records = batch.take_blocked(partition);
+            for (partition, reason) in self.deliver(batch, next, split)? {
+                let mut records = batch.take_blocked(partition);
+                records.extend(next.take(partition, 0));
                 self.partitions.block(partition, records, reason, &self.setup.blocked_records)?;
             }
             fault::point("consumer.after_effect");
@@ -158,7 +186,7 @@ impl<H: Handler> Consumer<H> {
         // Also for an empty batch: its records may have been revoked after some had taken effect.
         batch.complete(&self.setup);
         if self.last_caught_up_call.is_none_or(|last| last.elapsed() >= CAUGHT_UP_INTERVAL) {
-            self.call_caught_up()?;
+            self.call_caught_up(&next.partitions())?;
             self.last_caught_up_call = Some(Instant::now());
         }
         Ok(())
@@ -182,7 +210,13 @@ impl<H: Handler> Consumer<H> {
         self.runtime.block_on(async { timeout(limit, works).await }).unwrap_or(false)
     }
 
-    fn deliver(&mut self, batch: &mut Batch, split: Split) -> Result<Failing, Halt> {
+    /// Delivers the batch. Decodes the next one while the handler waits for its database.
+    fn deliver(
+        &mut self,
+        batch: &mut Batch<'c, H::Event>,
+        next: &mut Batch<'c, H::Event>,
+        split: Split,
+    ) -> Result<Failing, Halt> {
         let context = DeliveryContext {
             setup: &self.setup,
             dead_letters: &self.dead_letters,
@@ -190,13 +224,13 @@ impl<H: Handler> Consumer<H> {
             next_offsets: &mut self.partitions.next_offsets,
             split,
         };
-        self.runtime.block_on(batch.deliver(context))
+        self.runtime.block_on(async { tokio::join!(batch.deliver(context), next.decode()).0 })
     }
 
     /// Follows an operator's decision about a record that blocks its partition, or tries the record
     /// again that is due. Does only one of these in a turn, so that the consumer polls in between.
     /// `batch` is empty; it gets the later records of a partition that continues.
-    fn retry_blocked(&mut self, batch: &mut Batch) -> anyhow::Result<()> {
+    fn retry_blocked(&mut self, batch: &mut Batch<'c, H::Event>) -> anyhow::Result<()> {
         let blocked = self.partitions.blocked.values();
         let decided = blocked.clone().find_map(|blocked| Some((blocked.decision()?, blocked.record().clone())));
         let due = blocked.filter(|blocked| blocked.due <= Instant::now()).min_by_key(|blocked| blocked.due);
@@ -210,11 +244,11 @@ impl<H: Handler> Consumer<H> {
 
     /// Crash after the effect and before the offset is stored: the record comes again, and effects
     /// are idempotent.
-    fn retry_record(&mut self, batch: &mut Batch, record: OwnedMessage) -> anyhow::Result<()> {
+    fn retry_record(&mut self, batch: &mut Batch<'c, H::Event>, record: PolledMessage<'c>) -> anyhow::Result<()> {
         let partition = record.partition();
         let started = Instant::now();
         let mut single = Batch::of(record);
-        match self.deliver(&mut single, Split::Failing) {
+        match self.deliver(&mut single, &mut Batch::new(0), Split::Failing) {
             Ok(failing) if failing.is_empty() => {
                 self.partitions.store(&single.next_offsets())?;
                 single.complete(&self.setup);
@@ -234,13 +268,13 @@ impl<H: Handler> Consumer<H> {
     /// letter is written again with the same key.
     fn dead_letter_blocked(
         &mut self,
-        batch: &mut Batch,
-        record: OwnedMessage,
+        batch: &mut Batch<'c, H::Event>,
+        record: PolledMessage<'c>,
         decision: Decision,
     ) -> anyhow::Result<()> {
-        let coordinates = Coordinates::of(&record);
+        let coordinates = Coordinates::of(&*record);
         let reason = decision.reason.clone();
-        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: record };
+        let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: record.detach() };
         if let Err(error) = self.runtime.block_on(self.dead_letters.write(&letter)) {
             decision.answer(Err(format!("{error:#}")));
             return Ok(());
@@ -254,8 +288,9 @@ impl<H: Handler> Consumer<H> {
         Ok(())
     }
 
-    fn call_caught_up(&mut self) -> Result<(), Failure> {
-        for end in self.partitions.ends()? {
+    /// `unhandled` are partitions of which records were polled that are not handled yet.
+    fn call_caught_up(&mut self, unhandled: &BTreeSet<i32>) -> Result<(), Failure> {
+        for end in self.partitions.ends(unhandled)? {
             let limit = self.setup.kafka.handle_timeout();
             let call = self.setup.handler.caught_up(end);
             match self.runtime.block_on(async { timeout(limit, call).await })? {
@@ -271,7 +306,12 @@ impl<H: Handler> Consumer<H> {
     }
 
     /// Decides what follows from the result of a turn.
-    fn finish_turn(&mut self, batch: &mut Batch, result: Result<(), Halt>) -> anyhow::Result<()> {
+    fn finish_turn(
+        &mut self,
+        batch: &mut Batch<'c, H::Event>,
+        next: &mut Batch<'c, H::Event>,
+        result: Result<(), Halt>,
+    ) -> anyhow::Result<()> {
         let setup = &self.setup;
         let partitions = &mut self.partitions;
         match result {
@@ -282,6 +322,7 @@ impl<H: Handler> Consumer<H> {
                 // were applied earlier and will not be delivered again, so they count as
                 // duplicates.
                 let affected: Vec<i32> = batch.partitions().into_iter().collect();
+                affected.iter().for_each(|partition| batch.extend(next.take(*partition, 0)));
                 tracing::info!(group = H::GROUP, partitions = ?affected, "the handler has another position; restarting there");
                 partitions.dropped.extend(batch.unfinished());
                 batch.complete(setup);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Message, OwnedMessage};
+use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::statistics::{Statistics, Topic};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
@@ -36,8 +36,8 @@ const OPEN_TRANSACTION: &str = "another program has left a transaction open: no 
 
 /// The partitions that the group assigned to this consumer, and how far each is handled. Used by
 /// the consumer's thread only.
-pub(super) struct Partitions {
-    pub(super) client: BaseConsumer<Assignment>,
+pub(super) struct Partitions<'c> {
+    pub(super) client: &'c Client,
     pub(super) group: &'static str,
     /// The name of the group on the broker.
     pub(super) group_on_broker: String,
@@ -50,47 +50,52 @@ pub(super) struct Partitions {
     /// match. Those before the new position will count as duplicates.
     pub(super) dropped: BTreeSet<(i32, i64)>,
     /// Partitions that wait for their next record, which fails.
-    pub(super) blocked: BTreeMap<i32, Blocked>,
+    pub(super) blocked: BTreeMap<i32, Blocked<'c>>,
     /// When a failed placement is tried again.
     pub(super) retry_placement_at: Instant,
 }
 
+/// The Kafka client of a consumer.
+pub(super) type Client = BaseConsumer<Assignment>;
+
 /// The result of a poll.
-pub(super) enum Polled {
+pub(super) enum Polled<'c> {
     Nothing,
-    Record(OwnedMessage),
+    /// In the client's memory, which the client keeps until the message is dropped.
+    Record(BorrowedMessage<'c>),
     /// A partition has been read to its end.
     EndOfPartition,
     Error(KafkaError),
 }
 
-impl Partitions {
-    /// Joins the group.
-    pub fn subscribe<H: Handler>(setup: &ConsumerSetup<H>) -> anyhow::Result<Self> {
-        let assignment = Assignment::new(setup);
-        let client: BaseConsumer<Assignment> =
-            create_with(&setup.kafka.group_member(H::GROUP, setup.number), assignment)?;
-        let topic = setup.topic();
-        client.subscribe(&[&topic]).context("cannot subscribe to the topic")?;
-        Ok(Self {
+/// Creates a client that joins the group.
+pub(super) fn join<H: Handler>(setup: &ConsumerSetup<H>) -> anyhow::Result<Client> {
+    let client: Client = create_with(&setup.kafka.group_member(H::GROUP, setup.number), Assignment::new(setup))?;
+    client.subscribe(&[&setup.topic()]).context("cannot subscribe to the topic")?;
+    Ok(client)
+}
+
+impl<'c> Partitions<'c> {
+    pub fn new<H: Handler>(client: &'c Client, setup: &ConsumerSetup<H>) -> Self {
+        Self {
             client,
             group: H::GROUP,
             group_on_broker: setup.kafka.prefixed(H::GROUP),
-            topic,
+            topic: setup.topic(),
             next_offsets: BTreeMap::new(),
             at_end: BTreeSet::new(),
             dropped: BTreeSet::new(),
             blocked: BTreeMap::new(),
             retry_placement_at: Instant::now(),
-        })
+        }
     }
 
-    pub fn poll(&mut self, wait: Duration) -> Polled {
+    pub fn poll(&mut self, wait: Duration) -> Polled<'c> {
         match self.client.poll(wait) {
             None => Polled::Nothing,
             Some(Ok(message)) => {
                 self.at_end.remove(&message.partition());
-                Polled::Record(message.detach())
+                Polled::Record(message)
             }
             Some(Err(KafkaError::PartitionEOF(partition))) => {
                 self.at_end.insert(partition);
@@ -168,10 +173,13 @@ impl Partitions {
 
     /// The partitions that have been read to the end. The next offset after the end is the client's
     /// position, which is after the marker of the last transaction. Storing it makes the lag 0.
-    pub fn ends(&self) -> Result<Vec<EndOfPartition>, KafkaError> {
+    /// `unhandled` are partitions of which records were polled that are not handled yet: their
+    /// position is after these records.
+    pub fn ends(&self, unhandled: &BTreeSet<i32>) -> Result<Vec<EndOfPartition>, KafkaError> {
         let positions = self.client.position()?;
         // A blocked partition has records that are not handled.
-        let at_end = self.at_end.iter().filter(|partition| !self.blocked.contains_key(partition));
+        let is_handled = |partition: &&i32| !self.blocked.contains_key(partition) && !unhandled.contains(partition);
+        let at_end = self.at_end.iter().filter(is_handled);
         let ends = at_end.filter_map(|partition| {
             let expected_position = *self.next_offsets.get(partition)?;
             let position = positions.find_partition(&self.topic, *partition).map(|element| element.offset());
@@ -253,7 +261,7 @@ impl Assignment {
     }
 
     /// Makes the client read these partitions, each from its offset in the list.
-    pub fn start_reading(&self, client: &BaseConsumer<Self>, starts: &TopicPartitionList) -> Result<(), KafkaError> {
+    pub fn start_reading(&self, client: &Client, starts: &TopicPartitionList) -> Result<(), KafkaError> {
         client.incremental_assign(starts)?;
         // A partition that was paused when the client lost it is still paused.
         client.resume(starts)?;
@@ -268,7 +276,7 @@ impl Assignment {
     }
 
     /// Makes the client stop reading these partitions. They are placed again later.
-    pub fn stop_reading(&self, client: &BaseConsumer<Self>, partitions: &[i32]) -> Result<(), KafkaError> {
+    pub fn stop_reading(&self, client: &Client, partitions: &[i32]) -> Result<(), KafkaError> {
         client.incremental_unassign(&self.take_reading(partitions))?;
         self.changes().unplaced.extend(partitions);
         Ok(())
@@ -366,7 +374,7 @@ impl Assignment {
     /// assignment. If [`Assignment::start_reading`] gave it a partition during that time, the
     /// client may take that call for the acceptance and leave partitions paused (also librdkafka
     /// 2.12). So if partitions were started just before, all of them are restarted.
-    fn assign(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
+    fn assign(&self, client: &Client, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         client.incremental_assign(&TopicPartitionList::new())?;
         let mut changes = self.changes();
         changes.unplaced.extend(numbers(partitions));
@@ -382,7 +390,7 @@ impl Assignment {
     /// Commits the handled records before the partitions go to another consumer. With automatic
     /// commits the client would do so as well, a moment later (librdkafka 2.12). If the partitions
     /// are already lost, another consumer may have them, and its commits must not be overwritten.
-    fn revoke(&self, client: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
+    fn revoke(&self, client: &Client, partitions: &TopicPartitionList) -> Result<(), KafkaError> {
         if !client.assignment_lost() {
             // Fails with "no offset" if the automatic commit was faster. After any other failure
             // the records come again.
@@ -447,7 +455,7 @@ fn numbers(partitions: &TopicPartitionList) -> Vec<i32> {
 }
 
 impl ConsumerContext for Assignment {
-    fn rebalance(&self, client: &BaseConsumer<Self>, event: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+    fn rebalance(&self, client: &Client, event: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
         let (action, result) = match event {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => ("assigned", self.assign(client, partitions)),
             _ => ("revoked", self.revoke(client, partitions)),

@@ -17,7 +17,7 @@ use crate::messaging::handler::Handler;
 /// How soon a failed lookup is repeated.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 
-impl Partitions {
+impl Partitions<'_> {
     /// Looks up the start of each unplaced partition, and lets the client read it from there. A
     /// failed lookup is repeated on a later turn, and the partition is not read until then: a start
     /// is never guessed.
@@ -77,7 +77,7 @@ impl Partitions {
             starts.add_partition_offset(&self.topic, partition, Offset::Offset(start))?;
             placed.push((partition, next_offset));
         }
-        self.client.context().start_reading(&self.client, &starts)?;
+        self.client.context().start_reading(self.client, &starts)?;
         for (partition, next_offset) in placed {
             self.next_offsets.insert(partition, next_offset);
             self.at_end.remove(&partition);
@@ -96,7 +96,7 @@ impl Partitions {
 
     /// Stops reading the partitions until [`Partitions::place`] has looked up their start again.
     pub fn restart(&mut self, partitions: &[i32]) -> anyhow::Result<()> {
-        self.client.context().stop_reading(&self.client, partitions)?;
+        self.client.context().stop_reading(self.client, partitions)?;
         for partition in partitions {
             self.next_offsets.remove(partition);
             self.at_end.remove(partition);

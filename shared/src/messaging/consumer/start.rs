@@ -21,6 +21,10 @@ pub(crate) struct ConsumerSetup<H> {
     pub handler: H,
     pub kafka: KafkaConfig,
     pub breaker: BreakerConfig,
+    /// How many records a batch has at most.
+    pub batch_records: u16,
+    /// Whether spans are exported to a collector.
+    pub exports_spans: bool,
     /// Changes when an operator resumes the consumers whose breaker is open.
     pub resumed: watch::Receiver<()>,
     /// The records that block partitions of this process.

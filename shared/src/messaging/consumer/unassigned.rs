@@ -41,7 +41,7 @@ impl Unassigned {
     ///
     /// Several members may find the same partition and all join again. They end in one rebalance or
     /// in a few, and none of them finds the partition afterwards.
-    pub fn look<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions) -> anyhow::Result<()> {
+    pub fn look<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions<'_>) -> anyhow::Result<()> {
         if Instant::now() < self.next_look {
             return Ok(());
         }
@@ -75,7 +75,7 @@ impl Unassigned {
     }
 }
 
-impl Partitions {
+impl Partitions<'_> {
     /// The partitions of the topic that no member of the group has. Empty during a rebalance.
     fn unassigned(&self) -> anyhow::Result<BTreeSet<i32>> {
         let group = self.client.fetch_group_list(Some(&self.group_on_broker), KAFKA_TIMEOUT)?;

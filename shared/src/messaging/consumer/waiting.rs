@@ -50,7 +50,7 @@ impl Waiting {
     }
 
     /// Whether the consumer may work on its batch now.
-    pub fn may_work<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions) -> bool {
+    pub fn may_work<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions<'_>) -> bool {
         match self.pause {
             None => true,
             Some(Pause::Retry { due, .. }) => due <= Instant::now(),
@@ -74,7 +74,7 @@ impl Waiting {
     pub fn retry_later<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,
-        partitions: &Partitions,
+        partitions: &Partitions<'_>,
         failure: &Failure,
         what: &str,
     ) -> anyhow::Result<()> {
@@ -102,7 +102,7 @@ impl Waiting {
     pub fn open_breaker<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,
-        partitions: &Partitions,
+        partitions: &Partitions<'_>,
         rejections: &TooManyRejections,
     ) -> anyhow::Result<()> {
         let TooManyRejections { rejected, of, reason } = rejections;
@@ -134,7 +134,7 @@ impl Waiting {
     }
 
     /// Resumes the partitions if they are paused.
-    pub fn end<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions) -> anyhow::Result<()> {
+    pub fn end<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions<'_>) -> anyhow::Result<()> {
         if self.pause.take().is_some() {
             setup.health.resolved(&setup.component("dependency"));
             tracing::info!(group = H::GROUP, "dependency is back: consumer resumed");
