@@ -17,7 +17,8 @@ use shared::platform::settings::number;
 use tokio::time::Duration;
 use uuid::Uuid;
 
-use crate::view::{Lookup, View};
+use crate::reads::Reads;
+use crate::view::Lookup;
 use crate::waiters::{Ended, Waiters};
 
 /// How long a request waits for its `min_version`. Usually an event arrives within tens of
@@ -31,7 +32,7 @@ const TOO_MANY_WAITERS: Kind = Kind::new("too-many-waiters", StatusCode::SERVICE
 
 #[derive(Clone)]
 pub struct App {
-    pub view: View,
+    pub reads: Reads,
     pub waiters: Waiters,
 }
 
@@ -47,7 +48,7 @@ struct Freshness {
 }
 
 async fn profile(
-    State(App { view, waiters }): State<App>,
+    State(App { reads, waiters }): State<App>,
     caller: Caller,
     id: Result<Path<Uuid>, PathRejection>,
     freshness: Result<Query<Freshness>, QueryRejection>,
@@ -58,7 +59,7 @@ async fn profile(
     let min_version = freshness.min_version.as_deref().map_or(Ok(0), number(0..=i64::MAX));
     let min_version =
         min_version.map_err(|rule| problem(INVALID_QUERY, format!("min_version: {rule}")).into_response())?;
-    let found = view.find(id).await.map_err(|error| {
+    let found = reads.find(id).await.map_err(|error| {
         tracing::error!(error = %format!("{error:#}"), "Valkey does not answer");
         no_answer()
     })?;

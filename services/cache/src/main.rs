@@ -3,6 +3,7 @@
 //! an emptied Valkey and fills it again from the topic.
 
 mod http;
+mod reads;
 mod readiness;
 mod valkey;
 mod view;
@@ -87,6 +88,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.consume(Waking::new(view.clone(), waiters.clone()));
     service.spawn("waiters", waiters.clone().run(view.clone()));
     service.spawn("readiness", readiness::watch(view.clone(), service.health()));
-    service.http(config.http_addr, http::routes(http::App { view, waiters })).await?;
+    let (reads, waiting) = reads::reads();
+    service.spawn_draining("reads", waiting.run(view));
+    service.http(config.http_addr, http::routes(http::App { reads, waiters })).await?;
     service.run().await
 }

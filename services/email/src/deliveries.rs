@@ -15,10 +15,12 @@
 //! whose answer was lost too often stays `unknown`: both wait for an
 //! [operator](crate::operator).
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use shared::events::{Cause, Delivery, EmailEvent, Undelivered, mint_id};
-use shared::messaging::outbox;
+use shared::fault;
+use shared::messaging::outbox::{self, Draft};
 use sqlx::postgres::types::PgInterval;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
@@ -69,14 +71,25 @@ pub enum Due {
     Cancelled,
 }
 
-/// Claims the delivery that has been due for longest, among those with one of these templates. The
-/// index contains only deliveries that can be claimed, so the cost does not depend on how many
-/// others wait. If the delivery must not be sent, this statement cancels it or holds it. A
-/// condition in the search would read it again in each claim.
-pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Result<Option<Due>> {
+/// Claims the deliveries that have been due for longest, at most `count`, among those with one of
+/// these templates. The index contains only deliveries that can be claimed, so the cost does not
+/// depend on how many others wait. If a delivery must not be sent, this statement cancels it or holds
+/// it. A condition in the search would read it again in each claim.
+///
+/// They get one token, because no other claim has it. Crash after this: each of them waits for the
+/// end of its lease, so no more are claimed than senders are idle.
+pub async fn claim(db: &mut PgConnection, rules: &Rules, templates: &[String], count: usize) -> sqlx::Result<Vec<Due>> {
     let token = mint_id();
     let due = sqlx::query!(
-        r#"update deliveries d
+        r#"with due as materialized (
+               select first.*
+               from unnest($4::text[]) wanted (template)
+               cross join lateral (
+                   select id, user_id, requested_at, released_at, due_at from deliveries
+                   where template = wanted.template and due_at <= now()
+                   order by due_at limit $5 for update skip locked) first
+               order by first.due_at limit $5)
+           update deliveries d
            set status = next.status, updated_at = now(),
                attempt = attempt + (next.status = 'sending')::int,
                token = case next.status when 'sending' then $1::uuid end,
@@ -86,14 +99,7 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
                           when r.email is null then 'unaddressed'
                           when due.released_at is null and due.requested_at <= now() - $3::interval then 'held'
                           else 'sending' end as status
-                 from (select first.*
-                       from unnest($4::text[]) wanted (template)
-                       cross join lateral (
-                           select id, user_id, requested_at, released_at, due_at from deliveries
-                           where template = wanted.template and due_at <= now()
-                           order by due_at limit 1 for update skip locked) first
-                       order by first.due_at limit 1) due
-                 left join recipients r using (user_id)) next
+                 from due left join recipients r using (user_id)) next
            where d.id = next.id
            returning d.id, d.user_id, d.template, d.status, d.attempt, d.refusals, d.unknowns, d.causationid,
                d.correlationid, d.traceparent, d.tracestate, next.email as "email?",
@@ -102,9 +108,9 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
         interval(rules.lease),
         interval(rules.max_age),
         templates,
+        count as i64,
     );
-    let Some(row) = due.fetch_optional(db).await? else { return Ok(None) };
-    Ok(Some(match (row.status.as_str(), row.email) {
+    let due = due.fetch_all(db).await?.into_iter().map(|row| match (row.status.as_str(), row.email) {
         ("sending", Some(email)) => Due::Claimed(Box::new(Claim {
             id: row.id,
             user_id: row.user_id,
@@ -123,7 +129,30 @@ pub async fn claim(db: &PgPool, rules: &Rules, templates: &[String]) -> sqlx::Re
         })),
         ("cancelled", _) => Due::Cancelled,
         _ => Due::Held,
-    }))
+    });
+    Ok(due.collect())
+}
+
+/// Whether the sender may still send the mail, which cannot be undone: `false` if its lease has ended
+/// because it was frozen, or if the recipient was erased in the meantime. Also `false` if less than
+/// half of the lease is left, so that the lease does not end immediately afterwards: then
+/// [`renew`] decides. Several senders share a statement; the answers are in the order of the claims.
+///
+/// It writes nothing. A claim by another sender that is not committed yet has found an ended lease,
+/// so this statement, which finds half of it left, began before the lease ended.
+pub async fn check(db: &PgPool, claims: &[(Uuid, Uuid)], rules: &Rules) -> sqlx::Result<Vec<bool>> {
+    let (ids, tokens): (Vec<Uuid>, Vec<Uuid>) = claims.iter().copied().unzip();
+    let checked = sqlx::query_scalar!(
+        r#"select d.id is not null and r.user_id is not null as "may_send!"
+           from unnest($1::uuid[], $2::uuid[]) with ordinality as claimed (id, token, number)
+           left join deliveries d on d.id = claimed.id and d.token = claimed.token and d.due_at > now() + $3::interval / 2
+           left join recipients r on r.user_id = d.user_id and r.email is not null
+           order by claimed.number"#,
+        &ids,
+        &tokens,
+        interval(rules.lease),
+    );
+    checked.fetch_all(db).await
 }
 
 /// Renews the lease. Returns whether the sender may still send the mail, which cannot be undone. It
@@ -141,24 +170,66 @@ pub async fn renew(db: &PgPool, claim: &Claim, rules: &Rules) -> sqlx::Result<bo
     Ok(renewed.execute(db).await?.rows_affected() == 1)
 }
 
-/// Records that the server accepted the mail. Also succeeds after the lease has ended, so that the
-/// sender that took over fails its check and stops, and after another sender has recorded a
-/// failure: the mail was accepted. Returns whether this call changed the state. It writes the event
-/// only then.
-pub async fn sent(db: &PgPool, claim: &Claim) -> sqlx::Result<bool> {
+/// A mail that the server has accepted, and the event about it.
+#[derive(Clone)]
+pub struct Accepted {
+    id: Uuid,
+    event: Draft,
+}
+
+impl Accepted {
+    /// Now, in the current trace.
+    pub fn new(claim: &Claim) -> Self {
+        Self { id: claim.id, event: Draft::new(claim.cause(), claim.id, &EmailEvent::Sent(claim.delivery())) }
+    }
+}
+
+/// Records that the server accepted these mails, and claims up to `count` deliveries in the same
+/// transaction, so that several senders share one commit. Returns whether each mail's state was
+/// changed, in the order of the mails.
+///
+/// Crash before the commit: each of these senders sends one mail a second time, as it would if it
+/// recorded its mail alone. No sender has another mail whose answer is not recorded.
+pub async fn record_and_claim(
+    db: &PgPool,
+    accepted: &[Accepted],
+    rules: &Rules,
+    templates: &[String],
+    count: usize,
+) -> sqlx::Result<(Vec<bool>, Vec<Due>)> {
     let mut tx = db.begin().await?;
-    let ended = sqlx::query_scalar!(
-        "update deliveries set status = 'sent', token = null, due_at = null, smtp_code = 250, updated_at = now(),
-             events = events + 1
-         where id = $1 and status <> 'sent' returning events",
-        claim.id,
-    );
-    let version = ended.fetch_optional(&mut *tx).await?;
-    if let Some(version) = version {
-        outbox::publish(&mut tx, claim.cause(), claim.id, version.into(), &EmailEvent::Sent(claim.delivery())).await?;
+    let changed = if accepted.is_empty() { vec![] } else { sent(&mut tx, accepted).await? };
+    let due = if count == 0 { vec![] } else { claim(&mut tx, rules, templates, count).await? };
+    if !accepted.is_empty() {
+        fault::point("email.before_record");
     }
     tx.commit().await?;
-    Ok(version.is_some())
+    Ok((changed, due))
+}
+
+/// Records that the server accepted the mails. Also succeeds after a lease has ended, so that the
+/// sender that took over fails its check and stops, and after another sender has recorded a
+/// failure: the mail was accepted. It writes the event only if it changes the state.
+async fn sent(tx: &mut PgConnection, accepted: &[Accepted]) -> sqlx::Result<Vec<bool>> {
+    let ids: Vec<Uuid> = accepted.iter().map(|mail| mail.id).collect();
+    let ended = sqlx::query!(
+        "update deliveries set status = 'sent', token = null, due_at = null, smtp_code = 250, updated_at = now(),
+             events = events + 1
+         where id = any($1) and status <> 'sent' returning id, events",
+        &ids,
+    );
+    let ended = ended.fetch_all(&mut *tx).await?;
+    let mut versions: HashMap<Uuid, i64> = ended.into_iter().map(|row| (row.id, row.events.into())).collect();
+    let mut events = vec![];
+    let mut changed = vec![];
+    for mail in accepted {
+        // Two senders may have sent the same mail, if the lease of one has ended.
+        let version = versions.remove(&mail.id);
+        changed.push(version.is_some());
+        events.extend(version.map(|version| (&mail.event, version)));
+    }
+    outbox::publish_all(tx, &events).await?;
+    Ok(changed)
 }
 
 /// Records that the server refused the mail permanently or for too long, unless the lease has ended
@@ -241,6 +312,9 @@ pub async fn lock_recipients(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Res
 
 /// Makes the deliveries to these users claimable, now that their addresses are known.
 pub async fn address(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> {
+    if users.is_empty() {
+        return Ok(());
+    }
     sqlx::query!(
         "update deliveries set status = 'pending', due_at = now(), updated_at = now()
          where user_id = any($1) and status = 'unaddressed'",
@@ -254,6 +328,9 @@ pub async fn address(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<()> 
 /// Cancels the deliveries to these users, who were erased, unless a sender has them. That sender
 /// checks the recipient before it sends the mail. Returns how many were cancelled.
 pub async fn cancel(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<u64> {
+    if users.is_empty() {
+        return Ok(0);
+    }
     let cancelled = sqlx::query!(
         "update deliveries set status = 'cancelled', due_at = null, updated_at = now()
          where user_id = any($1) and status in ('unaddressed', 'pending', 'unknown', 'held')",
@@ -334,10 +411,14 @@ mod tests {
     }
 
     async fn claimed(db: &PgPool) -> Option<Claim> {
-        match claim(db, &RULES, &["welcome".to_owned()]).await.unwrap() {
+        match due(db, 1).await.pop() {
             Some(Due::Claimed(claim)) => Some(*claim),
             _ => None,
         }
+    }
+
+    async fn due(db: &PgPool, count: usize) -> Vec<Due> {
+        claim(&mut db.acquire().await.unwrap(), &RULES, &["welcome".to_owned()], count).await.unwrap()
     }
 
     /// A claim costs the same however many deliveries wait for something else: an address, an
@@ -362,9 +443,60 @@ mod tests {
     async fn a_delivery_that_became_too_old_is_held_when_it_is_claimed() {
         let db = database().await;
         insert(&db, 1, "welcome", "pending", 73).await;
-        let due = claim(&db, &RULES, &["welcome".to_owned()]).await.unwrap();
-        assert!(matches!(due, Some(Due::Held)));
-        assert!(claim(&db, &RULES, &["welcome".to_owned()]).await.unwrap().is_none());
+        assert!(matches!(due(&db, 1).await[..], [Due::Held]));
+        assert!(due(&db, 1).await.is_empty());
+    }
+
+    async fn claims(db: &PgPool, count: usize) -> Vec<Claim> {
+        let due = due(db, count).await.into_iter();
+        due.map(|due| if let Due::Claimed(claim) = due { *claim } else { panic!("not claimed") }).collect()
+    }
+
+    /// I5, I6: senders that check together get their own answers.
+    #[tokio::test]
+    async fn a_mail_may_be_sent_by_the_owner_of_its_lease_to_a_recipient_who_is_not_erased() {
+        let db = database().await;
+        insert(&db, 5, "welcome", "pending", 0).await;
+        let claims = claims(&db, 5).await;
+        let change = async |sql: &str, claim: &Claim| {
+            let changed = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(claim.id).execute(&db).await.unwrap();
+            assert_eq!(changed.rows_affected(), 1, "{sql}");
+        };
+        change("update deliveries set token = gen_random_uuid() where id = $1", &claims[0]).await;
+        change("update deliveries set due_at = now() - interval '1 s' where id = $1", &claims[2]).await;
+        // Too little of it is left.
+        change("update deliveries set due_at = now() + interval '29 s' where id = $1", &claims[3]).await;
+        let erase = "update recipients set version = 2, email = null
+                     where user_id = (select user_id from deliveries where id = $1)";
+        change(erase, &claims[4]).await;
+        let asked: Vec<_> = claims.iter().map(|claim| (claim.id, claim.token)).collect();
+        assert_eq!(check(&db, &asked, &RULES).await.unwrap(), [false, true, false, false, false]);
+        let mut renewed = vec![];
+        for claim in &claims {
+            renewed.push(renew(&db, claim, &RULES).await.unwrap());
+        }
+        assert_eq!(renewed, [false, true, false, true, false]);
+        assert_eq!(check(&db, &asked[3..4], &RULES).await.unwrap(), [true]);
+    }
+
+    /// I6: two senders have sent the same mail, because the lease of one has ended.
+    #[tokio::test]
+    async fn a_mail_that_two_senders_have_sent_is_recorded_once() {
+        let db = database().await;
+        insert(&db, 3, "welcome", "pending", 0).await;
+        let claims = claims(&db, 2).await;
+        let accepted = [0, 1, 0].map(|index| Accepted::new(&claims[index]));
+        let recorded = record_and_claim(&db, &accepted, &RULES, &["welcome".to_owned()], 3).await.unwrap();
+        assert_eq!((recorded.0, recorded.1.len()), (vec![true, true, false], 1));
+        let again = record_and_claim(&db, &accepted[..1], &RULES, &[], 0).await.unwrap();
+        assert_eq!((again.0, again.1.len()), (vec![false], 0));
+        let events = "select aggregateid, version from outbox order by id";
+        let events: Vec<(Uuid, i64)> = sqlx::query_as(events).fetch_all(&db).await.unwrap();
+        let mut expected = vec![(claims[0].id, 1), (claims[1].id, 1)];
+        expected.sort();
+        let mut published = events;
+        published.sort();
+        assert_eq!(published, expected);
     }
 
     #[tokio::test]

@@ -62,6 +62,9 @@ impl Handler for Welcome {
         let mut users: Vec<Uuid> = intents.users.iter().chain(deleted.keys()).copied().collect();
         users.sort();
         users.dedup();
+        if users.is_empty() {
+            return Ok(outcome);
+        }
         let mut tx = self.db.begin().await?;
         deliveries::lock_recipients(&mut tx, &users).await?;
         outcome.applied += store(&mut tx, &intents, self.max_age).await?;
@@ -111,6 +114,9 @@ impl Intents {
 /// An intent whose event is old is held at once. If it were pending first, a replayed history would
 /// delay all other mails.
 async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> sqlx::Result<u64> {
+    if intents.ids.is_empty() {
+        return Ok(0);
+    }
     let stored = sqlx::query_scalar!(
         r#"insert into deliveries
                (id, user_id, template, version, status, due_at, requested_at, causationid, correlationid, owner,
@@ -155,6 +161,9 @@ async fn store(tx: &mut PgConnection, intents: &Intents, max_age: Duration) -> s
 /// tombstones never reads them. Cancels the mails of these users. Returns how many users' versions
 /// are new, and how many deliveries it cancelled.
 async fn erase(tx: &mut PgConnection, deleted: &BTreeMap<Uuid, i64>) -> sqlx::Result<(u64, u64)> {
+    if deleted.is_empty() {
+        return Ok((0, 0));
+    }
     let users: Vec<Uuid> = deleted.keys().copied().collect();
     let versions: Vec<i64> = deleted.values().copied().collect();
     let erased = sqlx::query_scalar!(

@@ -2,6 +2,7 @@
 //! joins the two when it sends. So the relative order of the two topics does not matter. The
 //! results are published on `email.events.v1`, through an outbox.
 
+mod batches;
 mod breaker;
 mod deliveries;
 mod handlers;
@@ -81,7 +82,7 @@ struct Config {
     #[command(flatten)]
     smtp: smtp::SmtpConfig,
     /// How many mails this process sends at the same time.
-    #[arg(long, env, default_value_t = 2, value_parser = number::<u16>(1..=64))]
+    #[arg(long, env, default_value_t = 2, value_parser = number::<u16>(1..=batches::MAX_SENDERS))]
     senders: u16,
     /// How long a mail waits after its sender has died, in milliseconds, before another sender
     /// takes it over. A sender that works renews this lease, however long the mail server takes.
@@ -141,14 +142,18 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.consume(config.welcome(&db, &metrics));
     service.consume(Recipients { db: db.clone(), metrics: metrics.clone() });
     service.spawn("delivery metrics", metrics.clone().measure(db.clone()));
+    let rules = deliveries::Rules {
+        lease: Duration::from_millis(config.lease_ms),
+        backoff: Duration::from_millis(config.backoff_ms),
+        max_age: config.max_age(),
+    };
+    let (batches, waiting) = batches::batches();
+    service.spawn_draining("statements of the senders", waiting.run(db.clone(), rules));
     let sender = Sender {
         db: db.clone(),
         server,
-        rules: deliveries::Rules {
-            lease: Duration::from_millis(config.lease_ms),
-            backoff: Duration::from_millis(config.backoff_ms),
-            max_age: config.max_age(),
-        },
+        rules,
+        batches,
         breaker: Breaker::new(service.health(), metrics.clone()),
         wake,
         metrics,
@@ -158,6 +163,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     for number in 0..config.senders {
         service.spawn_draining(&format!("sender {number}"), sender.clone().run());
     }
+    // The task that makes their statements ends with the last sender.
+    drop(sender);
     service.http(config.http_addr, http::routes(db)).await?;
     service.run().await
 }

@@ -1,5 +1,6 @@
 //! The sender: claims a delivery, sends the mail to the SMTP server and records the result. It
-//! sends one mail after another over one connection.
+//! sends one mail after another over one connection. The record of an accepted mail and the claim of
+//! the next delivery are one transaction, which the senders of a process [share](Batches).
 
 use std::sync::{Arc, Mutex};
 
@@ -12,10 +13,11 @@ use shared::platform::telemetry::{self, TraceContext};
 use sqlx::PgPool;
 use tokio::time::{Duration, Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, field::Empty};
+use tracing::{Instrument, Span, field::Empty};
 
+use crate::batches::Batches;
 use crate::breaker::Breaker;
-use crate::deliveries::{self, Claim, Due, Retry, Rules};
+use crate::deliveries::{self, Accepted, Claim, Due, Retry, Rules};
 use crate::mail;
 use crate::metrics::DeliveryMetrics;
 use crate::smtp::{Connection, Ending, Server, Trouble};
@@ -23,6 +25,9 @@ use crate::smtp::{Connection, Ending, Server, Trouble};
 /// How long an idle sender waits before it looks for a new delivery.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 const DATABASE_RETRY: Duration = Duration::from_millis(500);
+/// How long an idle sender keeps its connection. A new connection costs several round trips, with TLS
+/// and a login. Servers and firewalls close idle connections, and servers limit their number.
+const IDLE_LIMIT: Duration = Duration::from_secs(5);
 /// "Mailbox name not allowed" (RFC 5321 §4.2.2): the code that we record for an invalid address.
 const BAD_ADDRESS: u16 = 553;
 // Why a delivery failed.
@@ -35,6 +40,7 @@ pub struct Sender {
     pub server: Arc<Server>,
     pub rules: Rules,
     pub breaker: Breaker,
+    pub batches: Batches,
     pub wake: Wake,
     pub metrics: DeliveryMetrics,
     pub stop: CancellationToken,
@@ -52,6 +58,14 @@ enum Attempt {
     Stopped,
 }
 
+/// A mail that the server has accepted and that is not recorded yet. A sender has at most one.
+struct Unrecorded {
+    claim: Claim,
+    lease: Lease,
+    mail: Accepted,
+    span: Span,
+}
+
 /// The time until which this process knows that it has the delivery, by its own monotonic clock.
 /// The database's clock decides when the lease really ends.
 struct Lease(Mutex<Instant>);
@@ -60,8 +74,9 @@ impl Sender {
     /// Sends until the process stops. Finishes the mail in progress first.
     pub async fn run(self) -> anyhow::Result<()> {
         let mut connection = Connection::default();
-        while !self.stop.is_cancelled() {
-            let pause = match self.send_next(&mut connection).await {
+        let mut unrecorded = None;
+        while unrecorded.is_some() || !self.stop.is_cancelled() {
+            let pause = match self.turn(&mut connection, &mut unrecorded).await {
                 Ok(true) => continue,
                 Ok(false) => POLL_INTERVAL,
                 Err(error) => {
@@ -69,64 +84,72 @@ impl Sender {
                     DATABASE_RETRY
                 }
             };
-            connection.quit().await;
+            connection.quit_if_idle_for(IDLE_LIMIT).await;
             self.stop.run_until_cancelled(sleep(pause)).await;
         }
+        connection.quit().await;
         Ok(())
     }
 
-    /// Sends the mail of one delivery, if one is due. Returns whether one was due.
-    async fn send_next(&self, connection: &mut Connection) -> sqlx::Result<bool> {
-        if !self.breaker.permits() {
-            return Ok(false);
-        }
-        let Some((claim, lease)) = self.claim().await? else { return Ok(false) };
+    /// Records the mail that this sender has sent last, and sends the mail of one more delivery, if
+    /// one is due. Returns whether one was due.
+    async fn turn(&self, connection: &mut Connection, unrecorded: &mut Option<Unrecorded>) -> anyhow::Result<bool> {
+        let Some((claim, lease)) = self.next(unrecorded.take()).await? else { return Ok(false) };
         fault::point("email.after_claim");
         let span = tracing::error_span!(
             parent: None, "send", "otel.kind" = "client", delivery.id = %claim.id, template = claim.template, trace.id = Empty
         );
         let cause = TraceContext { traceparent: claim.traceparent.clone(), tracestate: claim.tracestate.clone() };
         telemetry::continue_from(&span, &cause);
-        async {
+        let attempt = async {
             // `keep` never ends by itself: the lease is renewed until the attempt ends.
             let attempt = tokio::select! {
                 attempt = self.attempt(connection, &claim, &lease) => attempt,
                 never = self.keep(&claim, &lease) => match never {},
             };
             fault::point("email.after_answer");
-            // Retries until the lease ends. If the result is not recorded by then, another sender
-            // sends the mail again.
-            while let Err(error) = bounded(self.record(&claim, &attempt)).await {
-                if lease.has_ended() {
-                    return Err(error);
-                }
-                sleep(DATABASE_RETRY).await;
+            if let Attempt::Ended(Ending::Accepted) = attempt {
+                self.breaker.succeeded();
+                return Ok(Some(Accepted::new(&claim)));
             }
-            Ok(())
+            self.until_recorded(&claim, &attempt, &lease).await.map(|()| None)
+        };
+        if let Some(mail) = attempt.instrument(span.clone()).await? {
+            *unrecorded = Some(Unrecorded { claim, lease, mail, span });
         }
-        .instrument(span)
-        .await?;
         Ok(true)
     }
 
-    /// Claims the next delivery that may be sent. It passes over those that the claim holds or
-    /// cancels, because the breaker may have permitted one probe only: if each of them used one up,
-    /// a backlog of them would delay the first mail by hours.
-    async fn claim(&self) -> sqlx::Result<Option<(Claim, Lease)>> {
+    /// Records an accepted mail and claims the next delivery that may be sent. It passes over
+    /// deliveries that the claim holds or cancels, because the breaker may have permitted one probe
+    /// only: if each of them used one up, a backlog of them would delay the first mail by hours.
+    async fn next(&self, mut unrecorded: Option<Unrecorded>) -> anyhow::Result<Option<(Claim, Lease)>> {
+        let may_claim = self.breaker.permits();
         let mut held = 0_u64;
         let claimed = loop {
-            // Computed before the statement, so that this process never assumes a longer lease than
-            // the database.
-            let lease = Lease::until(Instant::now() + self.rules.lease);
-            match bounded(deliveries::claim(&self.db, &self.rules, &mail::template_names())).await {
-                Ok(Some(Due::Claimed(claim))) => break Ok(Some((*claim, lease))),
-                Ok(Some(Due::Held)) => held += 1,
-                Ok(Some(Due::Cancelled)) => self.metrics.count_ended("cancelled", 1),
-                Ok(None) => break Ok(None),
-                Err(error) => break Err(error),
-            }
-            if self.stop.is_cancelled() {
+            let claims = may_claim && !self.stop.is_cancelled();
+            if !claims && unrecorded.is_none() {
                 break Ok(None);
+            }
+            let mail = unrecorded.as_ref().map(|unrecorded| unrecorded.mail.clone());
+            match (self.batches.record_and_claim(mail, claims).await, unrecorded.take()) {
+                (Ok((changed, due)), recorded) => {
+                    if let Some(Unrecorded { claim, span, .. }) = recorded {
+                        span.in_scope(|| self.note_sent(&claim, changed));
+                    }
+                    match due {
+                        Some((Due::Claimed(claim), until)) => break Ok(Some((*claim, Lease::until(until)))),
+                        Some((Due::Held, _)) => held += 1,
+                        Some((Due::Cancelled, _)) => self.metrics.count_ended("cancelled", 1),
+                        None => break Ok(None),
+                    }
+                }
+                // The mail of another sender may be the cause, so this one is recorded alone.
+                (Err(_), Some(Unrecorded { claim, lease, span, .. })) => {
+                    let attempt = Attempt::Ended(Ending::Accepted);
+                    self.until_recorded(&claim, &attempt, &lease).instrument(span).await?;
+                }
+                (Err(error), None) => break Err(error),
             }
         };
         if held > 0 {
@@ -136,6 +159,18 @@ impl Sender {
             );
         }
         claimed
+    }
+
+    /// Retries until the lease ends. If the result is not recorded by then, another sender sends the
+    /// mail again.
+    async fn until_recorded(&self, claim: &Claim, attempt: &Attempt, lease: &Lease) -> sqlx::Result<()> {
+        while let Err(error) = bounded(self.record(claim, attempt)).await {
+            if lease.has_ended() {
+                return Err(error);
+            }
+            sleep(DATABASE_RETRY).await;
+        }
+        Ok(())
     }
 
     /// Renews the lease for as long as the attempt takes. A mail server may take minutes, and the
@@ -175,7 +210,7 @@ impl Sender {
         let ready = async {
             connection.prepare(&self.server, &to).await.map_err(Attempt::Ended)?;
             fault::point("email.before_check");
-            if !self.renew(claim, lease).await {
+            if !self.batches.check(claim).await && !self.renew(claim, lease).await {
                 return Err(Attempt::Superseded);
             }
             connection.announce().await.map_err(Attempt::Ended)?;
@@ -202,11 +237,9 @@ impl Sender {
         let attempt_number = claim.attempt;
         match *attempt {
             Attempt::Ended(Ending::Accepted) => {
-                self.breaker.succeeded();
-                if deliveries::sent(&self.db, claim).await? {
-                    self.metrics.count_ended("sent", 1);
-                }
-                tracing::info!(attempt = attempt_number, "mail accepted by the SMTP server");
+                let (changed, _) =
+                    deliveries::record_and_claim(&self.db, &[Accepted::new(claim)], &self.rules, &[], 0).await?;
+                self.note_sent(claim, changed[0]);
             }
             Attempt::Ended(Ending::Refused { code }) => self.fail(claim, code, REFUSED).await?,
             Attempt::Ended(Ending::Deferred { code }) if claim.is_last_deferral(&self.rules) => {
@@ -242,6 +275,14 @@ impl Sender {
         }
         self.wake.notify();
         Ok(())
+    }
+
+    fn note_sent(&self, claim: &Claim, changed: bool) {
+        if changed {
+            self.metrics.count_ended("sent", 1);
+        }
+        tracing::info!(attempt = claim.attempt, "mail accepted by the SMTP server");
+        self.wake.notify();
     }
 
     /// The server refused the mail permanently, for a reason that is about us or may be. If it

@@ -2,11 +2,34 @@
 //! other. The [relay](super::relay) publishes the rows to Kafka and deletes them.
 
 use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::events::{self, Cause, Event};
+use crate::events::{self, Cause, Event, Topic};
 use crate::platform::database::bounded;
-use crate::platform::telemetry;
+use crate::platform::telemetry::{self, TraceContext};
+
+/// An event that is not written to the outbox yet.
+#[derive(Clone)]
+pub struct Draft {
+    id: Uuid,
+    topic: Topic,
+    key: Uuid,
+    kind: &'static str,
+    payload: Option<Vec<u8>>,
+    cause: Cause,
+    trace: TraceContext,
+    occurred_at: OffsetDateTime,
+}
+
+impl Draft {
+    /// `event` about the aggregate `key`. It happened now, and belongs to the current trace.
+    pub fn new<E: Event>(cause: Cause, key: Uuid, event: &E) -> Self {
+        let (kind, payload) = event.encode();
+        let trace = telemetry::current();
+        Self { id: events::mint_id(), topic: E::TOPIC, key, kind, payload, cause, trace, occurred_at: events::now() }
+    }
+}
 
 /// Writes `event` about the aggregate `key` to the outbox, within the caller's transaction, and
 /// returns the event's id. `cause` is new for a command; for a handler it is the event that it
@@ -53,6 +76,38 @@ pub async fn publish<E: Event>(
     .execute(tx)
     .await?;
     Ok(event_id)
+}
+
+/// As [`publish`], for several events, each with the version of its aggregate, in one statement.
+///
+/// # Errors
+/// As [`publish`].
+pub async fn publish_all(tx: &mut PgConnection, events: &[(&Draft, i64)]) -> sqlx::Result<()> {
+    let drafts = || events.iter().map(|(draft, _)| draft);
+    sqlx::query(
+        "insert into outbox
+             (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid, correlationid,
+              actor, traceparent, tracestate, occurred_at)
+         select * from unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::int[], $6::bigint[], $7::text[],
+             $8::bytea[], $9::uuid[], $10::uuid[], $11::uuid[], $12::text[], $13::text[], $14::timestamptz[])",
+    )
+    .bind(drafts().map(|draft| draft.id).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.topic.name).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.topic.aggregate).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.key).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| events::key_hash(draft.key)).collect::<Vec<_>>())
+    .bind(events.iter().map(|(_, version)| *version).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.kind).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.payload.as_deref()).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.cause.causation).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.cause.correlation).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.cause.actor).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.trace.traceparent.as_deref()).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.trace.tracestate.as_deref()).collect::<Vec<_>>())
+    .bind(drafts().map(|draft| draft.occurred_at).collect::<Vec<_>>())
+    .execute(tx)
+    .await
+    .map(drop)
 }
 
 /// How many rows of this event's topic wait to be published, counted up to `limit`. Bulk writers use

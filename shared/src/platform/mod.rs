@@ -7,6 +7,7 @@ pub mod metrics;
 mod traces;
 pub mod telemetry;
 pub mod health;
+pub mod batching;
 pub mod database;
 pub mod problem;
 pub mod admin;

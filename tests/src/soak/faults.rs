@@ -65,7 +65,7 @@ pub enum Fault {
 }
 
 /// The fault points, with the services that have them.
-const CRASHES: [(Service, &str); 17] = [
+const CRASHES: [(Service, &str); 18] = [
     (USER, "user.before_commit"),
     (USER, "user.after_commit"),
     (USER, "relay.after_read"),
@@ -76,6 +76,7 @@ const CRASHES: [(Service, &str); 17] = [
     (EMAIL, "relay.after_commit"),
     (EMAIL, "email.after_claim"),
     (EMAIL, "email.after_answer"),
+    (EMAIL, "email.before_record"),
     (EMAIL, "email.before_commit"),
     (EMAIL, "consumer.after_effect"),
     (ANALYTICS, "inbox.before_commit"),

@@ -11,6 +11,7 @@ pub use server::{Server, SmtpConfig};
 use std::fmt;
 
 use lettre::{Address, Message};
+use tokio::time::{Duration, Instant};
 
 use reply::{About, Reply};
 use session::{Failure, Session};
@@ -59,6 +60,8 @@ pub enum What {
 #[derive(Default)]
 pub struct Connection {
     session: Option<Session>,
+    /// When the server has accepted the last mail.
+    used_at: Option<Instant>,
 }
 
 impl Connection {
@@ -117,6 +120,7 @@ impl Connection {
         match answer {
             Ok(_) => {
                 self.session = Some(session);
+                self.used_at = Some(Instant::now());
                 Ending::Accepted
             }
             Err(Failure::NoAnswer(why)) => Ending::Unknown(Trouble { step: "final dot", what: What::NoAnswer(why) }),
@@ -127,6 +131,13 @@ impl Connection {
     /// Closes the connection, so that a mail that was prepared is not sent.
     pub fn close(&mut self) {
         self.session = None;
+    }
+
+    /// Closes the connection with QUIT, if it was not used for so long.
+    pub async fn quit_if_idle_for(&mut self, limit: Duration) {
+        if self.used_at.is_none_or(|used_at| used_at.elapsed() >= limit) {
+            self.quit().await;
+        }
     }
 
     /// Closes the connection with QUIT, so that the server does not wait for its time-out.

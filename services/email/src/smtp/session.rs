@@ -37,7 +37,7 @@ impl Limits {
 /// Not from RFC 5321: a TLS handshake needs a few round trips.
 const HANDSHAKE: Duration = Duration::from_secs(60);
 /// Not from RFC 5321: nothing depends on the answer to QUIT.
-const QUIT: Duration = Duration::from_secs(5);
+const QUIT: Duration = Duration::from_secs(1);
 /// Bytes per write to the connection.
 const BLOCK_SIZE: usize = 16 * 1024;
 /// Lines of one reply. No server has so many extensions.

@@ -1,11 +1,12 @@
 //! Mails are sent through a mail server that fails in every way that SMTP allows, by senders that
 //! are killed or frozen.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use reqwest::{Client, StatusCode};
 use serde_json::json;
+use sqlx::PgPool;
 use testbed::smtp_sink::{Fault, Stage};
 use tests::http::send_with_retries;
 use tests::services::{EMAIL_EVENTS, EMAIL_RECIPIENTS};
@@ -221,19 +222,60 @@ async fn a_sender_killed_before_it_records_the_answer_duplicates_only_that_mail(
     assert_eq!(copies[2][0], copies[2][1], "both copies must have the same Message-ID");
 }
 
+/// T23, I6: the senders of a process record their mails and claim the next ones in one transaction.
+/// The process is killed before its commit, and after it. Each sender has one mail whose answer is
+/// not recorded, so no more mails than that are sent twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn senders_killed_at_the_commit_that_they_share_duplicate_at_most_one_mail_each() {
+    const SENDERS: usize = 4;
+    const MAILS: usize = 40;
+    let points = ["email.before_record:2:kill", "email.after_claim:9:kill"];
+    let systems = points.map(async |point| {
+        let settings = [("LEASE_MS", "10000"), ("SENDERS", "4")];
+        let mut system = System::start_mailing(&[]).await;
+        system.processes.stop(EMAIL).await;
+        let db = system.stores.database(EMAIL).await;
+        insert_deliveries(&db, MAILS).await;
+        system.processes.spawn_with(EMAIL, &[&settings[..], &[("FAULT_AT", point)]].concat());
+        system.processes.until_ended(EMAIL).await;
+        system.processes.start_with(EMAIL, &settings).await;
+        let sent = "select count(*) from deliveries where status = 'sent'";
+        eventually_eq("sent mails", MAILS as i64, async || sqlx::query_scalar(sent).fetch_one(&db).await.unwrap())
+            .await;
+        let recorded = "select count(*) from delivery_diary where status = 'sent'";
+        let recorded: i64 = sqlx::query_scalar(recorded).fetch_one(&db).await.unwrap();
+        assert_eq!(recorded, MAILS as i64, "mails that were recorded as sent, after {point}");
+        let mut copies: BTreeMap<Option<String>, usize> = BTreeMap::new();
+        for mail in system.mail.all() {
+            *copies.entry(mail.message_id).or_default() += 1;
+        }
+        assert_eq!(copies.len(), MAILS, "different mails, after {point}");
+        let twice = copies.values().filter(|copies| **copies == 2).count();
+        assert_eq!(copies.values().sum::<usize>(), MAILS + twice, "copies: no mail may be sent three times");
+        assert!(twice <= SENDERS, "{twice} mails were sent twice, after {point}");
+        assert!(twice > 0 || point.contains("after_claim"), "no mail was sent twice, so the test proves nothing");
+    });
+    futures::future::join_all(systems).await;
+}
+
+/// Inserts deliveries that are due.
+async fn insert_deliveries(db: &PgPool, count: usize) {
+    let users = "insert into recipients (user_id, version, email)
+                 select gen_random_uuid(), 1, 'user-' || n || '@example.com' from generate_series(1, $1) n";
+    sqlx::query(users).bind(count as i64).execute(db).await.unwrap();
+    let deliveries = "insert into deliveries (id, user_id, template, version, status, due_at, requested_at)
+                      select gen_random_uuid(), user_id, 'welcome', 1, 'pending', now(), now() from recipients";
+    sqlx::query(deliveries).execute(db).await.unwrap();
+}
+
 /// T25, I5, I6: 50 senders in two processes share 1,000 deliveries. No delivery is claimed while
 /// another sender has it, and each results in one mail.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_senders_send_each_mail_once() {
-    const DELIVERIES: &str = "
-        insert into recipients (user_id, version, email)
-            select gen_random_uuid(), 1, 'user-' || n || '@example.com' from generate_series(1, 1000) n;
-        insert into deliveries (id, user_id, template, version, status, due_at, requested_at)
-            select gen_random_uuid(), user_id, 'welcome', 1, 'pending', now(), now() from recipients;";
     let mut system = System::start_mailing(&[]).await;
     system.processes.stop(EMAIL).await;
     let db = system.stores.database(EMAIL).await;
-    sqlx::raw_sql(DELIVERIES).execute(&db).await.unwrap();
+    insert_deliveries(&db, 1000).await;
     let senders = [("SENDERS", "25")];
     let mut second = system.processes.spawn_another_with(EMAIL, &senders);
     system.processes.start_with(EMAIL, &senders).await;
