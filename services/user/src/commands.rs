@@ -5,7 +5,7 @@
 //! of them exist.
 
 use shared::events::{Cause, Profile, UserEvent, UserRef, UserState, mint_id};
-use shared::messaging::outbox;
+use shared::messaging::outbox::{self, Entry};
 use shared::platform::access::Caller;
 use shared::platform::preconditions::Preconditions;
 use sqlx::PgConnection;
@@ -113,9 +113,9 @@ pub async fn erase(
         id,
     );
     let version = version.fetch_one(&mut *tx).await?;
-    let cause = Cause::command(caller.actor());
-    outbox::publish(tx, cause, id, version, &UserEvent::Deleted(UserRef { user_id: id })).await?;
-    outbox::publish(tx, cause, id, version, &UserState::Erased).await?;
+    let fact = Entry::new(id, version, &UserEvent::Deleted(UserRef { user_id: id }));
+    let state = Entry::new(id, version, &UserState::Erased);
+    outbox::publish_all(tx, Cause::command(caller.actor()), [fact, state]).await?;
     Ok(version)
 }
 
@@ -135,8 +135,8 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
         "select id, version, email, display_name, owner from users where id = any($1) order by id for update",
         users
     );
-    let cause = Cause::command(None);
     let mut republished = Republished::default();
+    let mut states = vec![];
     for row in rows.fetch_all(&mut *tx).await? {
         let person = row.email.zip(row.display_name);
         let profile = person.map(|(email, display_name)| Profile { email, display_name, owner: row.owner });
@@ -150,8 +150,9 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
                 UserState::Erased
             }
         };
-        outbox::publish(tx, cause, row.id, row.version, &state).await?;
+        states.push(Entry::new(row.id, row.version, &state));
     }
+    outbox::publish_all(tx, Cause::command(None), states).await?;
     Ok(republished)
 }
 
@@ -162,9 +163,9 @@ async fn publish_change(
     user: &User,
     fact: fn(UserRef) -> UserEvent,
 ) -> Result<(), Error> {
-    let cause = Cause::command(caller.actor());
-    outbox::publish(tx, cause, user.id, user.version, &fact(UserRef { user_id: user.id })).await?;
-    outbox::publish(tx, cause, user.id, user.version, &UserState::Current(user.profile.clone())).await?;
+    let fact = Entry::new(user.id, user.version, &fact(UserRef { user_id: user.id }));
+    let state = Entry::new(user.id, user.version, &UserState::Current(user.profile.clone()));
+    outbox::publish_all(tx, Cause::command(caller.actor()), [fact, state]).await?;
     Ok(())
 }
 
@@ -177,4 +178,60 @@ async fn lock(tx: &mut PgConnection, caller: &Caller, id: Uuid, preconditions: &
     caller.require_owner(row.owner)?;
     let current = row.version;
     if preconditions.allow_change_of(Some(current)) { Ok(()) } else { Err(Error::StaleVersion { current }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::events::{Event, key_hash};
+
+    use super::*;
+
+    /// I3, I4: the relay publishes rows in the order of their ids.
+    #[tokio::test]
+    async fn events_of_one_statement_are_numbered_in_their_order() {
+        let db = testbed::testing::migrated_database(testbed::services::USER, &crate::MIGRATIONS).await;
+        let mut given = vec![];
+        let mut entries = vec![];
+        // In another order than that of any column.
+        for _ in 0..100 {
+            let [older, newer] = [mint_id(), mint_id()];
+            for user in [newer, older] {
+                let fact = Entry::new(user, 2, &UserEvent::Deleted(UserRef { user_id: user }));
+                let state = Entry::new(user, 2, &UserState::Erased);
+                for (entry, topic) in [(fact, UserEvent::TOPIC), (state, UserState::TOPIC)] {
+                    given.push((entry.event_id, topic.name.to_owned(), user, key_hash(user)));
+                    entries.push(entry);
+                }
+            }
+        }
+        let mut tx = db.begin().await.unwrap();
+        outbox::publish_all(&mut tx, Cause::command(None), entries).await.unwrap();
+        tx.commit().await.unwrap();
+        let rows = sqlx::query_as("select event_id, topic, aggregateid, key_hash from outbox order by id");
+        let written: Vec<(Uuid, String, Uuid, i32)> = rows.fetch_all(&db).await.unwrap();
+        assert_eq!(written, given);
+    }
+
+    /// I3: a republished user that was erased gets a tombstone, and a current one its state.
+    #[tokio::test]
+    async fn states_are_republished_with_their_users_version() {
+        let db = testbed::testing::migrated_database(testbed::services::USER, &crate::MIGRATIONS).await;
+        let [current, erased] = [mint_id(), mint_id()];
+        sqlx::query(
+            "insert into users (id, version, email, display_name) values ($1, 7, 'a@b', 'A'), ($2, 9, null, null)",
+        )
+        .bind(current)
+        .bind(erased)
+        .execute(&db)
+        .await
+        .unwrap();
+        let mut tx = db.begin().await.unwrap();
+        let republished = republish(&mut tx, &[erased, current]).await.unwrap();
+        assert_eq!(republish(&mut tx, &[]).await.unwrap().states, 0, "nothing to write");
+        tx.commit().await.unwrap();
+        assert_eq!((republished.states, republished.tombstones), (1, 1));
+        let rows = sqlx::query_as("select aggregateid, version, payload is null from outbox order by id");
+        let written: Vec<(Uuid, i64, bool)> = rows.fetch_all(&db).await.unwrap();
+        assert_eq!(written, [(current, 7, false), (erased, 9, true)]);
+    }
 }

@@ -16,7 +16,7 @@ use shared::messaging::Wake;
 use shared::platform::access::{Caller, PublicRoutes, Rates};
 use shared::platform::preconditions::{self, Preconditions};
 use shared::platform::problem::IntoProblem;
-use sqlx::{PgPool, Postgres, Transaction};
+use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::commands::{self, User};
@@ -112,11 +112,9 @@ impl FromRequestParts<App> for Head {
 
 /// A command whose transaction is open.
 struct Begun {
-    tx: Transaction<'static, Postgres>,
+    turn: Turn,
     claim: Option<Claim>,
     wake: Wake,
-    /// After the transaction: fields are dropped in their order.
-    _turn: Turn,
 }
 
 /// The result of [`begin`].
@@ -129,17 +127,16 @@ enum Beginning {
 /// Opens the transaction of a command, and claims its key.
 async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning, Error> {
     let key = head.key.as_ref().map(|key| Target::Key(format!("{}\n{}", key.scope, key.text)));
-    let turn = app.turns.take(head.user.map(Target::User).into_iter().chain(key).collect()).await?;
-    let mut tx = app.db.begin().await?;
+    let mut turn = app.turns.take(head.user.map(Target::User).into_iter().chain(key).collect()).await?;
     let mut claim = None;
     if let Some(key) = &head.key {
         let request = serde_json::to_vec(&(&head.target, body)).map_err(anyhow::Error::new)?;
-        match idempotency::claim(&mut tx, &app.idempotency, key, &request).await? {
+        match idempotency::claim(turn.tx(), &app.idempotency, key, &request).await? {
             Claimed::Answered(status, accepted) => return Ok(Beginning::Repeated(answer(status, accepted))),
             Claimed::Free(free) => claim = Some(free),
         }
     }
-    Ok(Beginning::First(Begun { tx, claim, wake: app.wake.clone(), _turn: turn }))
+    Ok(Beginning::First(Begun { turn, claim, wake: app.wake.clone() }))
 }
 
 impl Begun {
@@ -148,10 +145,10 @@ impl Begun {
     /// with the same key gets the stored answer.
     async fn commit(mut self, status: StatusCode, accepted: Accepted) -> Result<Response, Error> {
         if let Some(claim) = self.claim {
-            idempotency::store(&mut self.tx, claim, status, &json!(accepted)).await?;
+            idempotency::store(self.turn.tx(), claim, status, &json!(accepted)).await?;
         }
         fault::point("user.before_commit");
-        self.tx.commit().await?;
+        self.turn.commit().await?;
         fault::point("user.after_commit");
         self.wake.notify();
         Ok(answer(status, accepted))
@@ -170,7 +167,7 @@ async fn register(State(app): State<App>, head: Head, body: Body<Registration>) 
     if !head.preconditions.allow_change_of(None) {
         return Err(Error::NothingToMatch);
     }
-    let user = commands::register(&mut command.tx, &head.caller, email, display_name).await?;
+    let user = commands::register(command.turn.tx(), &head.caller, email, display_name).await?;
     command.commit(StatusCode::CREATED, Accepted { id: user.id, version: user.version }).await
 }
 
@@ -190,7 +187,7 @@ async fn rename(State(app): State<App>, id: Id, head: Head, body: Body<Renaming>
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
     };
-    let user = commands::rename(&mut command.tx, &head.caller, id, &head.preconditions, &display_name).await?;
+    let user = commands::rename(command.turn.tx(), &head.caller, id, &head.preconditions, &display_name).await?;
     command.commit(StatusCode::OK, Accepted { id, version: user.version }).await
 }
 
@@ -202,7 +199,7 @@ async fn change_email(State(app): State<App>, id: Id, head: Head, body: Body<New
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
     };
-    let user = commands::change_email(&mut command.tx, &head.caller, id, &head.preconditions, &email).await?;
+    let user = commands::change_email(command.turn.tx(), &head.caller, id, &head.preconditions, &email).await?;
     command.commit(StatusCode::OK, Accepted { id, version: user.version }).await
 }
 
@@ -212,7 +209,7 @@ async fn erase(State(app): State<App>, id: Id, head: Head) -> Result<Response, E
         Beginning::First(command) => command,
         Beginning::Repeated(answer) => return Ok(answer),
     };
-    let version = commands::erase(&mut command.tx, &head.caller, id, &head.preconditions).await?;
+    let version = commands::erase(command.turn.tx(), &head.caller, id, &head.preconditions).await?;
     command.commit(StatusCode::NO_CONTENT, Accepted { id, version }).await
 }
 

@@ -126,8 +126,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         config.registrations_per_principal,
         &service.metrics(),
     );
-    service
-        .http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations, turns: Turns::new() }))
-        .await?;
+    let turns = Turns::new(db.clone());
+    service.http(config.http_addr, http::routes(http::App { db, wake, idempotency, registrations, turns })).await?;
     service.run().await
 }

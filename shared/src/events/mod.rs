@@ -1,5 +1,6 @@
 //! The contract: what travels over Kafka. Plain data, no I/O. A service writes an event with
-//! [`crate::messaging::outbox::publish`].
+//! [`crate::messaging::outbox::publish`], and several with
+//! [`publish_all`](crate::messaging::outbox::publish_all).
 
 mod address;
 mod email;

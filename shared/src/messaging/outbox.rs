@@ -31,42 +31,66 @@ impl Draft {
     }
 }
 
-/// Writes `event` about the aggregate `key` to the outbox, within the caller's transaction, and
-/// returns the event's id. `cause` is new for a command; for a handler it is the event that it
-/// handles. `version` is the aggregate's version after this command; it comes from the row that the
-/// same transaction changed. Call [`Wake::notify`](super::Wake::notify) after the commit, not
-/// before it: the relay could not see the row yet.
-///
-/// Crash before the commit: neither the change nor the event exists. Crash after it: the relay of
-/// any replica publishes the row.
-///
-/// # Errors
-/// The insert failed, and with it the caller's transaction. SQLSTATE 23514: the event is larger
-/// than Kafka accepts.
-pub async fn publish<E: Event>(
-    tx: &mut PgConnection,
-    cause: Cause,
+/// An event that is about to be written to the outbox.
+pub struct Entry {
+    /// Created with the entry. All copies of the event have the same id.
+    pub event_id: Uuid,
+    topic: &'static str,
+    aggregate: &'static str,
     key: Uuid,
     version: i64,
-    event: &E,
-) -> sqlx::Result<Uuid> {
-    let event_id = events::mint_id();
-    let (kind, payload) = event.encode();
+    kind: &'static str,
+    payload: Option<Vec<u8>>,
+}
+
+impl Entry {
+    /// `event` is about the aggregate `key`. `version` is the aggregate's version after the command;
+    /// it comes from the row that the same transaction changed.
+    pub fn new<E: Event>(key: Uuid, version: i64, event: &E) -> Self {
+        let (kind, payload) = event.encode();
+        let event_id = events::mint_id();
+        Self { event_id, topic: E::TOPIC.name, aggregate: E::TOPIC.aggregate, key, version, kind, payload }
+    }
+}
+
+/// Writes the events to the outbox, within the caller's transaction, in one statement. The relay
+/// publishes events of one key in the order in which they are here. `cause` is new for a command;
+/// for a handler it is the event that it handles. Call [`Wake::notify`](super::Wake::notify) after
+/// the commit, not before it: the relay could not see the rows yet.
+///
+/// Crash before the commit: neither the change nor the events exist. Crash after it: the relay of
+/// any replica publishes the rows.
+///
+/// # Errors
+/// The insert failed, and with it the caller's transaction. SQLSTATE 23514: an event is larger than
+/// Kafka accepts.
+pub async fn publish_all(
+    tx: &mut PgConnection,
+    cause: Cause,
+    entries: impl IntoIterator<Item = Entry>,
+) -> sqlx::Result<()> {
+    let mut columns = Columns::default();
+    columns.extend(entries);
     let trace = telemetry::current();
+    // The rows are numbered in the order of the arrays. Postgres needs no sort for that.
     sqlx::query(
         "insert into outbox
              (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid, correlationid,
               actor, traceparent, tracestate, occurred_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+         select event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, $9, $10, $11, $12, $13, $14
+         from unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::int[], $6::bigint[], $7::text[], $8::bytea[])
+             with ordinality
+             as entry (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, place)
+         order by place",
     )
-    .bind(event_id)
-    .bind(E::TOPIC.name)
-    .bind(E::TOPIC.aggregate)
-    .bind(key)
-    .bind(events::key_hash(key))
-    .bind(version)
-    .bind(kind)
-    .bind(payload)
+    .bind(columns.event_ids)
+    .bind(columns.topics)
+    .bind(columns.aggregates)
+    .bind(columns.keys)
+    .bind(columns.key_hashes)
+    .bind(columns.versions)
+    .bind(columns.kinds)
+    .bind(columns.payloads)
     .bind(cause.causation)
     .bind(cause.correlation)
     .bind(cause.actor)
@@ -75,6 +99,51 @@ pub async fn publish<E: Event>(
     .bind(events::now())
     .execute(tx)
     .await?;
+    Ok(())
+}
+
+/// Entries as the columns of a table, which is how Postgres takes many rows in one statement.
+#[derive(Default)]
+struct Columns {
+    event_ids: Vec<Uuid>,
+    topics: Vec<&'static str>,
+    aggregates: Vec<&'static str>,
+    keys: Vec<Uuid>,
+    key_hashes: Vec<i32>,
+    versions: Vec<i64>,
+    kinds: Vec<&'static str>,
+    payloads: Vec<Option<Vec<u8>>>,
+}
+
+impl Extend<Entry> for Columns {
+    fn extend<I: IntoIterator<Item = Entry>>(&mut self, entries: I) {
+        for entry in entries {
+            self.event_ids.push(entry.event_id);
+            self.topics.push(entry.topic);
+            self.aggregates.push(entry.aggregate);
+            self.keys.push(entry.key);
+            self.key_hashes.push(events::key_hash(entry.key));
+            self.versions.push(entry.version);
+            self.kinds.push(entry.kind);
+            self.payloads.push(entry.payload);
+        }
+    }
+}
+
+/// Writes one event to the outbox, as [`publish_all`] does, and returns its id.
+///
+/// # Errors
+/// As [`publish_all`].
+pub async fn publish<E: Event>(
+    tx: &mut PgConnection,
+    cause: Cause,
+    key: Uuid,
+    version: i64,
+    event: &E,
+) -> sqlx::Result<Uuid> {
+    let entry = Entry::new(key, version, event);
+    let event_id = entry.event_id;
+    publish_all(tx, cause, [entry]).await?;
     Ok(event_id)
 }
 

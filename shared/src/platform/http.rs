@@ -15,10 +15,11 @@ use tokio::time::{Duration, Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::{Instrument, field::Empty};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 use uuid::Uuid;
 
 use super::access::{Gate, PublicRoutes, guarded};
-use super::metrics::{Metrics, RequestLabels};
+use super::metrics::{Histograms, Metrics, RequestLabels};
 use super::problem::{self, internal_error, problem, retry_later};
 use super::telemetry::{self, TraceContext};
 use crate::events;
@@ -76,7 +77,7 @@ pub(crate) fn overloaded() -> Router {
 pub(crate) fn observed_by(routes: Router, layers: &Layers) -> Router {
     let routes = routes
         .layer(CatchPanicLayer::custom(|_| internal_error().into_response()))
-        .layer(middleware::from_fn_with_state(layers.clone(), observed));
+        .layer(middleware::from_fn_with_state(Arc::new(Observer::of(layers)), observed));
     identified(routes, layers.draining.clone())
 }
 
@@ -89,6 +90,19 @@ pub(crate) fn identified(routes: Router, draining: CancellationToken) -> Router 
 
 #[derive(Clone)]
 struct RequestId(HeaderValue);
+
+/// What [`observed`] needs. Axum clones the state of each layer for each request, so this is in an
+/// `Arc`, and not the many counters of [`Metrics`].
+struct Observer {
+    http_requests: Histograms<RequestLabels>,
+    trust_trace_context: bool,
+}
+
+impl Observer {
+    fn of(layers: &Layers) -> Self {
+        Self { http_requests: layers.metrics.http_requests.clone(), trust_trace_context: layers.trust_trace_context }
+    }
+}
 
 async fn identify(State(draining): State<CancellationToken>, mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
@@ -116,26 +130,22 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 }
 
 /// The span and the metric of a request.
-async fn observed(State(layers): State<Layers>, request: Request, next: Next) -> Response {
+async fn observed(State(observer): State<Arc<Observer>>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("none", MatchedPath::as_str).to_owned(); // never the path, which contains what users type
-    // HTTP allows any word as a method. A label has only known methods, so that callers cannot
-    // create series.
-    let known = [Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::HEAD, Method::OPTIONS];
-    let method = known.iter().find(|known| *known == request.method()).map_or("other", Method::as_str).to_owned();
+    let method = method_label(request.method());
     let id = request.extensions().get::<RequestId>().and_then(|RequestId(id)| id.to_str().ok()).unwrap_or_default();
     let span = tracing::error_span!(
         "request",
         "otel.kind" = "server",
         http.request.method = %method,
         http.route = %route,
-        http.response.status_code = Empty,
         request.id = %id,
         trace.id = Empty,
     );
     let caller = trace_context(request.headers());
-    if layers.trust_trace_context {
+    if observer.trust_trace_context {
         telemetry::continue_from(&span, &caller);
     } else {
         // Text that a stranger chose must not reach the outbox, where it would be kept with the
@@ -145,11 +155,27 @@ async fn observed(State(layers): State<Layers>, request: Request, next: Next) ->
     }
     let response = next.run(request).instrument(span.clone()).await;
     let status = response.status().as_u16();
-    span.record("http.response.status_code", status);
-    span.in_scope(|| tracing::debug!("request answered"));
+    // Not a field of the span: the log layer would format all fields of the span again.
+    span.set_attribute("http.response.status_code", i64::from(status));
+    span.in_scope(|| tracing::debug!(http.response.status_code = status, "request answered"));
     let labels = RequestLabels { method, route, status };
-    layers.metrics.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
+    observer.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
     response
+}
+
+/// HTTP allows any word as a method. A label has only known methods, so that callers cannot create
+/// series.
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::HEAD => "HEAD",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    }
 }
 
 fn trace_context(headers: &HeaderMap) -> TraceContext {

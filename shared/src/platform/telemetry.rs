@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use opentelemetry::propagation::TextMapPropagator;
-use opentelemetry::trace::{TraceContextExt, TraceId, TracerProvider};
+use opentelemetry::trace::{TraceContextExt, TraceFlags, TraceId, TracerProvider};
 use opentelemetry::{Context, KeyValue};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
@@ -109,7 +109,12 @@ pub(crate) fn init(
         LogFormat::Json => tracing_subscriber::fmt::layer().json().flatten_event(true).boxed(),
         LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
     };
-    let traces = tracing_opentelemetry::layer().with_tracer(provider.tracer(service));
+    // Without the work that each poll of a future would cause: measuring how long its span was busy,
+    // and setting OpenTelemetry's own current context, which nothing here reads.
+    let traces = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer(service))
+        .with_tracked_inactivity(false)
+        .with_context_activation(false);
     // One filter for the whole subscriber, not one per layer. sqlx asks `enabled!`; with per-layer
     // filters the answer stays in thread-local state and is applied to the next span. Our spans use
     // level ERROR so that no filter drops them and traces have no gaps.
@@ -132,11 +137,17 @@ pub(crate) fn hide_panic_messages() {
 
 /// The trace context of the current span, to be stored with work that is done later.
 pub fn current() -> TraceContext {
-    let mut carrier = HashMap::new();
-    TraceContextPropagator::new().inject_context(&Span::current().context(), &mut carrier);
+    let context = Span::current().context();
+    let span = context.span();
+    let span = span.span_context();
+    if !span.is_valid() {
+        return TraceContext::default();
+    }
+    let sampled = span.trace_flags() & TraceFlags::SAMPLED;
+    let traceparent = format!("00-{}-{}-{sampled:02x}", span.trace_id(), span.span_id());
     TraceContext {
-        traceparent: carrier.remove("traceparent"),
-        tracestate: carrier.remove("tracestate").filter(|state| !state.is_empty()),
+        traceparent: Some(traceparent),
+        tracestate: Some(span.trace_state().header()).filter(|state| !state.is_empty()),
     }
 }
 
@@ -172,6 +183,9 @@ pub(crate) fn link_to(span: &Span, other: &Span) {
 }
 
 fn remote(origin: &TraceContext) -> Context {
+    if origin.traceparent.is_none() {
+        return Context::new();
+    }
     let fields = [("traceparent", &origin.traceparent), ("tracestate", &origin.tracestate)];
     let carrier: HashMap<String, String> =
         fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value.clone()?))).collect();

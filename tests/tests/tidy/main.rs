@@ -47,7 +47,7 @@ fn only_the_relay_and_the_dead_letters_produce() {
 /// Invariant 2: events are written where the state changes, in one file per service.
 #[test]
 fn only_the_files_that_change_state_publish() {
-    let publishing = mentioning(&["outbox::publish("]);
+    let publishing = mentioning(&["outbox::publish(", "outbox::publish_all("]);
     assert_eq!(publishing, ["services/email/src/deliveries.rs", "services/user/src/commands.rs"], "files that publish");
 }
 

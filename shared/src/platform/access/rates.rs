@@ -16,6 +16,8 @@ use governor::state::StateStore;
 use governor::state::keyed::ShrinkableKeyedStateStore;
 use governor::{Quota, RateLimiter};
 use ipnet::IpNet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use tokio::time::{Duration, Instant};
 use uuid::Uuid;
 
@@ -71,7 +73,7 @@ pub struct Rates {
     /// `None`: no limit.
     per_address: Option<Arc<Limiter<MonotonicClock>>>,
     per_principal: Option<Arc<Limiter<MonotonicClock>>>,
-    metrics: Metrics,
+    refused: Family<LimitLabels, Counter>,
 }
 
 impl Rates {
@@ -83,7 +85,7 @@ impl Rates {
             limit: "requests",
             per_address: limiter(config.http_rate_per_address),
             per_principal: limiter(config.http_rate_per_principal),
-            metrics: metrics.clone(),
+            refused: metrics.http_requests_limited.clone(),
         }
     }
 
@@ -91,8 +93,8 @@ impl Rates {
     /// hour. 0: no limit.
     pub fn per_hour(limit: &'static str, per_address: u32, per_principal: u32, metrics: &Metrics) -> Self {
         let limiter = |rate| Some(Arc::new(Limiter::new(Quota::per_hour(NonZeroU32::new(rate)?), MonotonicClock)));
-        let metrics = metrics.clone();
-        Self { limit, per_address: limiter(per_address), per_principal: limiter(per_principal), metrics }
+        let refused = metrics.http_requests_limited.clone();
+        Self { limit, per_address: limiter(per_address), per_principal: limiter(per_principal), refused }
     }
 
     /// Counts a request.
@@ -119,7 +121,7 @@ impl Rates {
         let Some(limiter) = limiter else { return Ok(()) };
         limiter.check(key).inspect_err(|_| {
             let labels = LimitLabels { limit: self.limit, per };
-            self.metrics.http_requests_limited.get_or_create(&labels).inc();
+            self.refused.get_or_create(&labels).inc();
         })
     }
 }

@@ -58,10 +58,10 @@ pub(crate) struct Gate {
 /// Lets a request reach the routes only with a valid token and within the limits of its caller.
 /// Requests for unknown paths are checked as well.
 pub(crate) fn guarded(routes: Router, gate: Gate) -> Router {
-    routes.layer(middleware::from_fn_with_state(gate, pass))
+    routes.layer(middleware::from_fn_with_state(Arc::new(gate), pass))
 }
 
-async fn pass(State(gate): State<Gate>, mut request: Request, next: Next) -> Response {
+async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get().copied();
     match gate.caller(peer, request.headers()).await {
         Ok(caller) => {

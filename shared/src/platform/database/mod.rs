@@ -115,12 +115,21 @@ pub fn pool_with(options: PgConnectOptions, settings: &[(&str, &str)]) -> PgPool
                 Ok(true)
             })
         })
-        // The pool pings a returned connection without a time-out. On a dead connection it would wait
-        // permanently, and ten of these would exhaust the pool. So a ping with a time-out comes first,
-        // and a connection that fails it is closed. The pool's own ping follows at once. A connection
-        // that dies between the two keeps its place until TCP reports an error.
-        .after_release(|connection, _| Box::pin(async move { ping(connection).await.map(|()| true) }))
+        .after_release(|connection, _| Box::pin(async move { settle(connection).await.map(|()| true) }))
         .connect_lazy_with(options)
+}
+
+/// Makes sure that a returned connection is alive, within a limited time. The pool itself pings it
+/// after this, without a time-out: on a dead connection it would wait permanently, and ten of these
+/// would exhaust the pool.
+///
+/// A cancelled statement is not answered yet, and a rollback is not sent yet. Their answers are
+/// waited for here, and a connection on which they do not come is closed. Otherwise the last
+/// statement was answered just now, because a session is returned as soon as its work is done: then
+/// this sends nothing, and a ping would prove nothing more. A connection that dies between that
+/// answer and the pool's ping keeps its place until TCP reports an error.
+async fn settle(connection: &mut PgConnection) -> sqlx::Result<()> {
+    timeout(PING_TIMEOUT, connection.flush()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }
 
 async fn ping(connection: &mut PgConnection) -> sqlx::Result<()> {
