@@ -226,9 +226,9 @@ async fn sent(tx: &mut PgConnection, accepted: &[Accepted]) -> sqlx::Result<Vec<
         // Two senders may have sent the same mail, if the lease of one has ended.
         let version = versions.remove(&mail.id);
         changed.push(version.is_some());
-        events.extend(version.map(|version| (&mail.event, version)));
+        events.extend(version.map(|version| mail.event.clone().at(version)));
     }
-    outbox::publish_all(tx, &events).await?;
+    outbox::publish_all(tx, events).await?;
     Ok(changed)
 }
 

@@ -5,7 +5,7 @@
 //! of them exist.
 
 use shared::events::{Cause, Profile, UserEvent, UserRef, UserState, mint_id};
-use shared::messaging::outbox::{self, Entry};
+use shared::messaging::outbox::{self, Draft};
 use shared::platform::access::Caller;
 use shared::platform::preconditions::Preconditions;
 use sqlx::PgConnection;
@@ -113,9 +113,10 @@ pub async fn erase(
         id,
     );
     let version = version.fetch_one(&mut *tx).await?;
-    let fact = Entry::new(id, version, &UserEvent::Deleted(UserRef { user_id: id }));
-    let state = Entry::new(id, version, &UserState::Erased);
-    outbox::publish_all(tx, Cause::command(caller.actor()), [fact, state]).await?;
+    let cause = Cause::command(caller.actor());
+    let fact = Draft::new(cause, id, &UserEvent::Deleted(UserRef { user_id: id }));
+    let state = Draft::new(cause, id, &UserState::Erased);
+    outbox::publish_all(tx, [fact.at(version), state.at(version)]).await?;
     Ok(version)
 }
 
@@ -135,6 +136,7 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
         "select id, version, email, display_name, owner from users where id = any($1) order by id for update",
         users
     );
+    let cause = Cause::command(None);
     let mut republished = Republished::default();
     let mut states = vec![];
     for row in rows.fetch_all(&mut *tx).await? {
@@ -150,9 +152,9 @@ pub async fn republish(tx: &mut PgConnection, users: &[Uuid]) -> sqlx::Result<Re
                 UserState::Erased
             }
         };
-        states.push(Entry::new(row.id, row.version, &state));
+        states.push(Draft::new(cause, row.id, &state).at(row.version));
     }
-    outbox::publish_all(tx, Cause::command(None), states).await?;
+    outbox::publish_all(tx, states).await?;
     Ok(republished)
 }
 
@@ -163,9 +165,10 @@ async fn publish_change(
     user: &User,
     fact: fn(UserRef) -> UserEvent,
 ) -> Result<(), Error> {
-    let fact = Entry::new(user.id, user.version, &fact(UserRef { user_id: user.id }));
-    let state = Entry::new(user.id, user.version, &UserState::Current(user.profile.clone()));
-    outbox::publish_all(tx, Cause::command(caller.actor()), [fact, state]).await?;
+    let cause = Cause::command(caller.actor());
+    let fact = Draft::new(cause, user.id, &fact(UserRef { user_id: user.id }));
+    let state = Draft::new(cause, user.id, &UserState::Current(user.profile.clone()));
+    outbox::publish_all(tx, [fact.at(user.version), state.at(user.version)]).await?;
     Ok(())
 }
 
@@ -190,22 +193,24 @@ mod tests {
     #[tokio::test]
     async fn events_of_one_statement_are_numbered_in_their_order() {
         let db = testbed::testing::migrated_database(testbed::services::USER, &crate::MIGRATIONS).await;
+        let cause = Cause::command(None);
         let mut given = vec![];
         let mut entries = vec![];
         // In another order than that of any column.
         for _ in 0..100 {
             let [older, newer] = [mint_id(), mint_id()];
             for user in [newer, older] {
-                let fact = Entry::new(user, 2, &UserEvent::Deleted(UserRef { user_id: user }));
-                let state = Entry::new(user, 2, &UserState::Erased);
-                for (entry, topic) in [(fact, UserEvent::TOPIC), (state, UserState::TOPIC)] {
-                    given.push((entry.event_id, topic.name.to_owned(), user, key_hash(user)));
+                let fact = Draft::new(cause, user, &UserEvent::Deleted(UserRef { user_id: user }));
+                let state = Draft::new(cause, user, &UserState::Erased);
+                for (draft, topic) in [(fact, UserEvent::TOPIC), (state, UserState::TOPIC)] {
+                    let entry = draft.at(2);
+                    given.push((entry.event_id(), topic.name.to_owned(), user, key_hash(user)));
                     entries.push(entry);
                 }
             }
         }
         let mut tx = db.begin().await.unwrap();
-        outbox::publish_all(&mut tx, Cause::command(None), entries).await.unwrap();
+        outbox::publish_all(&mut tx, entries).await.unwrap();
         tx.commit().await.unwrap();
         let rows = sqlx::query_as("select event_id, topic, aggregateid, key_hash from outbox order by id");
         let written: Vec<(Uuid, String, Uuid, i32)> = rows.fetch_all(&db).await.unwrap();

@@ -9,10 +9,10 @@ use crate::events::{self, Cause, Event, Topic};
 use crate::platform::database::bounded;
 use crate::platform::telemetry::{self, TraceContext};
 
-/// An event that is not written to the outbox yet.
+/// An event, before the change that it is about is written.
 #[derive(Clone)]
 pub struct Draft {
-    id: Uuid,
+    event_id: Uuid,
     topic: Topic,
     key: Uuid,
     kind: &'static str,
@@ -23,40 +23,39 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// `event` about the aggregate `key`. It happened now, and belongs to the current trace.
+    /// `event` about the aggregate `key`. It happens now, and belongs to the current trace. `cause`
+    /// is new for a command; for a handler it is the event that it handles.
     pub fn new<E: Event>(cause: Cause, key: Uuid, event: &E) -> Self {
         let (kind, payload) = event.encode();
         let trace = telemetry::current();
-        Self { id: events::mint_id(), topic: E::TOPIC, key, kind, payload, cause, trace, occurred_at: events::now() }
+        let (event_id, occurred_at) = (events::mint_id(), events::now());
+        Self { event_id, topic: E::TOPIC, key, kind, payload, cause, trace, occurred_at }
+    }
+
+    /// The event of a change that gives the aggregate this version. It comes from the row that the
+    /// same transaction changed.
+    pub fn at(self, version: i64) -> Entry {
+        Entry { draft: self, version }
     }
 }
 
 /// An event that is about to be written to the outbox.
 pub struct Entry {
-    /// Created with the entry. All copies of the event have the same id.
-    pub event_id: Uuid,
-    topic: &'static str,
-    aggregate: &'static str,
-    key: Uuid,
+    draft: Draft,
     version: i64,
-    kind: &'static str,
-    payload: Option<Vec<u8>>,
 }
 
 impl Entry {
-    /// `event` is about the aggregate `key`. `version` is the aggregate's version after the command;
-    /// it comes from the row that the same transaction changed.
-    pub fn new<E: Event>(key: Uuid, version: i64, event: &E) -> Self {
-        let (kind, payload) = event.encode();
-        let event_id = events::mint_id();
-        Self { event_id, topic: E::TOPIC.name, aggregate: E::TOPIC.aggregate, key, version, kind, payload }
+    /// All copies of the event have this id.
+    pub fn event_id(&self) -> Uuid {
+        self.draft.event_id
     }
 }
 
 /// Writes the events to the outbox, within the caller's transaction, in one statement. The relay
-/// publishes events of one key in the order in which they are here. `cause` is new for a command;
-/// for a handler it is the event that it handles. Call [`Wake::notify`](super::Wake::notify) after
-/// the commit, not before it: the relay could not see the rows yet.
+/// publishes events of one key in the order in which they are here. Call
+/// [`Wake::notify`](super::Wake::notify) after the commit, not before it: the relay could not see the
+/// rows yet.
 ///
 /// Crash before the commit: neither the change nor the events exist. Crash after it: the relay of
 /// any replica publishes the rows.
@@ -64,23 +63,21 @@ impl Entry {
 /// # Errors
 /// The insert failed, and with it the caller's transaction. SQLSTATE 23514: an event is larger than
 /// Kafka accepts.
-pub async fn publish_all(
-    tx: &mut PgConnection,
-    cause: Cause,
-    entries: impl IntoIterator<Item = Entry>,
-) -> sqlx::Result<()> {
+pub async fn publish_all(tx: &mut PgConnection, entries: impl IntoIterator<Item = Entry>) -> sqlx::Result<()> {
     let mut columns = Columns::default();
     columns.extend(entries);
-    let trace = telemetry::current();
     // The rows are numbered in the order of the arrays. Postgres needs no sort for that.
     sqlx::query(
         "insert into outbox
              (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid, correlationid,
               actor, traceparent, tracestate, occurred_at)
-         select event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, $9, $10, $11, $12, $13, $14
-         from unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::int[], $6::bigint[], $7::text[], $8::bytea[])
+         select event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid, correlationid,
+             actor, traceparent, tracestate, occurred_at
+         from unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::int[], $6::bigint[], $7::text[], $8::bytea[],
+                     $9::uuid[], $10::uuid[], $11::uuid[], $12::text[], $13::text[], $14::timestamptz[])
              with ordinality
-             as entry (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, place)
+             as entry (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid,
+                       correlationid, actor, traceparent, tracestate, occurred_at, place)
          order by place",
     )
     .bind(columns.event_ids)
@@ -91,12 +88,12 @@ pub async fn publish_all(
     .bind(columns.versions)
     .bind(columns.kinds)
     .bind(columns.payloads)
-    .bind(cause.causation)
-    .bind(cause.correlation)
-    .bind(cause.actor)
-    .bind(trace.traceparent)
-    .bind(trace.tracestate)
-    .bind(events::now())
+    .bind(columns.causations)
+    .bind(columns.correlations)
+    .bind(columns.actors)
+    .bind(columns.traceparents)
+    .bind(columns.tracestates)
+    .bind(columns.times)
     .execute(tx)
     .await?;
     Ok(())
@@ -113,19 +110,31 @@ struct Columns {
     versions: Vec<i64>,
     kinds: Vec<&'static str>,
     payloads: Vec<Option<Vec<u8>>>,
+    causations: Vec<Option<Uuid>>,
+    correlations: Vec<Option<Uuid>>,
+    actors: Vec<Option<Uuid>>,
+    traceparents: Vec<Option<String>>,
+    tracestates: Vec<Option<String>>,
+    times: Vec<OffsetDateTime>,
 }
 
 impl Extend<Entry> for Columns {
     fn extend<I: IntoIterator<Item = Entry>>(&mut self, entries: I) {
-        for entry in entries {
-            self.event_ids.push(entry.event_id);
-            self.topics.push(entry.topic);
-            self.aggregates.push(entry.aggregate);
-            self.keys.push(entry.key);
-            self.key_hashes.push(events::key_hash(entry.key));
-            self.versions.push(entry.version);
-            self.kinds.push(entry.kind);
-            self.payloads.push(entry.payload);
+        for Entry { draft, version } in entries {
+            self.event_ids.push(draft.event_id);
+            self.topics.push(draft.topic.name);
+            self.aggregates.push(draft.topic.aggregate);
+            self.keys.push(draft.key);
+            self.key_hashes.push(events::key_hash(draft.key));
+            self.versions.push(version);
+            self.kinds.push(draft.kind);
+            self.payloads.push(draft.payload);
+            self.causations.push(draft.cause.causation);
+            self.correlations.push(draft.cause.correlation);
+            self.actors.push(draft.cause.actor);
+            self.traceparents.push(draft.trace.traceparent);
+            self.tracestates.push(draft.trace.tracestate);
+            self.times.push(draft.occurred_at);
         }
     }
 }
@@ -141,42 +150,10 @@ pub async fn publish<E: Event>(
     version: i64,
     event: &E,
 ) -> sqlx::Result<Uuid> {
-    let entry = Entry::new(key, version, event);
-    let event_id = entry.event_id;
-    publish_all(tx, cause, [entry]).await?;
+    let entry = Draft::new(cause, key, event).at(version);
+    let event_id = entry.event_id();
+    publish_all(tx, [entry]).await?;
     Ok(event_id)
-}
-
-/// As [`publish`], for several events, each with the version of its aggregate, in one statement.
-///
-/// # Errors
-/// As [`publish`].
-pub async fn publish_all(tx: &mut PgConnection, events: &[(&Draft, i64)]) -> sqlx::Result<()> {
-    let drafts = || events.iter().map(|(draft, _)| draft);
-    sqlx::query(
-        "insert into outbox
-             (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, causationid, correlationid,
-              actor, traceparent, tracestate, occurred_at)
-         select * from unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::int[], $6::bigint[], $7::text[],
-             $8::bytea[], $9::uuid[], $10::uuid[], $11::uuid[], $12::text[], $13::text[], $14::timestamptz[])",
-    )
-    .bind(drafts().map(|draft| draft.id).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.topic.name).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.topic.aggregate).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.key).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| events::key_hash(draft.key)).collect::<Vec<_>>())
-    .bind(events.iter().map(|(_, version)| *version).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.kind).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.payload.as_deref()).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.cause.causation).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.cause.correlation).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.cause.actor).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.trace.traceparent.as_deref()).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.trace.tracestate.as_deref()).collect::<Vec<_>>())
-    .bind(drafts().map(|draft| draft.occurred_at).collect::<Vec<_>>())
-    .execute(tx)
-    .await
-    .map(drop)
 }
 
 /// How many rows of this event's topic wait to be published, counted up to `limit`. Bulk writers use

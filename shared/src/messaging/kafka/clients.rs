@@ -26,12 +26,12 @@ const LETTER_MAX_UNCOMPRESSED_BYTES: &str = "67108864";
 /// How long (ms) Kafka waits before it reports to a replay that an empty partition has no more
 /// records.
 const REPLAY_FETCH_WAIT_MS: &str = "20";
-/// Bytes of a partition in one answer to a consumer, compressed: about 500 small events, or one
+/// Bytes of a partition in one answer to a consumer, compressed. A thousand small events, or one
 /// larger batch of a producer. With librdkafka's default of 1 MiB the records of six partitions took
 /// 60 MB, because `queued.max.messages.kbytes` counts neither headers nor the overhead of a record.
 /// With less, the partitions also advance more evenly, and the ids of a batch are closer together in
 /// the indexes.
-const PARTITION_FETCH_BYTES: &str = "65536";
+const PARTITION_FETCH_BYTES: &str = "131072";
 /// How long (ms) the client waits before it fetches again from a partition whose queue was full. With
 /// librdkafka's default of 1 s a consumer with a backlog handled its queue in 0.2 s and then waited.
 const FETCH_AGAIN_MS: &str = "10";
@@ -133,7 +133,7 @@ impl KafkaConfig {
             // the bytes do not count the overhead of a record. The default of 100,000 small records
             // exceeded the memory of a container.
             .set("queued.max.messages.kbytes", "16384")
-            .set("queued.min.messages", "500")
+            .set("queued.min.messages", "1000")
             .set("max.partition.fetch.bytes", PARTITION_FETCH_BYTES)
             .set("fetch.queue.backoff.ms", FETCH_AGAIN_MS)
             .set("fetch.wait.max.ms", "100");

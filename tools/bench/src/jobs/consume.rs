@@ -35,8 +35,10 @@ const AUDIT_POLL: Duration = Duration::from_millis(200);
 const LIMIT: Duration = Duration::from_secs(300);
 const COUNTED: &str = "select coalesce(sum(registered), 0)::bigint from funnel_totals";
 /// What the inbox of `shared` executes.
-const INBOX: &str = "insert into inbox (handler, event_id) select $1, unnest($2::uuid[]) on conflict do nothing
-                     returning event_id";
+const INBOX: &str = "
+    with new as (
+        insert into inbox (handler, event_id) select $1, unnest($2::uuid[]) on conflict do nothing returning event_id)
+    select coalesce(array_agg(event_id), '{}') from new";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("consume").await?;
@@ -100,7 +102,7 @@ impl<'a> Consume<'a> {
         let mut ids: Vec<Uuid> = events.iter().map(|(id, _)| *id).collect();
         ids.sort_unstable();
         let mut tx = self.session.begin().await?;
-        let new: Vec<Uuid> = query_scalar(INBOX).bind("analytics.users").bind(ids).fetch_all(&mut *tx).await?;
+        let new: Vec<Uuid> = query_scalar(INBOX).bind("analytics.users").bind(ids).fetch_one(&mut *tx).await?;
         let partition = |user: &Uuid| Topic::USER_EVENTS.partition_of(*user);
         let mut users: Vec<Uuid> = events.iter().map(|(_, user)| *user).collect();
         users.sort_unstable();

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use http::StatusCode;
 use serde_json::json;
 use shared::events::{Cause, Profile, Topic, UserEvent, UserRef, UserState, mint_id};
-use shared::messaging::outbox;
+use shared::messaging::outbox::{self, Draft};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool, query_scalar};
 use testbed::services::RunningService;
 use tokio::task::JoinSet;
@@ -127,9 +127,9 @@ async fn insert(mut session: PgConnection, insert: String, requests: u64) -> Res
         let inserted = sqlx::query(AssertSqlSafe(insert.as_str()));
         let inserted = inserted.bind(user).bind(1_i64).bind(&profile.email).bind(&profile.display_name);
         inserted.bind(profile.owner).execute(&mut *tx).await?;
-        let registered = UserEvent::Registered(UserRef { user_id: user });
-        outbox::publish(&mut tx, cause, user, 1, &registered).await?;
-        outbox::publish(&mut tx, cause, user, 1, &UserState::Current(profile)).await?;
+        let registered = Draft::new(cause, user, &UserEvent::Registered(UserRef { user_id: user }));
+        let state = Draft::new(cause, user, &UserState::Current(profile));
+        outbox::publish_all(&mut tx, [registered.at(1), state.at(1)]).await?;
         tx.commit().await?;
     }
     Ok(session)
