@@ -11,7 +11,7 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
 
 use crate::events::Kind;
 use crate::fault;
-use crate::messaging::kafka::{KafkaConfig, LETTER_MAX_BYTES, create};
+use crate::messaging::kafka::{KafkaConfig, LETTER_MAX_BYTES, check, create};
 use crate::messaging::record::{self, Coordinates};
 use crate::messaging::topics::Declared;
 
@@ -113,14 +113,18 @@ pub struct DeadLetterWriter {
     /// What the records' topic holds.
     kind: Kind,
     settings: ClientConfig,
-    producer: Mutex<FutureProducer>,
+    /// `None` until the first letter: a producer has threads and connections, and most consumers
+    /// never write a letter.
+    producer: Mutex<Option<FutureProducer>>,
 }
 
 impl DeadLetterWriter {
+    /// # Errors
+    /// The Kafka settings are invalid.
     pub fn new(kafka: &KafkaConfig, group: &str, kind: Kind) -> anyhow::Result<Self> {
         let settings = kafka.letters();
-        let producer = Mutex::new(create(&settings)?);
-        Ok(Self { topic: topic(kafka, group), kind, settings, producer })
+        check(&settings)?;
+        Ok(Self { topic: topic(kafka, group), kind, settings, producer: Mutex::default() })
     }
 
     pub fn topic(&self) -> &str {
@@ -177,13 +181,16 @@ impl DeadLetterWriter {
         sent.with_context(|| format!("cannot write to the dead letters {}", self.topic))
     }
 
-    /// A producer that failed is replaced. It fails for good if the broker refuses its first
-    /// request, for example because this service may not write to any topic yet.
+    /// The producer, which the first letter creates. A producer that failed is replaced. It fails for
+    /// good if the broker refuses its first request, for example because this service may not write to
+    /// any topic yet.
     fn producer(&self) -> anyhow::Result<FutureProducer> {
-        let mut producer = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
-        if producer.client().fatal_error().is_some() {
-            *producer = create(&self.settings)?;
+        let mut current = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(working) = current.as_ref().filter(|producer| producer.client().fatal_error().is_none()) {
+            return Ok(working.clone());
         }
-        Ok(producer.clone())
+        let producer: FutureProducer = create(&self.settings)?;
+        *current = Some(producer.clone());
+        Ok(producer)
     }
 }
