@@ -51,9 +51,10 @@ impl Bed {
         [self.stack.postgres.process.pid(), self.stack.kafka.process.pid(), self.stack.redis.process.pid()]
     }
 
-    pub fn meter(&self, services: &[&RunningService]) -> Result<Meter<'_>> {
+    /// Begins a slice.
+    pub fn meter(&self, services: &[&RunningService]) -> Result<Meter> {
         let pids: Vec<u32> = services.iter().map(|service| service.process.pid()).collect();
-        Meter::start(self, &pids)
+        Meter::start(self.components(), &pids)
     }
 
     /// Whether each side gets a slice that does not count.

@@ -5,7 +5,6 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::bed::Bed;
 use crate::usage::{Cpu, Snapshot, forget_peak, peak_memory};
 
 /// What one side did in one slice.
@@ -38,19 +37,21 @@ impl Slice {
 }
 
 /// A slice that is being measured.
-pub struct Meter<'a> {
-    bed: &'a Bed,
+pub struct Meter {
+    /// Of Postgres, Kafka and Redis.
+    components: [u32; 3],
     services: Vec<u32>,
     before: Snapshot,
     start: Instant,
 }
 
-impl<'a> Meter<'a> {
-    /// Begins a slice. `services` are the processes that are measured as the service.
-    pub fn start(bed: &'a Bed, services: &[u32]) -> Result<Self> {
+impl Meter {
+    /// Begins a slice. All are pids: of Postgres, Kafka and Redis, and of the processes that are measured
+    /// as the service.
+    pub fn start(components: [u32; 3], services: &[u32]) -> Result<Self> {
         services.iter().try_for_each(|pid| forget_peak(*pid))?;
         let before = Snapshot::take()?;
-        Ok(Self { bed, services: services.to_vec(), before, start: Instant::now() })
+        Ok(Self { components, services: services.to_vec(), before, start: Instant::now() })
     }
 
     /// Ends the slice, in which this amount of work was done.
@@ -60,7 +61,7 @@ impl<'a> Meter<'a> {
         let tree = |root: u32| after.of_tree(root) - self.before.of_tree(root);
         let own = std::process::id();
         let service: f64 = self.services.iter().map(|pid| tree(*pid)).sum();
-        let [postgres, kafka, redis] = self.bed.components().map(tree);
+        let [postgres, kafka, redis] = self.components.map(tree);
         let load = after.of_process(own) - self.before.of_process(own);
         let busy = after.busy() - self.before.busy();
         let others = (busy - service - postgres - kafka - redis - load).max(0.0);

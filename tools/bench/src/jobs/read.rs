@@ -102,7 +102,7 @@ impl<'a> Read<'a> {
     }
 
     /// Reads profiles of random users over all connections. Each answer is checked.
-    async fn load(&self, port: u16, meter: Meter<'_>) -> Result<Slice> {
+    async fn load(&self, port: u16, meter: Meter) -> Result<Slice> {
         let share = self.requests.div_ceil(CONNECTIONS as u64);
         let mut tasks = JoinSet::new();
         for _ in 0..CONNECTIONS {
@@ -134,7 +134,7 @@ impl Contest for Read<'_> {
     }
 
     async fn limit(&mut self) -> Result<Slice> {
-        self.load(self.limit_port, Meter::start(self.lab.bed, &[self.limit.pid()])?).await
+        self.load(self.limit_port, Meter::start(self.lab.bed.components(), &[self.limit.pid()])?).await
     }
 }
 

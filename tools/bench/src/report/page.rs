@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use testbed::paths::root;
 
 use super::chart::{Bar, bars};
-use super::{Bound, COLUMNS, Goal, Machine, Pairs, Report, medians};
+use super::outcome::{Bound, COLUMNS, Goal, Machine, Pairs, Report, medians};
 use crate::meter::Slice;
 use crate::usage::Cpu;
 
