@@ -31,13 +31,18 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// An event that is older is held.
 const MAX_AGE: Duration = Duration::from_secs(72 * 3600);
 
+/// For readers of docs/performance.md.
+const LIMITED_BY: &str = "\
+What limits it: Postgres. The unique index over user, template and version and two partial indexes make a row expensive, on both
+sides. The service adds the decoding of the records and six round trips for each batch.";
+
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("intents").await?;
     let mut intents = Intents::start(&lab).await?;
     let slices = measure(bed, &mut intents).await?;
     intents.check().await?;
     let what = ["email's consumer of registrations", "the same statements in batches of 2,000, without Kafka"];
-    Ok(Report::of_slices("intents", "events", what, slices, GOAL))
+    Ok(Report::of_slices("intents", "events", what, slices, GOAL).limited_by(LIMITED_BY))
 }
 
 struct Intents<'a> {

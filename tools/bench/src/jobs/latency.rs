@@ -43,6 +43,12 @@ const MEDIAN_GOAL: f64 = 4.0;
 const P99_GOAL: f64 = 12.0;
 const FOLLOWER_P99_GOAL: f64 = 30.0;
 
+/// For readers of docs/performance.md.
+const LIMITED_BY: &str = "\
+What limits it: a Kafka transaction has four steps, one after another: the partitions are added to it, the records are written,
+it is committed, and the broker writes a marker into each partition. Only then a consumer sees the event. The bare producer
+has one step.";
+
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("latency").await?;
     // The first one becomes the leader before the second one starts.
@@ -57,7 +63,7 @@ pub async fn run(bed: &Bed) -> Result<Report> {
             latency.row(kind, row).await?;
         }
     }
-    let report = latency.report();
+    let report = latency.report().limited_by(LIMITED_BY);
     latency.check(requests.div_ceil(row) * row * 2)?;
     leader.stop().await;
     follower.stop().await;

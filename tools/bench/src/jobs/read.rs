@@ -41,13 +41,18 @@ const POLL: Duration = Duration::from_millis(20);
 /// How long the cache may take to fill, and the limit to start.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// For readers of docs/performance.md.
+const LIMITED_BY: &str = "\
+What limits it: the HTTP layers (limits, spans, metrics, the check of the caller), and the transaction that reads the marks of
+the partitions and the role of the server. Reads that come together share this transaction.";
+
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("read").await?;
     let mut read = Read::start(&lab).await?;
     let slices = measure(bed, &mut read).await?;
     read.service.stop().await;
     let what = ["GET /profiles/{id} over 32 connections", "the store's answer through the same HTTP stack"];
-    Ok(Report::of_slices("read", "requests", what, slices, GOAL))
+    Ok(Report::of_slices("read", "requests", what, slices, GOAL).limited_by(LIMITED_BY))
 }
 
 struct Read<'a> {
