@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use shared::events::{Topic, mint_id};
 use testbed::services::RunningService;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 use topology::USER;
 use uuid::Uuid;
 
@@ -36,7 +36,7 @@ const LEAST: u64 = 3;
 const REQUESTS: u64 = 250;
 /// How long an event may take.
 const LIMIT: Duration = Duration::from_secs(10);
-/// How often the reader looks whether the job is over.
+/// How often the reader looks whether the job is over, and the job whether a relay leads.
 const POLL: Duration = Duration::from_millis(100);
 // Goals in milliseconds.
 const MEDIAN_GOAL: f64 = 4.0;
@@ -53,21 +53,35 @@ pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("latency").await?;
     // The first one becomes the leader before the second one starts.
     let mut leader = lab.start(USER, &[]).await?;
+    timeout(LIMIT, until_it_leads(&leader)).await.context("the relay of the first replica does not lead")??;
     let mut follower = lab.start(USER, &[]).await?;
-    ensure!(leads(&leader).await? && !leads(&follower).await?, "the relay of the first replica does not lead");
+    ensure!(!leads(&follower).await?, "the relay of the second replica leads");
     let mut latency = Latency::start(&lab, &leader, &follower).await?;
     let requests = bed.size().of(REQUESTS);
     let row = requests.clamp(LEAST, ROW);
+    // The first requests open connections and run code that is not compiled yet. They do not count.
+    for kind in [Kind::Leader, Kind::Follower, Kind::Bare] {
+        latency.row(kind, if bed.warms_up() { row } else { LEAST }).await?;
+    }
+    let warm_up = latency.forget();
     for _ in 0..requests.div_ceil(row) {
         for kind in [Kind::Leader, Kind::Follower, Kind::Bare] {
             latency.row(kind, row).await?;
         }
     }
     let report = latency.report().limited_by(LIMITED_BY);
-    latency.check(requests.div_ceil(row) * row * 2)?;
+    latency.check(warm_up + requests.div_ceil(row) * row * 2)?;
     leader.stop().await;
     follower.stop().await;
     Ok(report)
+}
+
+/// A service is ready before its relay leads: on a new cluster the first term begins after seconds.
+async fn until_it_leads(service: &RunningService) -> Result<()> {
+    while !leads(service).await? {
+        sleep(POLL).await;
+    }
+    Ok(())
 }
 
 async fn leads(service: &RunningService) -> Result<bool> {
@@ -142,6 +156,12 @@ impl<'a> Latency<'a> {
             self.delays.entry(kind).or_default().push(delay);
         }
         Ok(())
+    }
+
+    /// Forgets what was measured so far. Returns the number of registrations.
+    fn forget(&mut self) -> u64 {
+        self.delays.clear();
+        std::mem::take(&mut self.answers).len() as u64
     }
 
     async fn arrival(&mut self, key: Uuid) -> Result<Instant> {
