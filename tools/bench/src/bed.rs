@@ -36,7 +36,10 @@ impl Bed {
         let fetched = fetch().await?;
         let scratch = Scratch::create("bench")?;
         let ports = Ports::free();
-        let stack = start_stack(&fetched, scratch.path(), ports, Durability::Disk, Access::Open, &logs).await?;
+        let mut stack = start_stack(&fetched, scratch.path(), ports, Durability::Disk, Access::Open, &logs).await?;
+        if size != Size::Smoke {
+            stack.kafka.restart_with_both_compilers().await?;
+        }
         let disk = DiskProbe::start(scratch.path())?;
         let (services, program) = (programs.services.to_owned(), programs.bench.to_owned());
         Ok(Self { stack, disk, services, program, size, logs, _scratch: scratch })

@@ -42,8 +42,8 @@ const LIMITED_BY: &str = "\
 What limits it: the Kafka client of the relay. It has one thread for each broker, which compresses the records (about 3 us a
 row), writes them (1.3 us) and frees them (1.2 us); building the headers of a record takes 2 us more on another thread.
 Reading a row takes Postgres 1.7 us and deleting it 0.6 us. The limit sends without transactions, so its producer never
-waits for a round to end. Both sides share two cores with the broker, which has the just-in-time compiler of the first level
-only.";
+waits for a round to end. Both sides share the cores
+with the broker.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("relay").await?;

@@ -29,6 +29,15 @@ pub use acls::{Acls, Changes, HeldRule};
 pub use cluster::start_cluster;
 pub use secured::Listener;
 
+/// The just-in-time compilers of a JVM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Compilers {
+    /// A program that runs for minutes starts faster with the first one (C1) alone.
+    First,
+    /// As in production.
+    Both,
+}
+
 /// One broker.
 pub struct Kafka {
     pub process: Process,
@@ -37,6 +46,7 @@ pub struct Kafka {
     pub id: i32,
     port: u16,
     heap: &'static str,
+    compilers: Compilers,
     folder: PathBuf,
     fetched: Fetched,
     logs: Logs,
@@ -82,17 +92,25 @@ impl Kafka {
         self.until_ready().await
     }
 
+    /// Restarts the broker as it runs in production: with both compilers of the JVM. It is faster
+    /// after some minutes.
+    pub async fn restart_with_both_compilers(&mut self) -> Result<()> {
+        self.stop().await;
+        self.compilers = Compilers::Both;
+        self.restart().await
+    }
+
     /// As [`Kafka::restart`], without waiting until the broker is ready. In a cluster of three, a
     /// broker may become ready only after another one runs.
     pub fn spawn_again(&mut self) -> Result<()> {
         self.process.kill();
-        self.process = spawn(&self.fetched, &self.folder, &self.name, self.heap, &self.logs)?;
+        self.process = spawn(&self.fetched, &self.folder, &self.name, self.heap, self.compilers, &self.logs)?;
         Ok(())
     }
 
     /// Runs one of Kafka's own tools against this broker, as an operator does.
     pub async fn tool(&self, main_class: &str, arguments: &[&str]) -> Result<()> {
-        let mut command = java(&self.fetched, "-Xmx128m", main_class);
+        let mut command = java(&self.fetched, "-Xmx128m", Compilers::First, main_class);
         command.args(["--bootstrap-server", &self.address()]).args(arguments);
         let name = format!("{}-tool", self.name);
         let mut tool = Process::spawn(&name, command, &self.logs.off_terminal())?;
@@ -182,7 +200,7 @@ pub async fn run_java(
     arguments: &[String],
     logs: &Logs,
 ) -> Result<(ExitStatus, String)> {
-    let mut command = java(fetched, "-Xmx96m", main_class);
+    let mut command = java(fetched, "-Xmx96m", Compilers::First, main_class);
     command.args(arguments);
     let logs = logs.off_terminal();
     // Processes append to their log.
@@ -270,11 +288,12 @@ async fn start_node(
         fs::write(folder.join("formatted"), "")?;
     }
     let mut kafka = Kafka {
-        process: spawn(fetched, folder, name, heap, logs)?,
+        process: spawn(fetched, folder, name, heap, Compilers::First, logs)?,
         name: name.to_owned(),
         id: node.id,
         port: node.port,
         heap,
+        compilers: Compilers::First,
         folder: folder.to_owned(),
         fetched: fetched.clone(),
         logs: logs.clone(),
@@ -283,10 +302,13 @@ async fn start_node(
     Ok(kafka)
 }
 
-fn java(fetched: &Fetched, heap: &str, main_class: &str) -> Command {
+fn java(fetched: &Fetched, heap: &str, compilers: Compilers, main_class: &str) -> Command {
     let mut command = process::command(&fetched.java);
-    // Only the JVM's first compiler (C1): a broker that runs for minutes starts faster with it.
-    command.args([heap, "-XX:TieredStopAtLevel=1", "-cp", &fetched.jars]);
+    command.arg(heap);
+    if compilers == Compilers::First {
+        command.arg("-XX:TieredStopAtLevel=1");
+    }
+    command.args(["-cp", &fetched.jars]);
     command
         .arg(format!("-Dlog4j2.configurationFile={}", paths::root().join("deploy/local/log4j2.properties").display()));
     command.arg(main_class);
@@ -298,7 +320,7 @@ async fn format(fetched: &Fetched, folder: &Path, name: &str, users: &[(String, 
     // The tool reads arguments from a file, so that `ps` does not show the passwords. It prints what
     // it stores of them, so what it prints is kept only if it fails.
     let arguments = folder.join("format-arguments");
-    let mut command = java(fetched, "-Xmx256m", "kafka.tools.StorageTool");
+    let mut command = java(fetched, "-Xmx256m", Compilers::First, "kafka.tools.StorageTool");
     command.args(["format", "--cluster-id", CLUSTER_ID, "--config"]).arg(folder.join("server.properties"));
     if !users.is_empty() {
         secured::write_arguments(&arguments, users)?;
@@ -317,8 +339,15 @@ async fn format(fetched: &Fetched, folder: &Path, name: &str, users: &[(String, 
     }
 }
 
-fn spawn(fetched: &Fetched, folder: &Path, name: &str, heap: &str, logs: &Logs) -> Result<Process> {
-    let mut command = java(fetched, heap, "kafka.Kafka");
+fn spawn(
+    fetched: &Fetched,
+    folder: &Path,
+    name: &str,
+    heap: &str,
+    compilers: Compilers,
+    logs: &Logs,
+) -> Result<Process> {
+    let mut command = java(fetched, heap, compilers, "kafka.Kafka");
     command.arg(folder.join("server.properties"));
     Process::spawn(name, command, logs)
 }
