@@ -148,7 +148,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         max_age: config.max_age(),
     };
     let (batches, waiting) = batches::batches();
-    service.spawn_draining("statements of the senders", waiting.run(db.clone(), rules));
+    let planned = database::pool_with((*db.connect_options()).clone(), &batches::SESSION_SETTINGS);
+    service.spawn_draining("statements of the senders", waiting.run(planned, rules));
     let sender = Sender {
         db: db.clone(),
         server,

@@ -48,11 +48,19 @@ impl<T, R> Clone for Caller<T, R> {
 
 impl<T, R> Calls<T, R> {
     /// Waits for a call, and takes all that wait. `None`: every [`Caller`] was dropped.
+    ///
+    /// Before it takes them, it lets the tasks run that are ready: they may be about to call too.
     pub async fn next(&mut self) -> Option<(Vec<T>, Answers<R>)> {
         let mut calls = vec![];
         while calls.is_empty() {
             if self.queue.recv_many(&mut calls, self.batch_size).await == 0 {
                 return None;
+            }
+            tokio::task::yield_now().await;
+            while calls.len() < self.batch_size
+                && let Ok(call) = self.queue.try_recv()
+            {
+                calls.push(call);
             }
             calls.retain(|call| !call.answer.is_closed());
         }
