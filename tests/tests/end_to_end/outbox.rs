@@ -143,7 +143,7 @@ async fn insert_versions(db: &PgPool, key: Uuid, versions: RangeInclusive<i64>) 
 
 /// T11, I3, I4: the outbox holds 10,000 commands of one user, and among them one of each of three
 /// other users. A row waits for earlier rows and for no later one. The producer's queue never holds
-/// more than a round of 500 rows, so the test does not make it smaller.
+/// more than one round, so the test does not make it smaller.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_busy_key_stays_in_order_and_does_not_delay_others() {
     let mut system = System::start_only(&[USER]).await;

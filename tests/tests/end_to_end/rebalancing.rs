@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use testbed::smtp_sink::Fault;
 use tests::kafka::GroupLeader;
 use tests::processes::ServiceProcess;
 use tests::proxy::KafkaRequest;
@@ -274,6 +275,8 @@ async fn a_late_answer_to_list_offsets_does_not_restart_a_group() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_hangs_is_replaced_and_rejoins() {
     let mut system = System::empty().await;
+    // Without mails the group of the registrations is the only one that reaches the fault point.
+    system.mail.fail(Fault::Refuse);
     let handle_timeout = ("HANDLE_TIMEOUT_MS", "2000");
     system.processes.spawn(USER);
     system.processes.spawn(EMAIL);
