@@ -45,9 +45,10 @@ const FOLLOWER_P99_GOAL: f64 = 30.0;
 
 /// For readers of docs/performance.md.
 const LIMITED_BY: &str = "\
-What limits it: a Kafka transaction has four steps, one after another: the partitions are added to it, the records are written,
-it is committed, and the broker writes a marker into each partition. Only then a consumer sees the event. The bare producer
-has one step.";
+What limits it: a Kafka transaction has steps that follow each other: the partitions are added to it, the records of two topics
+are written, it is committed, and the broker writes a marker into each partition. Only then a consumer sees the event. In a
+log of librdkafka the broker and the fetch took 9.5 of 12 ms with a cold broker, librdkafka's own timer before the first step
+1.2 ms, and the relay 1.2 ms. The bare producer has one step.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("latency").await?;
