@@ -99,8 +99,9 @@ enum Kind {
 
 struct Latency<'a> {
     lab: &'a Lab<'a>,
-    leader: Connection,
-    follower: Connection,
+    /// The ports of the two replicas.
+    leader: u16,
+    follower: u16,
     bare: Writer,
     arrivals: UnboundedReceiver<(Uuid, Instant)>,
     is_over: Arc<AtomicBool>,
@@ -121,8 +122,8 @@ impl<'a> Latency<'a> {
         }
         Ok(Self {
             lab,
-            leader: Connection::open(leader.instance.http).await?,
-            follower: Connection::open(follower.instance.http).await?,
+            leader: leader.instance.http,
+            follower: follower.instance.http,
             bare: Writer::without_linger(lab.bed)?,
             arrivals,
             is_over,
@@ -133,13 +134,15 @@ impl<'a> Latency<'a> {
 
     /// Requests of one kind at their intended times.
     async fn row(&mut self, kind: Kind, requests: u64) -> Result<()> {
+        // The service closes a connection that is idle during the rows of the other kinds.
+        let port = if kind == Kind::Follower { self.follower } else { self.leader };
+        let mut client = Connection::open(port).await?;
         let start = Instant::now();
         for number in 1..=requests {
             let intended = start + INTERVAL * number as u32;
             sleep_until(intended.into()).await;
             let (key, answered) = match kind {
-                Kind::Leader => register(&mut self.leader).await?,
-                Kind::Follower => register(&mut self.follower).await?,
+                Kind::Leader | Kind::Follower => register(&mut client).await?,
                 Kind::Bare => {
                     let key = mint_id();
                     let written = Instant::now();

@@ -57,7 +57,6 @@ struct Register<'a> {
     lab: &'a Lab<'a>,
     service: RunningService,
     db: PgPool,
-    clients: Vec<Connection>,
     sessions: Vec<PgConnection>,
     insert: String,
     requests: u64,
@@ -67,17 +66,14 @@ struct Register<'a> {
 impl<'a> Register<'a> {
     async fn start(lab: &'a Lab<'a>) -> Result<Self> {
         let service = lab.start(USER, &[]).await?;
-        let mut clients = vec![];
         let mut sessions = vec![];
         for _ in 0..CONNECTIONS {
-            clients.push(Connection::open(service.instance.http).await?);
             sessions.push(lab.connect(USER).await?);
         }
         Ok(Self {
             lab,
             service,
             db: lab.owner(USER).await?,
-            clients,
             sessions,
             insert: statements::of(USER, "insert into users")?,
             requests: lab.bed.size().of(REQUESTS),
@@ -118,13 +114,13 @@ fn address() -> String {
     format!("{}@example.com", mint_id().simple())
 }
 
-async fn send(mut client: Connection, requests: u64) -> Result<Connection> {
+async fn send(mut client: Connection, requests: u64) -> Result<()> {
     for _ in 0..requests {
         let body = json!({ "email": address(), "display_name": "Ada Lovelace" });
         let (status, body) = client.post("/users", body.to_string()).await?;
         ensure!(status == StatusCode::CREATED, "{status}: {}", String::from_utf8_lossy(&body));
     }
-    Ok(client)
+    Ok(())
 }
 
 async fn insert(mut session: PgConnection, insert: String, requests: u64) -> Result<PgConnection> {
@@ -156,10 +152,14 @@ async fn join<T: Send + 'static>(mut tasks: JoinSet<Result<T>>) -> Result<Vec<T>
 impl Contest for Register<'_> {
     async fn ours(&mut self) -> Result<Slice> {
         let share = self.share();
-        let clients = std::mem::take(&mut self.clients);
+        // The service closes a connection that is idle during a slice of the limit.
+        let mut clients = vec![];
+        for _ in 0..CONNECTIONS {
+            clients.push(Connection::open(self.service.instance.http).await?);
+        }
         let meter = self.lab.bed.meter(&[&self.service])?;
         let tasks = clients.into_iter().map(|client| send(client, share));
-        self.clients = join(tasks.collect()).await?;
+        join(tasks.collect()).await?;
         self.until_published().await?;
         let registered = share * CONNECTIONS as u64;
         self.registered += registered;
