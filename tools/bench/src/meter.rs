@@ -60,7 +60,8 @@ impl Meter {
         let after = Snapshot::take()?;
         let tree = |root: u32| after.of_tree(root) - self.before.of_tree(root);
         let own = std::process::id();
-        let service: f64 = self.services.iter().map(|pid| tree(*pid)).sum();
+        // The sum of no numbers is -0.0.
+        let service = self.services.iter().map(|pid| tree(*pid)).sum::<f64>() + 0.0;
         let [postgres, kafka, redis] = self.components.map(tree);
         let load = after.of_process(own) - self.before.of_process(own);
         let busy = after.busy() - self.before.busy();
