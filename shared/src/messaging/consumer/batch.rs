@@ -359,8 +359,8 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
 
     /// A single record is handled within its own span, so that what the handler does and publishes
     /// belongs to the record's trace. Several records are handled within the span of the batch. They
-    /// have spans of their own only if a collector or the log line of each event needs them: the spans
-    /// would be more than half of the work of a handler such as an inbox.
+    /// have spans of their own only if a collector or the log line of each event needs them: making the
+    /// spans costs a large part of the CPU of a handler such as an inbox.
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         let setup = self.context.setup;
         let limit = setup.kafka.handle_timeout();

@@ -21,8 +21,8 @@ const MEMORY_GOAL: f64 = 20.0;
 
 /// For readers of docs/performance.md.
 const LIMITED_BY: &str = "\
-What limits it: two thirds of the memory of an idle service are pages of its program, which all replicas on a machine share. Of
-the rest most belongs to the Kafka clients, 0.7 MB each: a consumer group has a member, a reader that counts its open dead
+What limits it: two thirds of the memory of an idle service are pages of its program, which all replicas on a machine share. The
+Kafka clients are a large part of the rest, roughly 0.7 MB each: a consumer group has a member, a reader that counts its open dead
 letters, and a client that watches the topic of its dead letters.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {

@@ -34,7 +34,7 @@ const MAX_AGE: Duration = Duration::from_secs(72 * 3600);
 /// For readers of docs/performance.md.
 const LIMITED_BY: &str = "\
 What limits it: Postgres. The unique index over user, template and version and two partial indexes make a row expensive, on both
-sides. The service adds the decoding of the records and six round trips for each batch.";
+sides. The service adds the decoding of the records and four round trips for each batch.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("intents").await?;

@@ -36,10 +36,9 @@ const VERSIONS: u64 = 4;
 
 /// For readers of docs/performance.md.
 const LIMITED_BY: &str = "\
-What limits it: taking a record from Kafka costs the service 5 us (decompressing, headers, JSON), and the script needs less
-than 2 us for it in Redis. The bare client has the states in memory and only formats them. So the goal of 0.7 cannot be
-reached by a consumer that reads from Kafka on the same two cores; the ratio shows how much cheaper the store is than the
-way to it.";
+What limits it: taking a record from Kafka costs the service 5 us (decompressing, headers, JSON), and the script needs about
+2 us for it in Redis. The bare client has the states in memory and only formats them. A consumer that reads from
+Kafka on the same two cores is therefore unlikely to reach the goal of 0.7.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("view").await?;
