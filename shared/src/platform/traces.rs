@@ -1,8 +1,8 @@
 //! The export of spans to the collector. Spans are lost while the collector does not accept them:
-//! that is logged once, and counted.
+//! each reason is logged once, and every lost batch is counted.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -24,6 +24,10 @@ use super::tls;
 
 /// Time for a TLS handshake with the collector.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Number of reasons that are logged until the collector accepts traces again. A reason may contain
+/// text that changes with every attempt.
+const MAX_LOGGED_REASONS: usize = 8;
 
 /// The collector for traces. The names are those of the OpenTelemetry specification.
 #[derive(Args, Clone, Debug)]
@@ -154,7 +158,7 @@ fn counted(exporter: SpanExporter, metrics: &Metrics) -> CountedSpans {
         exporter,
         exported: metrics.trace_spans_exported.clone(),
         failed: metrics.trace_exports_failed.clone(),
-        is_failing: AtomicBool::new(false),
+        logged: Mutex::default(),
     };
     let batches = BatchSpanProcessor::builder(exporter).build();
     CountedSpans { batches, ended: metrics.trace_spans_ended.clone() }
@@ -196,7 +200,43 @@ struct ReportedExporter {
     exporter: SpanExporter,
     exported: Counter,
     failed: Counter,
-    is_failing: AtomicBool,
+    logged: Mutex<LoggedReasons>,
+}
+
+/// Why batches were lost since the collector last accepted one: what was logged. One fault can have
+/// several reasons. A collector that refuses the client's certificate says so in an alert, but the
+/// client may notice first that the connection was closed.
+#[derive(Debug, Default)]
+struct LoggedReasons(Vec<String>);
+
+impl LoggedReasons {
+    /// Whether this reason is to be logged: it has not been logged yet, and there are few.
+    fn add(&mut self, reason: &str) -> bool {
+        let is_new = self.0.len() < MAX_LOGGED_REASONS && !self.0.iter().any(|logged| logged == reason);
+        if is_new {
+            self.0.push(reason.to_owned());
+        }
+        is_new
+    }
+
+    /// Forgets all reasons, and returns whether there were any.
+    fn clear(&mut self) -> bool {
+        !std::mem::take(&mut self.0).is_empty()
+    }
+}
+
+impl ReportedExporter {
+    fn report_failure(&self, reason: &str) {
+        if self.logged.lock().unwrap_or_else(PoisonError::into_inner).add(reason) {
+            tracing::warn!(error = reason, "the collector does not accept traces; they are lost until it does");
+        }
+    }
+
+    fn report_success(&self) {
+        if self.logged.lock().unwrap_or_else(PoisonError::into_inner).clear() {
+            tracing::info!("the collector accepts traces again");
+        }
+    }
 }
 
 impl opentelemetry_sdk::trace::SpanExporter for ReportedExporter {
@@ -205,14 +245,10 @@ impl opentelemetry_sdk::trace::SpanExporter for ReportedExporter {
         let result = self.exporter.export(batch).await;
         if let Err(error) = &result {
             self.failed.inc();
-            if !self.is_failing.swap(true, Relaxed) {
-                tracing::warn!(%error, "the collector does not accept traces; they are lost until it does");
-            }
+            self.report_failure(&error.to_string());
         } else {
             self.exported.inc_by(spans);
-            if self.is_failing.swap(false, Relaxed) {
-                tracing::info!("the collector accepts traces again");
-            }
+            self.report_success();
         }
         result
     }
@@ -233,6 +269,25 @@ impl opentelemetry_sdk::trace::SpanExporter for ReportedExporter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_reason_is_logged_once_until_the_collector_accepts_a_batch() {
+        let mut logged = LoggedReasons::default();
+        assert_eq!(
+            ["broken pipe", "CertificateRequired", "broken pipe"].map(|reason| logged.add(reason)),
+            [true, true, false]
+        );
+        assert!(logged.clear());
+        assert!(!logged.clear());
+        assert!(logged.add("broken pipe"));
+    }
+
+    #[test]
+    fn reasons_that_change_with_every_attempt_do_not_fill_the_log() {
+        let mut logged = LoggedReasons::default();
+        let count = (0..1000).filter(|attempt| logged.add(&format!("attempt {attempt}"))).count();
+        assert_eq!(count, MAX_LOGGED_REASONS);
+    }
 
     #[test]
     fn headers_are_parsed_and_an_error_does_not_show_them() {
