@@ -281,10 +281,11 @@ pub(super) async fn deliver<D: Delivery>(
     split: Split,
 ) -> Result<(), D::Error> {
     // The parts that are left to do. The next one is last.
-    let mut parts = match split {
-        Split::Failing => singles(0..records.len()),
-        Split::Rejected | Split::Slow => vec![0..records.len()],
-    };
+    let mut parts = vec![];
+    match split {
+        Split::Failing => parts.extend(singles(0..records.len())),
+        Split::Rejected | Split::Slow => parts.push(0..records.len()),
+    }
     while let Some(part) = parts.pop() {
         if part.is_empty() {
             continue;
@@ -308,8 +309,8 @@ pub(super) async fn deliver<D: Delivery>(
 }
 
 /// Each record alone, the first one last.
-fn singles(part: Range<usize>) -> Vec<Range<usize>> {
-    part.rev().map(|index| index..index + 1).collect()
+fn singles(part: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    part.rev().map(|index| index..index + 1)
 }
 
 #[cfg(test)]
