@@ -21,7 +21,7 @@ pub use handler::{EndOfPartition, Failure, Handler, Outcome, Recorded};
 pub use inbox::{Inbox, Projection};
 pub use kafka::KafkaConfig;
 pub(crate) use kafka::{report_unknown_connection, watch_connection, watch_files};
-pub use record::{Coordinates, Record};
+pub use record::{Coordinates, Record, headers};
 pub(crate) use relay::{Relay, listen as listen_for_wake};
 pub use relay::{RelayConfig, Wake};
 pub use replay::Replay;

@@ -94,7 +94,7 @@ impl<E: Event> Record<E> {
 
 /// A record's headers. rdkafka panics on a name that is not UTF-8, which any client may write to a
 /// topic. This function turns the panic into an error.
-pub(super) fn headers<M: Message>(message: &M) -> impl Iterator<Item = Result<Header<'_, &[u8]>, DecodeError>> {
+pub fn headers<M: Message>(message: &M) -> impl Iterator<Item = Result<Header<'_, &[u8]>, DecodeError>> {
     message.headers().into_iter().flat_map(|headers| {
         (0..headers.count()).map(|index| {
             catch_unwind(AssertUnwindSafe(|| headers.get(index)))

@@ -68,7 +68,8 @@ impl Health {
     }
 }
 
-pub(crate) fn router(health: Health, metrics: Metrics) -> Router {
+/// The routes of an admin port that reports the health and the metrics of its process.
+pub fn router(health: Health, metrics: Metrics) -> Router {
     Router::new()
         .route("/livez", routing::get(async || "alive\n"))
         .route("/readyz", routing::get(readyz).with_state(health.clone()))

@@ -96,7 +96,7 @@ impl HttpConfig {
 }
 
 /// A port, and the limits of its callers.
-pub(crate) struct Server {
+pub struct Server {
     pub routes: Router,
     /// Answers the connections beyond the limit.
     pub overloaded: Router,

@@ -93,7 +93,7 @@ impl TraceContext {
 ///
 /// # Errors
 /// A setting of the collector cannot be used, or RUST_LOG is not a valid filter.
-pub(crate) fn init(
+pub fn init(
     service: &'static str,
     config: &TelemetryConfig,
     metrics: &Metrics,

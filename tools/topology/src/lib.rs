@@ -21,6 +21,8 @@ pub struct Service {
     pub writes: &'static [&'static str],
     /// Its consumer groups, each with the topic that the group reads.
     pub groups: &'static [Group],
+    /// Where its effects are: databases, stores, and the mail server. The console draws them.
+    pub stores: &'static [&'static str],
 }
 
 /// A consumer group. Its dead letters are in the topic `<name>.dlq`.
@@ -41,6 +43,7 @@ pub const USER: Service = Service {
     has_database: true,
     writes: &[USER_EVENTS, USER_STATE],
     groups: &[],
+    stores: &["Postgres"],
 };
 
 pub const ANALYTICS: Service = Service {
@@ -54,6 +57,7 @@ pub const ANALYTICS: Service = Service {
         Group { name: "analytics.emails", topic: EMAIL_EVENTS },
         Group { name: "analytics.audit", topic: USER_EVENTS },
     ],
+    stores: &["Postgres"],
 };
 
 pub const CACHE: Service = Service {
@@ -63,6 +67,7 @@ pub const CACHE: Service = Service {
     has_database: false,
     writes: &[],
     groups: &[Group { name: "cache.profiles", topic: USER_STATE }],
+    stores: &["Valkey"],
 };
 
 pub const EMAIL: Service = Service {
@@ -75,6 +80,7 @@ pub const EMAIL: Service = Service {
         Group { name: "email.welcome", topic: USER_EVENTS },
         Group { name: "email.recipients", topic: USER_STATE },
     ],
+    stores: &["Postgres", "mail server"],
 };
 
 pub const SERVICES: [Service; 4] = [USER, ANALYTICS, CACHE, EMAIL];

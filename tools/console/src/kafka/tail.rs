@@ -1,0 +1,204 @@
+//! The live tail: what the topics get, as it arrives. It keeps what the list of events shows, and no
+//! values.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::{Offset, TopicPartitionList};
+use shared::messaging::{KafkaConfig, headers};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{ANSWER_LIMIT, GROUP, logical, topics};
+
+/// How many records are kept: some pages of the list.
+const KEPT: usize = 500;
+/// How many records of each partition are read at the start, so that the list is not empty.
+const READ_AT_START: i64 = 20;
+/// Characters of a type or a version that are kept. Any client may write longer ones.
+const TEXT_LIMIT: usize = 64;
+/// How long one poll waits, so that a stop is noticed.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// The pause after a failure.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A record that has arrived.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The number of the record since the start of the console.
+    pub number: u64,
+    pub topic: &'static str,
+    pub partition: i32,
+    pub offset: i64,
+    /// The broker's time, in milliseconds since 1970.
+    pub time: Option<i64>,
+    /// The key, if it is an id.
+    pub key: Option<Uuid>,
+    /// The header `ce_type`, shortened.
+    pub kind: String,
+    /// The header `ce_version`, shortened.
+    pub version: String,
+    /// Bytes of key and value.
+    pub size: usize,
+}
+
+/// The last records, and how many there were per topic. Clones share them.
+#[derive(Clone, Default)]
+pub struct Recent(Arc<Mutex<Kept>>);
+
+#[derive(Default)]
+struct Kept {
+    records: VecDeque<Arc<Seen>>,
+    next: u64,
+    counts: BTreeMap<&'static str, u64>,
+}
+
+impl Recent {
+    /// The records after `number` that pass the filter, the newest first, and at most `limit` of them.
+    pub fn after(&self, number: Option<u64>, limit: usize, passes: impl Fn(&Seen) -> bool) -> Vec<Arc<Seen>> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let newer = kept.records.iter().rev().take_while(|seen| number.is_none_or(|number| seen.number > number));
+        newer.filter(|seen| passes(seen)).take(limit).cloned().collect()
+    }
+
+    /// The number of the last record.
+    pub fn last(&self) -> Option<u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).next.checked_sub(1)
+    }
+
+    /// How many records of each topic have arrived since the start.
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).counts.clone()
+    }
+
+    fn push(&self, mut seen: Seen) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.number = kept.next;
+        kept.next += 1;
+        *kept.counts.entry(seen.topic).or_default() += 1;
+        if kept.records.len() == KEPT {
+            kept.records.pop_front();
+        }
+        kept.records.push_back(Arc::new(seen));
+    }
+}
+
+/// Follows all topics until the stop. Topics that do not exist yet are followed when they do.
+pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) -> anyhow::Result<()> {
+    let consumer: BaseConsumer = kafka.reader(GROUP).create()?;
+    let mut followed = 0;
+    let mut logged = None;
+    while !stop.is_cancelled() {
+        if followed < topics().len() {
+            match assign(kafka, &consumer) {
+                Ok(existing) => followed = existing,
+                Err(error) => tracing::debug!(%error, "Kafka does not list the topics; will retry"),
+            }
+            if followed < topics().len() {
+                std::thread::sleep(RETRY_INTERVAL);
+            }
+        }
+        match consumer.poll(POLL_INTERVAL) {
+            Some(Ok(message)) => {
+                if let Some(seen) = seen(kafka, &message) {
+                    recent.push(seen);
+                }
+            }
+            Some(Err(rdkafka::error::KafkaError::PartitionEOF(_))) | None => {}
+            Some(Err(error)) => {
+                let error = error.to_string();
+                if logged.as_ref() != Some(&error) {
+                    tracing::warn!(error, "cannot read the topics; will retry");
+                    logged = Some(error);
+                }
+                // A partition whose offset was deleted is not read any more: begin again.
+                followed = 0;
+                std::thread::sleep(RETRY_INTERVAL);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Assigns all partitions of the topics that exist, shortly before their ends. Returns how many
+/// topics exist.
+fn assign(kafka: &KafkaConfig, consumer: &BaseConsumer) -> anyhow::Result<usize> {
+    let mut assigned = TopicPartitionList::new();
+    let mut existing = 0;
+    for topic in topics() {
+        let name = kafka.prefixed(topic);
+        let metadata = consumer.fetch_metadata(Some(&name), ANSWER_LIMIT)?;
+        let partitions: Vec<i32> =
+            metadata.topics().iter().flat_map(|topic| topic.partitions()).map(|partition| partition.id()).collect();
+        existing += usize::from(!partitions.is_empty());
+        for partition in partitions {
+            assigned.add_partition_offset(&name, partition, start(consumer, &name, partition)?)?;
+        }
+    }
+    consumer.assign(&assigned)?;
+    Ok(existing)
+}
+
+/// Where to start reading: a few records before the end.
+fn start(consumer: &BaseConsumer, topic: &str, partition: i32) -> anyhow::Result<Offset> {
+    let (first, next) = consumer.fetch_watermarks(topic, partition, ANSWER_LIMIT)?;
+    Ok(Offset::Offset((next - READ_AT_START).max(first)))
+}
+
+fn seen(kafka: &KafkaConfig, message: &BorrowedMessage<'_>) -> Option<Seen> {
+    let header = |name: &str| {
+        let found = headers(message).filter_map(Result::ok).find(|header| header.key == name);
+        let text = found.and_then(|header| header.value).map(|value| String::from_utf8_lossy(value).into_owned());
+        text.unwrap_or_default().chars().take(TEXT_LIMIT).collect::<String>()
+    };
+    Some(Seen {
+        number: 0,
+        topic: logical(kafka, message.topic())?,
+        partition: message.partition(),
+        offset: message.offset(),
+        time: message.timestamp().to_millis(),
+        key: message.key().and_then(|key| Uuid::try_parse_ascii(key).ok()),
+        kind: header("ce_type"),
+        version: header("ce_version"),
+        size: message.payload_len() + message.key_len(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(offset: i64, kind: &str) -> Seen {
+        Seen {
+            number: 0,
+            topic: "user.events.v1",
+            partition: 0,
+            offset,
+            time: None,
+            key: None,
+            kind: kind.to_owned(),
+            version: String::new(),
+            size: 0,
+        }
+    }
+
+    #[test]
+    fn the_list_is_bounded_and_the_newest_record_comes_first() {
+        let recent = Recent::default();
+        assert_eq!(recent.last(), None);
+        for offset in 0..2_000 {
+            recent.push(record(offset, if offset % 2 == 0 { "even" } else { "odd" }));
+        }
+        let offsets = |number, limit| -> Vec<i64> {
+            recent.after(number, limit, |seen| seen.kind == "even").iter().map(|seen| seen.offset).collect()
+        };
+        assert_eq!(offsets(None, 3), [1_998, 1_996, 1_994]);
+        assert_eq!(offsets(Some(1_995), 10), [1_998, 1_996]);
+        assert_eq!(offsets(None, 10_000).len(), KEPT / 2);
+        assert_eq!(recent.counts()["user.events.v1"], 2_000);
+        assert_eq!(recent.last(), Some(1_999));
+    }
+}

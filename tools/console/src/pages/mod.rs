@@ -1,0 +1,70 @@
+//! The pages. The server renders everything, so without JavaScript the lists are complete and only
+//! the live updates are missing. What a page shows live is the same text: the scripts put it into
+//! the elements that the server has drawn.
+
+mod diagram;
+mod events;
+mod map;
+mod text;
+
+use std::sync::Arc;
+
+use askama::Template;
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::{Router, routing};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::kafka::{Reader, Recent};
+
+pub use map::{View, draw};
+
+/// What the pages read.
+#[derive(Clone)]
+pub struct App {
+    pub views: watch::Receiver<Arc<View>>,
+    pub recent: Recent,
+    pub reader: Reader,
+    /// Ends the live updates: otherwise open pages would delay the end of the process.
+    pub stop: CancellationToken,
+}
+
+pub fn routes(app: App) -> Router {
+    Router::new()
+        .route("/", routing::get(map::page))
+        .route("/live/map", routing::get(map::live))
+        .route("/events", routing::get(events::page))
+        .route("/live/events", routing::get(events::live))
+        .route("/events/{topic}/{partition}/{offset}", routing::get(events::record))
+        .route("/assets/look.css", asset("text/css", include_str!("../../assets/look.css")))
+        .route("/assets/map.js", asset("text/javascript", include_str!("../../assets/map.js")))
+        .route("/assets/events.js", asset("text/javascript", include_str!("../../assets/events.js")))
+        .fallback(async || failure(StatusCode::NOT_FOUND, "The console has no such page."))
+        .with_state(app)
+}
+
+fn asset(kind: &'static str, text: &'static str) -> routing::MethodRouter<App> {
+    routing::get(async move || ([(header::CONTENT_TYPE, kind)], text))
+}
+
+fn html(page: &impl Template) -> Response {
+    match page.render() {
+        Ok(text) => Html(text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "bug: a page cannot be rendered");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+#[derive(Template)]
+#[template(path = "failure.html")]
+struct Failure<'a> {
+    path: &'static str,
+    text: &'a str,
+}
+
+fn failure(status: StatusCode, text: &str) -> Response {
+    (status, html(&Failure { path: "", text })).into_response()
+}

@@ -1,0 +1,121 @@
+//! Starts the watchers and serves the pages, until SIGTERM or SIGINT.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::{Router, middleware};
+use shared::platform::health::{self, Health};
+use shared::platform::metrics::Metrics;
+use shared::platform::server::Server;
+use shared::platform::telemetry;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::kafka::{Offsets, Reader, Recent, follow, watch_offsets};
+use crate::pages::{self, App, View, draw};
+use crate::safety;
+use crate::system::{self, Survey};
+
+/// Open connections per port. Each open page has one for its live updates.
+const CONNECTIONS: usize = 64;
+/// How long a browser may take to send the head of a request.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long requests in progress may take after the stop.
+const SHUTDOWN: Duration = Duration::from_secs(3);
+
+type Tasks = JoinSet<(&'static str, anyhow::Result<()>)>;
+
+/// # Errors
+/// A setting is wrong, a port is in use, or a watcher failed.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let services = config.services()?;
+    let mut kafka = config.kafka.clone();
+    kafka.kafka_client_id.get_or_insert_with(|| "waybill-console".to_owned());
+    let metrics = Metrics::default();
+    let traces = telemetry::init("console", &config.telemetry, &metrics)?;
+    let stop = CancellationToken::new();
+    let mut tasks = Tasks::new();
+
+    let surveys = watch::Sender::new(Arc::new(Survey { at: Instant::now(), processes: vec![] }));
+    let offsets = watch::Sender::new(Arc::new(Offsets::default()));
+    let views = watch::Sender::new(Arc::new(View::default()));
+    let recent = Recent::default();
+    let app = App { views: views.subscribe(), recent: recent.clone(), reader: Reader::new(kafka.clone()), stop: stop.clone() };
+    spawn(&mut tasks, &stop, "drawing", draw(surveys.subscribe(), offsets.subscribe(), recent.clone(), views));
+    spawn(&mut tasks, &stop, "survey", system::watch(services, surveys));
+    thread(&mut tasks, "offsets", {
+        let (kafka, stop) = (kafka.clone(), stop.clone());
+        move || watch_offsets(&kafka, &offsets, &stop)
+    });
+    thread(&mut tasks, "tail", {
+        let stop = stop.clone();
+        move || follow(&kafka, &recent, &stop)
+    });
+
+    let hosts: Arc<[String]> = config.console_hosts.clone().into();
+    let routes = pages::routes(app).layer(middleware::from_fn_with_state(hosts, safety::guarded));
+    let admin = health::router(Health::default(), metrics);
+    for (name, setting, address, routes) in
+        [("pages", "HTTP_ADDR", config.http_addr, routes), ("admin port", "ADMIN_ADDR", config.admin_addr, admin)]
+    {
+        let listener = TcpListener::bind(address).await;
+        let listener =
+            listener.with_context(|| format!("cannot listen on {address}: set {setting} to a free address"))?;
+        let server = server(routes);
+        let stop = stop.clone();
+        tasks.spawn(async move { (name, server.run(listener, stop).await) });
+    }
+    tracing::info!(address = %config.http_addr, "started");
+
+    let ended = wait(&mut tasks).await;
+    stop.cancel();
+    while tasks.join_next().await.is_some() {}
+    let _ = traces.shutdown_with_timeout(SHUTDOWN);
+    ended
+}
+
+fn server(routes: Router) -> Server {
+    Server {
+        routes,
+        overloaded: Router::new(),
+        connections: CONNECTIONS,
+        read_timeout: READ_TIMEOUT,
+        shutdown: SHUTDOWN,
+        refused: Default::default(),
+    }
+}
+
+/// Waits for a signal to stop, or for a task that ends too early.
+async fn wait(tasks: &mut Tasks) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        Some(ended) = tasks.join_next() => {
+            let (task, result) = ended.context("a task panicked")?;
+            result.with_context(|| format!("the task {task} failed"))?;
+            anyhow::bail!("the task {task} ended early")
+        }
+    }
+}
+
+fn spawn(
+    tasks: &mut Tasks,
+    stop: &CancellationToken,
+    name: &'static str,
+    task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+) {
+    let stop = stop.clone();
+    tasks.spawn(async move { (name, stop.run_until_cancelled(task).await.unwrap_or(Ok(()))) });
+}
+
+/// Runs a task on a thread of its own, because calls of librdkafka block.
+fn thread(tasks: &mut Tasks, name: &'static str, task: impl FnOnce() -> anyhow::Result<()> + Send + 'static) {
+    tasks.spawn_blocking(move || (name, task()));
+}

@@ -1,0 +1,54 @@
+//! Asks all processes of all services, again and again.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use reqwest::Client;
+use tokio::net::lookup_host;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::processes::{Process, ask, client};
+use crate::config::AdminAddress;
+
+/// How often the processes are asked.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// At most so many processes of a service are asked.
+const MAX_REPLICAS: usize = 32;
+
+/// The answers of all processes at one moment.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    pub at: Instant,
+    pub processes: Vec<Process>,
+}
+
+/// Sends the survey of each second. Never ends.
+pub async fn watch(services: Vec<AdminAddress>, surveys: watch::Sender<Arc<Survey>>) -> anyhow::Result<()> {
+    let client = client()?;
+    let mut ticks = interval(INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let asked = join_all(services.iter().map(|service| replicas(&client, service))).await;
+        surveys.send_replace(Arc::new(Survey { at: Instant::now(), processes: asked.concat() }));
+    }
+}
+
+/// Asks all processes behind the name of a service. If the name has no address, the service is shown
+/// as one process that does not answer.
+async fn replicas(client: &Client, service: &AdminAddress) -> Vec<Process> {
+    let AdminAddress { service, host, port } = service;
+    let found = lookup_host((host.as_str(), *port)).await;
+    let mut addresses: Vec<SocketAddr> = found.map(Iterator::collect).unwrap_or_default();
+    addresses.sort();
+    addresses.dedup();
+    addresses.truncate(MAX_REPLICAS);
+    if addresses.is_empty() {
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], *port));
+        return vec![Process { service: service.clone(), address: nowhere, answer: None }];
+    }
+    join_all(addresses.into_iter().map(|address| ask(client, service.clone(), address))).await
+}
