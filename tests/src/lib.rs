@@ -16,6 +16,7 @@
 pub mod certificates;
 pub mod checker;
 pub mod clock;
+pub mod console;
 pub mod http;
 pub mod identity;
 pub mod judge;

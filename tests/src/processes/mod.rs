@@ -62,6 +62,13 @@ impl Processes {
         self.addresses.clone()
     }
 
+    /// The variables with which the console finds this system, and where it logs.
+    pub(crate) fn for_console(&self) -> (Vec<(String, String)>, &Logs) {
+        let mut environment = self.environment.clone();
+        environment.push(("ADMIN_ADDRESSES".to_owned(), self.addresses.for_console()));
+        (environment, &self.logs)
+    }
+
     /// Sets a variable for every service that is started from now on.
     pub fn set(&mut self, name: &str, value: &str) {
         self.environment.retain(|(known, _)| known != name);

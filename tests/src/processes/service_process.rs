@@ -34,6 +34,11 @@ impl Addresses {
     pub(super) fn admin(&self, service: Service) -> Admin {
         Admin::new(self.0[service.name].admin_url())
     }
+
+    /// The setting of the console that says where the services are.
+    pub(super) fn for_console(&self) -> String {
+        testbed::tools::admin_addresses(self.0.values())
+    }
 }
 
 /// A running process of a service. It is killed when it is dropped.

@@ -14,6 +14,7 @@ mod cache_store;
 mod cache_view;
 mod cache_waiters;
 mod commands;
+mod console;
 mod consumer_crashes;
 mod consumer_waits;
 mod databases;

@@ -72,8 +72,11 @@ impl FromStr for AdminAddress {
         let parsed = text.split_once('=').and_then(|(service, address)| {
             let (host, port) = address.rsplit_once(':')?;
             let port = port.parse().ok()?;
-            (!service.is_empty() && !host.is_empty())
-                .then(|| Self { service: service.to_owned(), host: host.to_owned(), port })
+            (!service.is_empty() && !host.is_empty()).then(|| Self {
+                service: service.to_owned(),
+                host: host.to_owned(),
+                port,
+            })
         });
         parsed.ok_or("not name=host:port, for example user=user.internal:9080")
     }

@@ -65,7 +65,9 @@ mod tests {
         for host in ["localhost", "localhost:8084", "LOCALHOST:80", "127.0.0.1:8084"] {
             assert!(known(&[host]), "{host}");
         }
-        for host in ["", "evil.example", "localhost.evil.example", "evil.example:8084", "localhost:8084:1", "[::1]:8084"] {
+        for host in
+            ["", "evil.example", "localhost.evil.example", "evil.example:8084", "localhost:8084:1", "[::1]:8084"]
+        {
             assert!(!known(&[host]), "{host}");
         }
         assert!(!known(&[]));

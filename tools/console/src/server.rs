@@ -45,7 +45,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let offsets = watch::Sender::new(Arc::new(Offsets::default()));
     let views = watch::Sender::new(Arc::new(View::default()));
     let recent = Recent::default();
-    let app = App { views: views.subscribe(), recent: recent.clone(), reader: Reader::new(kafka.clone()), stop: stop.clone() };
+    let app = App {
+        views: views.subscribe(),
+        recent: recent.clone(),
+        reader: Reader::new(kafka.clone()),
+        stop: stop.clone(),
+    };
     spawn(&mut tasks, &stop, "drawing", draw(surveys.subscribe(), offsets.subscribe(), recent.clone(), views));
     spawn(&mut tasks, &stop, "survey", system::watch(services, surveys));
     thread(&mut tasks, "offsets", {

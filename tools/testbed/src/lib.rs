@@ -27,3 +27,4 @@ pub mod stack;
 pub mod system;
 pub mod testing;
 pub mod tls;
+pub mod tools;

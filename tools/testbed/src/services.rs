@@ -158,7 +158,16 @@ pub fn environment(stack: &Stack, service: Service) -> Vec<(String, String)> {
     settings.chain(databases).collect()
 }
 
-/// Builds the services and returns the folder with their programs. Cargo shows its progress on the
+/// The settings with which the console finds a stack.
+pub fn environment_of_console(stack: &Stack) -> Vec<(String, String)> {
+    let settings = match &stack.secured {
+        Some(secured) => secured.kafka_login(CONSOLE.name),
+        None => vec![("KAFKA_BROKERS", stack.kafka_addresses())],
+    };
+    settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Builds the services and the console and returns the folder with their programs. Cargo shows its progress on the
 /// terminal.
 pub async fn build(logs: &Logs) -> Result<PathBuf> {
     cargo_build(&[], logs).await?;
@@ -177,12 +186,12 @@ pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
     cargo_build(&["--features", &fault_points()], logs).await?;
     let folder = target().join("fault-points");
     std::fs::create_dir_all(&folder)?;
-    for service in SERVICES {
+    for name in SERVICES.map(|service| service.name).into_iter().chain([CONSOLE.name]) {
         // Copied under another name and then renamed: the file of a running program cannot be
         // written.
-        let copy = folder.join(format!("{}.new", service.name));
-        std::fs::copy(target().join("debug").join(service.name), &copy)?;
-        std::fs::rename(copy, folder.join(service.name))?;
+        let copy = folder.join(format!("{name}.new"));
+        std::fs::copy(target().join("debug").join(name), &copy)?;
+        std::fs::rename(copy, folder.join(name))?;
     }
     Ok(folder)
 }
@@ -210,6 +219,7 @@ async fn cargo_build(arguments: &[&str], logs: &Logs) -> Result<()> {
     for service in SERVICES {
         command.args(["-p", service.name]);
     }
+    command.args(["-p", &CONSOLE.package()]);
     command.args(arguments);
     let status = Process::spawn_on_terminal("cargo", command, logs)?.wait().await;
     ensure!(status.success(), "the services do not compile: see cargo's messages above");

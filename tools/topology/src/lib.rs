@@ -85,6 +85,27 @@ pub const EMAIL: Service = Service {
 
 pub const SERVICES: [Service; 4] = [USER, ANALYTICS, CACHE, EMAIL];
 
+/// A program for operators, in `tools/`. No service knows it, calls it or needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// The name of its folder below `tools/` and of its program. Its package is `waybill-<name>`.
+    pub name: &'static str,
+    /// The port of its pages.
+    pub http: u16,
+    /// The port of `/livez`, `/readyz`, `/status` and `/metrics`.
+    pub admin: u16,
+}
+
+/// The live page.
+pub const CONSOLE: Tool = Tool { name: "console", http: 8084, admin: 9084 };
+
+impl Tool {
+    /// The name of its package.
+    pub fn package(&self) -> String {
+        format!("waybill-{}", self.name)
+    }
+}
+
 impl Group {
     /// The topic of its dead letters.
     pub fn dead_letters(&self) -> String {
@@ -123,9 +144,10 @@ mod tests {
     #[test]
     fn services_have_distinct_names_and_ports() {
         let names: BTreeSet<&str> = SERVICES.iter().map(|service| service.name).collect();
-        let ports: BTreeSet<u16> = SERVICES.iter().flat_map(|service| [service.http, service.admin]).collect();
+        let ports = SERVICES.iter().flat_map(|service| [service.http, service.admin]);
+        let ports: BTreeSet<u16> = ports.chain([CONSOLE.http, CONSOLE.admin]).collect();
         assert_eq!(names.len(), SERVICES.len());
-        assert_eq!(ports.len(), 2 * SERVICES.len());
+        assert_eq!(ports.len(), 2 * SERVICES.len() + 2);
     }
 
     #[test]

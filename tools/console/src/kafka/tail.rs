@@ -39,7 +39,7 @@ pub struct Seen {
     pub key: Option<Uuid>,
     /// The header `ce_type`, shortened.
     pub kind: String,
-    /// The header `ce_version`, shortened.
+    /// The header `ce_sequence` without leading zeros, shortened.
     pub version: String,
     /// Bytes of key and value.
     pub size: usize,
@@ -162,7 +162,7 @@ fn seen(kafka: &KafkaConfig, message: &BorrowedMessage<'_>) -> Option<Seen> {
         time: message.timestamp().to_millis(),
         key: message.key().and_then(|key| Uuid::try_parse_ascii(key).ok()),
         kind: header("ce_type"),
-        version: header("ce_version"),
+        version: header("ce_sequence").trim_start_matches('0').to_owned(),
         size: message.payload_len() + message.key_len(),
     })
 }

@@ -4,6 +4,7 @@ mod openmetrics;
 mod processes;
 mod watch;
 
+#[cfg(test)]
 pub use openmetrics::Samples;
 pub use processes::{Answer, Process};
 pub use watch::{Survey, watch};

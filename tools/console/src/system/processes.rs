@@ -44,7 +44,8 @@ pub fn client() -> anyhow::Result<Client> {
 /// Asks the process at `address`.
 pub async fn ask(client: &Client, service: String, address: SocketAddr) -> Process {
     let answer = answer(client, address).await;
-    let answer = answer.inspect_err(|error| tracing::debug!(service, %address, error = %format!("{error:#}"), "no answer"));
+    let answer =
+        answer.inspect_err(|error| tracing::debug!(service, %address, error = %format!("{error:#}"), "no answer"));
     Process { service, address, answer: answer.ok() }
 }
 

@@ -12,9 +12,10 @@ use testbed::postgres::Durability;
 use testbed::process::Logs;
 use testbed::say::say;
 use testbed::secured::Secured;
-use testbed::services::{self, Instance, SERVICES, USER};
+use testbed::services::{self, CONSOLE, Instance, SERVICES, USER};
 use testbed::stack::{Access, Ports};
 use testbed::system::{System, start_stack};
+use testbed::tools::RunningTool;
 
 use crate::signals::termination_signal;
 
@@ -49,21 +50,22 @@ pub enum Brokers {
 
 pub async fn run(fresh: bool, variant: Variant) -> Result<ExitCode> {
     let logs = Logs::to_files_and_terminal("up")?;
-    let (mut system, programs) = tokio::select! {
+    let (mut system, mut console, programs) = tokio::select! {
         started = start(fresh, variant, &logs) => started?,
         () = termination_signal() => return Ok(ExitCode::SUCCESS),
     };
-    announce(&system, &logs);
+    announce(&system, &console, &logs);
     let outcome = tokio::select! {
         outcome = system.keep_running(&programs, &logs) => outcome,
         () = termination_signal() => Ok(()),
     };
     say("Stopping everything …");
+    console.stop().await;
     system.stop().await;
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<(System, PathBuf)> {
+async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<(System, RunningTool, PathBuf)> {
     // The databases record what has been published to Kafka, so each variant has its own data.
     let (ports, name) = match variant {
         Variant::OneBroker => (Ports::PUBLISHED, "up"),
@@ -74,6 +76,7 @@ async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<(System, Pa
     // A port that is in use is reported before anything that takes long.
     ports.require_free()?;
     instances.iter().try_for_each(Instance::require_free_ports)?;
+    RunningTool::require_free_ports(CONSOLE)?;
     let fetched = fetch().await?;
     let programs = services::build(logs).await?;
     let folder = paths::data()?.join(name);
@@ -86,12 +89,15 @@ async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<(System, Pa
     };
     let access = secured.as_ref().map_or(Access::Open, Access::Secured);
     let stack = start_stack(&fetched, &folder, ports, Durability::Disk, access, logs).await?;
-    Ok((System::start(stack, &fetched, &instances, &programs, logs).await?, programs))
+    let system = System::start(stack, &fetched, &instances, &programs, logs).await?;
+    let console =
+        RunningTool::start(CONSOLE, &programs, &services::environment_of_console(&system.stack), logs).await?;
+    Ok((system, console, programs))
 }
 
-fn announce(system: &System, logs: &Logs) {
+fn announce(system: &System, console: &RunningTool, logs: &Logs) {
     let stack = &system.stack;
-    say("\nWaybill is ready. Ctrl-C stops it.\n");
+    say(format_args!("\nWaybill is ready. See it at {}   Ctrl-C stops it.\n", console.url()));
     for instance in SERVICES.map(Instance::on_published_ports) {
         let name = instance.service.name;
         say(format_args!("  {name:<10} {}   /status and /metrics: {}", instance.url(), instance.admin_url()));

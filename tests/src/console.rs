@@ -1,0 +1,80 @@
+//! The console of a system: a browser without JavaScript.
+
+use reqwest::header::{HOST, HeaderMap};
+use reqwest::{Client, Method, StatusCode};
+use testbed::testing;
+use testbed::tools::RunningTool;
+use topology::CONSOLE;
+
+use crate::System;
+use crate::waiting::eventually;
+
+/// A running console. It is killed when it is dropped.
+pub struct Console {
+    tool: RunningTool,
+    client: Client,
+}
+
+/// An answer of the console.
+pub struct Page {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: String,
+}
+
+impl System {
+    /// Starts the console of this system.
+    pub async fn console(&self) -> Console {
+        let programs = &testing::stack().programs;
+        let (environment, logs) = self.processes.for_console();
+        let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
+        Console { tool, client: Client::new() }
+    }
+}
+
+impl Console {
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.tool.url())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.tool.process.pid()
+    }
+
+    pub async fn get(&self, path: &str) -> Page {
+        self.send(Method::GET, path, None).await
+    }
+
+    /// Sends a request, with another `Host` if one is given.
+    pub async fn send(&self, method: Method, path: &str, host: Option<&str>) -> Page {
+        let mut request = self.client.request(method, self.url(path));
+        if let Some(host) = host {
+            request = request.header(HOST, host);
+        }
+        let answer = request.send().await.unwrap();
+        Page { status: answer.status(), headers: answer.headers().clone(), body: answer.text().await.unwrap() }
+    }
+
+    /// Waits until a page contains a text, and returns the page.
+    pub async fn until_shows(&self, path: &str, text: &str) -> String {
+        eventually(&format!("{path} of the console shows {text:?}"), async || {
+            let page = self.get(path).await;
+            page.body.contains(text).then_some(page.body)
+        })
+        .await
+    }
+
+    /// Waits until the live updates of a page contain a text.
+    pub async fn until_updated(&self, path: &str, text: &str) {
+        let mut updates = self.client.get(self.url(path)).send().await.unwrap();
+        let mut received = String::new();
+        let contains = async {
+            while !received.contains(text) {
+                let part = updates.chunk().await.unwrap().expect("the stream does not end");
+                received.push_str(&String::from_utf8_lossy(&part));
+            }
+        };
+        let limited = tokio::time::timeout(crate::DEADLINE, contains).await;
+        limited.unwrap_or_else(|_| panic!("{path} did not send {text:?}"));
+    }
+}

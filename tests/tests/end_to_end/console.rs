@@ -1,0 +1,149 @@
+//! The console as a browser without JavaScript sees it.
+
+use reqwest::{Method, StatusCode};
+use tests::System;
+use tests::record::Draft;
+use tests::services::{EMAIL_WELCOME, USER_EVENTS, USER_STATE};
+use tests::users::address;
+use topology::{EMAIL, SERVICES, USER};
+use uuid::Uuid;
+
+/// Text that a browser would run or draw if it became markup.
+const HOSTILE: &str = "<img src=x onerror=alert(1)>\"'&";
+
+/// The lag comes from Kafka, so it is shown although no process of the group runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_map_shows_what_works_and_what_is_down() {
+    let mut system = System::start().await;
+    let console = system.console().await;
+    let map = console.until_shows("/", "all parts work").await;
+    for service in SERVICES {
+        assert!(map.contains(&format!("data-text=\"status:{}\">works<", service.name)), "{}: {map}", service.name);
+        for group in service.groups {
+            assert!(map.contains(&format!("data-text=\"lag:{}\"", group.name)), "{}: {map}", group.name);
+        }
+    }
+
+    system.processes.kill(EMAIL);
+    console.until_shows("/", "email does not answer").await;
+    system.users.register_many(3).await;
+    let lag = format!("<td class=\"num wait\" data-text=\"lag:{EMAIL_WELCOME}\"");
+    console.until_shows("/", &lag).await;
+
+    system.processes.start(&[EMAIL]).await;
+    console.until_shows("/", "all parts work").await;
+    console.until_shows("/", &format!("data-text=\"lag:{EMAIL_WELCOME}\" data-state=\"lag:{EMAIL_WELCOME}\">0<")).await;
+}
+
+/// A process that waits says for what.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_map_shows_the_reason_of_each_replica() {
+    let mut system = System::empty().await;
+    system.processes.spawn_with(USER, &[("USER_DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing")]);
+    let console = system.console().await;
+    let map = console.until_shows("/", "user waits for database").await;
+    assert!(map.contains("class=\"pill wait\">database: "), "{map}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_events_are_listed_as_they_arrive_and_hide_personal_data() {
+    let system = System::start_only(&[USER]).await;
+    let console = system.console().await;
+    let email = address();
+    let (user, ()) = tokio::join!(
+        system.users.register_as(&email),
+        console.until_updated("/live/events?type=user.registered", "\"kind\":\"user.registered\"")
+    );
+    let events = console.until_shows(&format!("/events?user={user}"), "user.state").await;
+    assert!(events.contains("user.registered"), "{events}");
+    assert!(!console.get("/events?type=user.deleted").await.body.contains(&user.to_string()));
+
+    let [state, fact] = ["user.state.v1", "user.events.v1"].map(|topic| link(&events, topic));
+    let state = console.get(&state).await.body;
+    assert!(state.contains("email") && state.contains("hidden"), "{state}");
+    for page in [&state, &events, &console.get("/").await.body] {
+        assert!(!page.contains(&email), "the address is in a page: {page}");
+    }
+    let fact = console.get(&fact).await.body;
+    assert!(fact.contains("ce_type") && fact.contains(&user.to_string()), "{fact}");
+
+    let nothing = console.get("/events/user.events.v1/0/1000000").await;
+    assert_eq!(nothing.status, StatusCode::NOT_FOUND);
+    let unknown = console.get("/events/__consumer_offsets/0/0").await;
+    assert!(!unknown.status.is_success(), "a topic that is not Waybill's was read");
+}
+
+/// The address of the first record of a topic in a list.
+fn link(events: &str, topic: &str) -> String {
+    let start = format!("/events/{topic}/");
+    let from = events.find(&start).unwrap_or_else(|| panic!("no record of {topic}: {events}"));
+    events[from..].split('"').next().unwrap().to_owned()
+}
+
+/// Any client may write anything to a topic.
+#[tokio::test(flavor = "multi_thread")]
+async fn text_from_a_record_never_becomes_markup() {
+    let system = System::start_only(&[USER]).await;
+    let console = system.console().await;
+    let mut hostile =
+        Draft::user_event("user.registered", Uuid::now_v7(), 1).replace_header("ce_type", HOSTILE.as_bytes());
+    hostile = hostile.with_header(HOSTILE, HOSTILE.as_bytes()).with_value(HOSTILE.as_bytes());
+    hostile.key = Some(HOSTILE.as_bytes().to_vec());
+    let (partition, offset) = system.kafka.write(USER_EVENTS, &hostile).await;
+    let state = Draft::user_state(Uuid::now_v7(), 1, None).with_value(HOSTILE.as_bytes());
+    let (state_partition, state_offset) = system.kafka.write(USER_STATE, &state).await;
+
+    let events = console.until_shows("/events", &format!("{partition}@{offset}")).await;
+    let record = console.get(&format!("/events/{USER_EVENTS}/{partition}/{offset}")).await;
+    let state = console.get(&format!("/events/{USER_STATE}/{state_partition}/{state_offset}")).await;
+    let filtered = console.get("/events?type=%22%3E%3Cimg+src%3Dx%3E&user=%22%3E%3Cimg+src%3Dx%3E").await;
+    for page in [&events, &record.body, &state.body, &filtered.body] {
+        assert!(!page.contains("<img"), "{page}");
+    }
+    assert_eq!((record.status, state.status), (StatusCode::OK, StatusCode::OK));
+    assert!(record.body.matches("onerror").count() >= 4, "key, header and value are shown: {}", record.body);
+
+    // librdkafka cannot decode this name, and rust-rdkafka panics on it.
+    let broken = [(&b"ce_type"[..], &b"user.registered"[..]), (b"\xff\xfe", b"x")];
+    let (partition, offset) = system.kafka.write_bytes(USER_EVENTS, 0, b"key", b"{}", &broken).await;
+    console.until_shows("/events", &format!("{partition}@{offset}")).await;
+    assert_eq!(console.get(&format!("/events/{USER_EVENTS}/{partition}/{offset}")).await.status, StatusCode::OK);
+}
+
+/// Every website that a visitor opens can send requests to a page on localhost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_website_reaches_nothing() {
+    let system = System::empty().await;
+    let console = system.console().await;
+    for path in ["/", "/events", "/live/map", "/assets/look.css"] {
+        let foreign = console.send(Method::GET, path, Some("evil.example")).await;
+        assert_eq!(foreign.status, StatusCode::MISDIRECTED_REQUEST, "{path}");
+        assert!(foreign.headers["content-security-policy"].to_str().unwrap().contains("default-src 'none'"), "{path}");
+        let posted = console.send(Method::POST, path, None).await;
+        assert_eq!(posted.status, StatusCode::METHOD_NOT_ALLOWED, "{path}");
+    }
+    let page = console.get("/").await;
+    let policy = page.headers["content-security-policy"].to_str().unwrap();
+    assert!(policy.contains("frame-ancestors 'none'") && !policy.contains("unsafe"), "{policy}");
+    assert!(!page.headers.contains_key("access-control-allow-origin"));
+    // The policy forbids them, so they would have no effect.
+    assert!(!page.body.contains(" style=") && !page.body.contains("<style") && !page.body.contains(" onclick"));
+}
+
+/// The console starts before everything else, waits, and continues.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_console_needs_no_service_and_joins_no_group() {
+    let mut system = System::empty().await;
+    let console = system.console().await;
+    console.until_shows("/", "does not answer").await;
+    system.processes.start_all().await;
+    console.until_shows("/", "all parts work").await;
+    system.users.register().await;
+    console.until_shows("/events", "user.registered").await;
+    for group in
+        ["console"].into_iter().chain(SERVICES.iter().flat_map(|service| service.groups).map(|group| group.name))
+    {
+        let members = system.kafka.members(group).len();
+        assert_eq!(members, usize::from(group != "console"), "members of {group}");
+    }
+}
