@@ -97,6 +97,7 @@ pub struct Metrics {
     pub consumer_partition_waits: Family<WaitLabels, Gauge>,
     pub consumer_refusals: Family<RefusalLabels, Counter>,
     pub consumer_breaker_open: Family<GroupLabels, Gauge>,
+    pub consumer_paused: Family<GroupLabels, Gauge>,
     pub dead_letters_open: Family<GroupLabels, Gauge>,
     pub outbox_rows: Gauge,
     pub outbox_oldest_age: Gauge,
@@ -127,6 +128,7 @@ impl Default for Metrics {
             consumer_partition_waits: Family::default(),
             consumer_refusals: Family::default(),
             consumer_breaker_open: Family::default(),
+            consumer_paused: Family::default(),
             dead_letters_open: Family::default(),
             outbox_rows: Gauge::default(),
             outbox_oldest_age: Gauge::default(),
@@ -197,6 +199,7 @@ impl Metrics {
             "Consumers that are paused because they rejected too many records",
             &self.consumer_breaker_open,
         );
+        self.register("consumer_paused", "Consumers that an operator has paused", &self.consumer_paused);
         self.register(
             "topic_settings_changed",
             "Differences between a topic and its declaration",

@@ -28,6 +28,7 @@ mod local_stack;
 mod malformed_records;
 mod migrations;
 mod network_faults;
+mod operators;
 mod outages;
 mod outbox;
 mod outcome_counters;
