@@ -282,7 +282,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
         let DeadLetter { coordinates, reason, .. } = letter;
         tracing::error!(group = H::GROUP, %coordinates, reason, "record dead-lettered by an operator");
         self.partitions.store(&BTreeMap::from([(coordinates.partition, coordinates.offset + 1)]))?;
-        self.setup.count("dead_lettered", 1);
+        self.setup.group_metrics.dead_lettered.inc();
         batch.extend(self.partitions.unblock(coordinates.partition)?);
         decision.answer(Ok(()));
         Ok(())
