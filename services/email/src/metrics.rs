@@ -4,10 +4,13 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use shared::events;
 use shared::platform::database::bounded;
-use shared::platform::metrics::{Ages, Description, Metrics};
+use shared::platform::metrics::{Ages, Description, Exemplars, Metrics};
 use sqlx::PgPool;
+use time::OffsetDateTime;
 use tokio::time::{Duration, sleep};
+use tracing::Span;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 /// The states that are reported. A state without deliveries is reported as 0; otherwise its series
@@ -28,14 +31,15 @@ pub struct DeliveryMetrics {
     open: Family<StateLabels, Gauge>,
     oldest_age: Gauge,
     /// From the request to the moment when the mail server accepts the mail.
-    pub mail_age: Ages,
+    mail_age: Ages,
+    exemplars: Exemplars,
     /// 1 while sending is paused because of the mail server.
     pub paused: Gauge,
 }
 
 impl DeliveryMetrics {
     pub fn register(metrics: &Metrics) -> Self {
-        let own = Self::default();
+        let own = Self { exemplars: metrics.exemplars, ..Self::default() };
         own.register_deliveries(metrics);
         own.register_mails(metrics);
         own
@@ -101,6 +105,12 @@ impl DeliveryMetrics {
             bad: "1 for minutes: [Sending is paused](operations.md#sending-is-paused)",
         };
         metrics.register(description, &self.paused);
+    }
+
+    /// The mail server has accepted a mail, within this span.
+    pub fn observe_accepted(&self, requested_at: OffsetDateTime, span: &Span) {
+        let age = events::now() - requested_at;
+        self.mail_age.observe(age.as_seconds_f64(), self.exemplars.of(span));
     }
 
     pub fn count_ended(&self, state: &'static str, deliveries: u64) {

@@ -11,6 +11,7 @@ use tokio::task::yield_now;
 use tracing::{Instrument, Level, Span, enabled, field::Empty};
 
 use super::breaker::Breaker;
+use super::reading::Unhandled;
 use super::start::ConsumerSetup;
 use crate::events::{self, DecodeError, Event};
 use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
@@ -158,6 +159,15 @@ impl<'c, E: Event> Batch<'c, E> {
     /// The offset after the last record, per partition.
     pub fn next_offsets(&self) -> BTreeMap<i32, i64> {
         self.messages().map(|message| (message.partition(), message.offset() + 1)).collect()
+    }
+
+    /// The first record of each partition.
+    pub fn first_records(&self) -> BTreeMap<i32, Unhandled> {
+        let mut first = BTreeMap::new();
+        for message in self.messages() {
+            first.entry(message.partition()).or_insert_with(|| Unhandled::of(message));
+        }
+        first
     }
 
     /// Records that have not taken effect.

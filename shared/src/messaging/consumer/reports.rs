@@ -3,6 +3,7 @@
 
 use prometheus_client::metrics::gauge::Gauge;
 
+use super::reading::Oldest;
 use crate::platform::health::Health;
 use crate::platform::metrics::{GroupLabels, Metrics, PartitionLabels, RebalanceLabels, RefusalLabels, WaitLabels};
 
@@ -90,9 +91,29 @@ impl Reports {
         self.metrics.consumer_lag.get_or_create(&self.labels(partition)).set(records);
     }
 
+    /// Reports the age of the lag.
+    pub fn oldest(&self, partition: i32, oldest: Oldest) {
+        let labels = self.labels(partition);
+        let ages = &self.metrics.consumer_lag_seconds;
+        match oldest {
+            Oldest::None => ages.get_or_create(&labels).set_zero(),
+            Oldest::Since(moment_ms) => ages.get_or_create(&labels).set(moment_ms),
+            Oldest::AboutToPoll => {}
+            Oldest::Unknown => {
+                ages.remove(&labels);
+            }
+        }
+    }
+
+    /// Removes the lag of a partition whose end is not known.
+    pub fn forget_records(&self, partition: i32) {
+        self.metrics.consumer_lag.remove(&self.labels(partition));
+    }
+
     /// Removes the lag of a partition: another consumer has the partition and reports its lag.
     pub fn forget_lag(&self, partition: i32) {
-        self.metrics.consumer_lag.remove(&self.labels(partition));
+        self.forget_records(partition);
+        self.oldest(partition, Oldest::Unknown);
     }
 
     /// Ends the reports about a partition that the client stopped reading.
@@ -100,6 +121,7 @@ impl Reports {
         for wait in Wait::ALL {
             self.continues(partition, wait);
         }
+        self.oldest(partition, Oldest::Unknown);
     }
 
     fn component(&self, partition: i32, wait: Wait) -> String {
