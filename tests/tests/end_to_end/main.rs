@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod admin_port;
+mod alerts;
 mod analytics_queries;
 mod analytics_rebuild;
 mod audit;
