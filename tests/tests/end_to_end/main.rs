@@ -27,6 +27,8 @@ mod http_limits;
 mod journey;
 mod local_stack;
 mod malformed_records;
+mod metrics;
+mod metrics_page;
 mod migrations;
 mod network_faults;
 mod outages;
