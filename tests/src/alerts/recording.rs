@@ -19,8 +19,8 @@ use super::series::{Scrape, input_series};
 use crate::processes::Processes;
 use crate::waiting::eventually;
 
-/// Scrapes before a fault, while it shows, and after it. Each phase is stretched to more than the
-/// time that an alert waits until it fires.
+/// Scrapes before a fault, while it shows, and after it. The axis of time is stretched so that the
+/// fault shows for longer than an alert waits until it fires.
 pub const SCRAPES: usize = 5;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Time for an answer. The scrape of a frozen process must not delay the next one.
@@ -38,6 +38,8 @@ pub struct Recording {
     file: PathBuf,
     /// The number of scrapes before the fault.
     begin: usize,
+    /// The number of scrapes until the metrics show the fault.
+    shown: usize,
     /// The number of scrapes until the fault was removed.
     end: usize,
 }
@@ -50,7 +52,7 @@ impl Recording {
         let scrapes = Arc::default();
         let scraper = tokio::spawn(scrape(targets.collect(), Arc::clone(&scrapes)));
         let file = processes.file("alerts.yml");
-        Some(Self { scrapes, scraper, promtool, file, begin: 0, end: 0 })
+        Some(Self { scrapes, scraper, promtool, file, begin: 0, shown: 0, end: 0 })
     }
 
     /// Waits for this many further scrapes.
@@ -65,13 +67,18 @@ impl Recording {
         self.begin = self.count();
     }
 
+    /// Call it when the metrics show the fault.
+    pub fn fault_shows(&mut self) {
+        self.shown = self.count();
+    }
+
     /// Call it before the fault is removed, and after [`SCRAPES`] scrapes that show it.
     pub fn fault_ends(&mut self) {
         self.end = self.count();
     }
 
-    /// Checks with promtool that each of these alerts fires at the end of the fault, and neither
-    /// before nor after it, and that no other alert fires before the fault. Call it after [`SCRAPES`]
+    /// Checks with promtool that each of these alerts fires during the fault, and neither before nor
+    /// after it, and that no other alert fires before the fault. Call it after [`SCRAPES`]
     /// scrapes that do not show the fault any more.
     pub fn check(self, expected: &[&str]) {
         let rules = Rules::read();
@@ -104,7 +111,8 @@ impl Recording {
         let query = rules.scraped(&alert.query);
         let pending = minutes(alert.pending);
         let memory = pending + minutes(query.longest) + MARGIN;
-        let mut lengths = vec![(pending + MARGIN).div_ceil(SCRAPES); scrapes.len()];
+        let shown = self.end - self.shown;
+        let mut lengths = vec![(pending + MARGIN).div_ceil(shown); scrapes.len()];
         lengths[0] = memory;
         lengths[scrapes.len() - 1] = memory;
         let end_of = |count: usize| lengths[..count].iter().sum::<usize>() - 1;
@@ -115,12 +123,13 @@ impl Recording {
             let samples = if fires { vec![json!({ "labels": "{}", "value": 1 })] } else { vec![] };
             json!({ "expr": expression, "eval_time": format!("{time}m"), "exp_samples": samples })
         };
-        let at_any_time = format!("count_over_time({firing}[{}m])", end_of(self.begin));
-        let now = format!("count({firing}) > bool 0");
-        let mut checks = vec![is(false, &at_any_time, end_of(self.begin))];
+        let within = |minutes: usize| format!("count(count_over_time({firing}[{minutes}m])) > bool 0");
+        let before = end_of(self.begin);
+        let mut checks = vec![is(false, &within(before), before)];
         if is_expected {
-            checks.push(is(true, &now, end_of(self.end)));
-            checks.push(is(false, &now, end_of(scrapes.len())));
+            let end = end_of(self.end);
+            checks.push(is(true, &within(end - before), end));
+            checks.push(is(false, &firing, end_of(scrapes.len())));
         }
         json!({ "interval": "1m", "input_series": series, "promql_expr_test": checks })
     }

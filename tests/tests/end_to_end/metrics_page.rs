@@ -15,6 +15,15 @@ const WRITE: &str = "WAYBILL_WRITE_METRICS_PAGE";
 
 const HEAD: &str = include_str!("metrics_page_head.md");
 
+/// Metrics that may have no series yet in a system that has just started and has no faults.
+const WITHOUT_SERIES: [&str; 5] = [
+    "consumer_partition_waits",
+    "consumer_refusals_total",
+    "http_requests_limited_total",
+    "topic_partitions_changed",
+    "topic_settings_changed",
+];
+
 /// A metric, and the services that have it.
 struct Metric {
     name: String,
@@ -44,7 +53,8 @@ impl Metric {
     fn row(&self) -> String {
         let Self { name, kind, unit, labels, meaning, bad, .. } = self;
         let labels: Vec<String> = labels.iter().map(|label| format!("`{label}`")).collect();
-        format!("| `{name}` | {kind}, {unit} | {} | {meaning} | {bad} |", labels.join(", "))
+        let by = if labels.is_empty() { String::new() } else { format!("<br>by {}", labels.join(", ")) };
+        format!("| `{name}`<br>{kind}, {unit}{by} | {meaning} | {bad} |")
     }
 }
 
@@ -80,9 +90,7 @@ fn page(metrics: &[Metric]) -> String {
     }
     for services in owners {
         writeln!(page, "\n## {}\n", title(services)).unwrap();
-        page.push_str(
-            "| metric | type, unit | labels | meaning | bad values, and where to look |\n|---|---|---|---|---|\n",
-        );
+        page.push_str("| metric | meaning | bad values, and where to look |\n|---|---|---|\n");
         for metric in metrics.iter().filter(|metric| metric.services == services) {
             writeln!(page, "{}", metric.row()).unwrap();
         }
@@ -136,8 +144,7 @@ async fn every_series_has_the_labels_that_its_description_names() {
     }
     let unseen: BTreeSet<&str> =
         metrics.iter().map(|metric| &*metric.name).filter(|name| !seen.contains(*name)).collect();
-    let conditional = ["consumer_partition_waits", "consumer_refusals_total", "http_requests_limited_total"];
-    assert_eq!(unseen, conditional.into(), "metrics that have no series in a system without faults");
+    assert!(unseen.is_subset(&WITHOUT_SERIES.into()), "metrics without a series: {unseen:?}");
 }
 
 /// The names of a metric's series.

@@ -16,8 +16,8 @@ use crate::dead_letters::{add_bug, redrive, remove_bug};
 const FAILING: i32 = 0;
 const OPEN: i32 = 3;
 const UNKNOWN: i32 = 5;
-/// Records that are written to the blocked partition between two scrapes. Above the lag from which the
-/// alert looks at growth.
+/// Records that are written to the blocked partition at once, several times. Above the lag from which
+/// the alert looks at growth.
 const GROWTH: usize = 150;
 
 /// I12: each group has another fault. The handler of analytics.users has a bug, so its breaker opens
@@ -63,7 +63,8 @@ async fn consumers_that_do_not_consume() {
     until(&system, ANALYTICS, "consumer_partition_waits", &[emails, "not_read"], 6.0).await;
     until(&system, CACHE, "consumer_partition_waits", &[profiles, "failing_record"], 1.0).await;
     until(&system, CACHE, "consumer_partition_waits", &[profiles, "open_transaction"], 1.0).await;
-    for _ in 0..=SCRAPES {
+    recording.fault_shows();
+    for _ in 0..2 * SCRAPES {
         let states: Vec<Draft> = (0..GROWTH).map(|_| state().on(FAILING)).collect();
         system.kafka.write_all(USER_STATE, &states).await;
         recording.scrapes(1).await;

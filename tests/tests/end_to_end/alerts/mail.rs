@@ -50,6 +50,7 @@ async fn mails_that_are_not_sent() {
     }
     until_at_least(&system, EMAIL, "deliveries_oldest_age_seconds", &[], 600.0).await;
     until(&system, EMAIL, "mail_sending_paused", &[], 1.0).await;
+    recording.fault_shows();
     recording.scrapes(SCRAPES).await;
     recording.fault_ends();
 

@@ -36,6 +36,7 @@ async fn processes_that_are_missing_frozen_restarted_or_without_a_leader() {
         recording.scrapes(1).await;
     }
     until(&system, USER, "relay_leader", &[], 0.0).await;
+    recording.fault_shows();
     recording.scrapes(SCRAPES).await;
     recording.fault_ends();
 

@@ -50,6 +50,7 @@ async fn events_that_are_not_published() {
     until_at_least(&system, USER, "topic_settings_changed", &[USER_EVENTS], 1.0).await;
     until_at_least(&system, USER, "outbox_oldest_age_seconds", &[], 120.0).await;
     until_at_least(&system, USER, "outbox_dead_rows", &[], 50_001.0).await;
+    recording.fault_shows();
     recording.scrapes(SCRAPES).await;
     recording.fault_ends();
 

@@ -45,6 +45,7 @@ async fn requests_that_fail_and_traces_that_are_lost() {
     for _ in 0..4 {
         occupied.push(TcpStream::connect(&address).await.unwrap());
     }
+    recording.fault_shows();
     for _ in 0..2 * SCRAPES {
         for _ in 0..REQUESTS {
             request(&system, USER, "/users").await;
