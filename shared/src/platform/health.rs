@@ -1,5 +1,5 @@
-//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`. The messaging layer adds
-//! what operators need about consumers.
+//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`, `/metrics/descriptions`. The messaging
+//! layer adds what operators need about consumers.
 //!
 //! `/livez` does not check any dependency, because a restart would not repair the database.
 //! `/readyz` is for load balancers: whether this process can answer its own public requests.
@@ -63,6 +63,13 @@ impl Health {
         self.lock().reported.remove(component);
     }
 
+    /// How many components wait.
+    fn count(&self) -> usize {
+        let Reasons { waiting, reported } = &*self.lock();
+        let twice = waiting.keys().filter(|component| reported.contains_key(*component)).count();
+        waiting.len() + reported.len() - twice
+    }
+
     fn lock(&self) -> MutexGuard<'_, Reasons> {
         self.0.lock().expect("no thread panics while it holds the lock")
     }
@@ -72,8 +79,9 @@ pub(crate) fn router(health: Health, metrics: Metrics) -> Router {
     Router::new()
         .route("/livez", routing::get(async || "alive\n"))
         .route("/readyz", routing::get(readyz).with_state(health.clone()))
-        .route("/status", routing::get(status).with_state(health))
-        .route("/metrics", routing::get(page).with_state(metrics))
+        .route("/status", routing::get(status).with_state(health.clone()))
+        .route("/metrics/descriptions", routing::get(descriptions).with_state(metrics.clone()))
+        .route("/metrics", routing::get(page).with_state((health, metrics)))
 }
 
 async fn readyz(State(health): State<Health>) -> impl IntoResponse {
@@ -126,7 +134,14 @@ fn media_range(text: &str) -> (String, f32) {
     (range, quality.unwrap_or(1.0))
 }
 
-async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
+/// What each metric of this process means, as JSON. `docs/metrics.md` is written from it.
+async fn descriptions(State(metrics): State<Metrics>) -> impl IntoResponse {
+    Json(metrics.descriptions())
+}
+
+/// Prometheus reads exemplars only if the content type is that of OpenMetrics.
+async fn page(State((health, metrics)): State<(Health, Metrics)>) -> impl IntoResponse {
+    metrics.waiting_components.set(health.count() as i64);
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.page())
 }
 

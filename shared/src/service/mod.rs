@@ -87,7 +87,7 @@ impl Service {
         config.http.reserve_files()?;
         let mut config = config.clone();
         config.kafka.kafka_client_id.get_or_insert_with(|| format!("waybill-{name}"));
-        let metrics = Metrics::default();
+        let metrics = Metrics::new(config.telemetry.exports_spans());
         let traces = telemetry::init(name, &config.telemetry, &metrics)?;
         let operations = Operations::new(&config.kafka, name);
         let mut service = Self {
@@ -162,6 +162,7 @@ impl Service {
         let kafka = self.config.kafka.clone();
         let health = self.health.clone();
         let metrics = self.metrics.clone();
+        metrics.register_topics();
         self.spawn("topics", async move {
             let topics: Vec<Declared> = topics.iter().map(|topic| Declared::of(&kafka, topic)).collect();
             messaging::ensure_topics(&kafka, &topics).await?;
@@ -173,6 +174,7 @@ impl Service {
     /// Publishes the outbox in `db`. Call `notify` on the result after each commit that wrote to
     /// the outbox.
     pub fn relay(&mut self, db: &PgPool, config: &RelayConfig) -> Wake {
+        self.metrics.register_outbox();
         let wake = Wake::default();
         let database: PgConnectOptions = (*db.connect_options()).clone();
         let relay = Relay {
@@ -195,6 +197,8 @@ impl Service {
     pub fn consume<H: Handler + Clone>(&mut self, handler: H) {
         let group = H::GROUP;
         self.record_actions();
+        self.metrics.register_consumers();
+        let group_metrics = self.metrics.of_group(group);
         for number in 0..self.config.consumers {
             let setup = ConsumerSetup {
                 number,
@@ -208,6 +212,7 @@ impl Service {
                 blocked_records: self.operations.blocked_records().clone(),
                 health: self.health.clone(),
                 metrics: self.metrics.clone(),
+                group_metrics: group_metrics.clone(),
                 stop: self.stop.clone(),
             };
             // Reported here, because the thread may start after `run` has reported that all tasks

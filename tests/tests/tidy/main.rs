@@ -7,6 +7,7 @@
 mod compose;
 mod declared;
 mod imports;
+mod observability;
 mod problems;
 mod settings;
 mod tree;

@@ -173,6 +173,9 @@ impl<'c, H: Handler> Consumer<'c, H> {
     /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
     fn work(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> Result<(), Halt> {
         if !batch.is_empty() {
+            let mut unhandled = next.first_records();
+            unhandled.extend(batch.first_records());
+            self.partitions.note_unhandled(&unhandled);
             let split = self.split();
             for (partition, reason) in self.deliver(batch, next, split)? {
                 let mut records = batch.take_blocked(partition);
@@ -282,7 +285,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
         let DeadLetter { coordinates, reason, .. } = letter;
         tracing::error!(group = H::GROUP, %coordinates, reason, "record dead-lettered by an operator");
         self.partitions.store(&BTreeMap::from([(coordinates.partition, coordinates.offset + 1)]))?;
-        self.setup.count("dead_lettered", 1);
+        self.setup.group_metrics.dead_lettered.inc();
         batch.extend(self.partitions.unblock(coordinates.partition)?);
         decision.answer(Ok(()));
         Ok(())
