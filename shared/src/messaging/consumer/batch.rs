@@ -161,6 +161,11 @@ impl<'c, E: Event> Batch<'c, E> {
         self.messages().map(|message| (message.partition(), message.offset() + 1)).collect()
     }
 
+    /// Records that have not taken effect.
+    pub fn unfinished(&self) -> Vec<PartitionOffset> {
+        self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
+    }
+
     /// The first record of each partition.
     pub fn first_records(&self) -> BTreeMap<i32, Unhandled> {
         let mut first = BTreeMap::new();
@@ -168,11 +173,6 @@ impl<'c, E: Event> Batch<'c, E> {
             first.entry(message.partition()).or_insert_with(|| Unhandled::of(message));
         }
         first
-    }
-
-    /// Records that have not taken effect.
-    pub fn unfinished(&self) -> Vec<PartitionOffset> {
-        self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
     }
 
     fn messages(&self) -> impl Iterator<Item = &BorrowedMessage<'c>> {
