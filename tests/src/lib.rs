@@ -13,6 +13,7 @@
     reason = "test support: a panic is how a test fails"
 )]
 
+pub mod alerts;
 pub mod certificates;
 pub mod checker;
 pub mod clock;

@@ -23,6 +23,7 @@ use shared::fault;
 use shared::messaging::outbox::{self, Draft};
 use sqlx::postgres::types::PgInterval;
 use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 const MAX_BACKOFF: Duration = Duration::from_secs(600);
@@ -51,6 +52,8 @@ pub struct Claim {
     pub attempt: i32,
     refusals: i32,
     unknowns: i32,
+    /// The time of its event, which is that of the request.
+    pub requested_at: OffsetDateTime,
     /// The time since its event, or since an operator has released it.
     age: Duration,
     causationid: Option<Uuid>,
@@ -102,7 +105,7 @@ pub async fn claim(db: &mut PgConnection, rules: &Rules, templates: &[String], c
                  from due left join recipients r using (user_id)) next
            where d.id = next.id
            returning d.id, d.user_id, d.template, d.status, d.attempt, d.refusals, d.unknowns, d.causationid,
-               d.correlationid, d.traceparent, d.tracestate, next.email as "email?",
+               d.correlationid, d.traceparent, d.tracestate, d.requested_at, next.email as "email?",
                extract(epoch from now() - greatest(d.requested_at, d.released_at))::bigint as "age!""#,
         token,
         interval(rules.lease),
@@ -118,6 +121,7 @@ pub async fn claim(db: &mut PgConnection, rules: &Rules, templates: &[String], c
             attempt: row.attempt,
             refusals: row.refusals,
             unknowns: row.unknowns,
+            requested_at: row.requested_at,
             // Negative, and so 0 here, if the event's clock was ahead of the database's.
             age: Duration::from_secs(u64::try_from(row.age).unwrap_or(0)),
             causationid: row.causationid,

@@ -4,10 +4,13 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use shared::events;
 use shared::platform::database::bounded;
-use shared::platform::metrics::Metrics;
+use shared::platform::metrics::{Ages, Description, Exemplars, Metrics};
 use sqlx::PgPool;
+use time::OffsetDateTime;
 use tokio::time::{Duration, sleep};
+use tracing::Span;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 /// The states that are reported. A state without deliveries is reported as 0; otherwise its series
@@ -27,20 +30,87 @@ pub struct DeliveryMetrics {
     ended: Family<StateLabels, Counter>,
     open: Family<StateLabels, Gauge>,
     oldest_age: Gauge,
+    /// From the request to the moment when the mail server accepts the mail.
+    mail_age: Ages,
+    exemplars: Exemplars,
     /// 1 while sending is paused because of the mail server.
     pub paused: Gauge,
 }
 
 impl DeliveryMetrics {
     pub fn register(metrics: &Metrics) -> Self {
-        let own = Self::default();
-        metrics.register("deliveries_ended", "Deliveries that ended, by final state", &own.ended);
-        metrics.register("deliveries_open", "Deliveries that have not ended, by state, up to 10000 each", &own.open);
-        let help = "Age of the oldest delivery that has not ended and is not held";
-        metrics.register("deliveries_oldest_age_seconds", help, &own.oldest_age);
-        let help = "1 while this process sends only probes, because the mail server fails or refuses our mails";
-        metrics.register("mail_sending_paused", help, &own.paused);
+        let own = Self { exemplars: metrics.exemplars, ..Self::default() };
+        own.register_deliveries(metrics);
+        own.register_mails(metrics);
         own
+    }
+
+    fn register_deliveries(&self, metrics: &Metrics) {
+        let description = Description {
+            name: "deliveries_ended",
+            unit: "mails",
+            labels: &["state"],
+            meaning: "Mails that ended in this process, by final state: sent, failed, or cancelled because the user was erased",
+            bad: "`failed` grows fast: [Mails have failed](operations.md#mails-have-failed)",
+        };
+        for state in ["sent", "failed", "cancelled"] {
+            self.count_ended(state, 0);
+        }
+        metrics.register(description, &self.ended);
+        let description = Description {
+            name: "deliveries_open",
+            unit: "mails",
+            labels: &["state"],
+            meaning: "Mails that have not ended, by state: unaddressed, pending, sending, unknown or held. Counted up to \
+                      10,000 each. Every replica reports the same mails",
+            bad: "`held` above 0: [Mails are held](operations.md#mails-are-held). `unknown` above 0 for an hour: \
+                  [A mail waits because its answers were lost](operations.md#a-mail-waits-because-its-answers-were-lost). \
+                  `unaddressed` grows: [Mails have no address](operations.md#mails-have-no-address). `pending` grows: \
+                  [Mails are not sent](operations.md#mails-are-not-sent)",
+        };
+        metrics.register(description, &self.open);
+        let description = Description {
+            name: "deliveries_oldest_age_seconds",
+            unit: "seconds",
+            labels: &[],
+            meaning: "Age of the oldest mail that has not ended and is not held. Every replica reports the same mails",
+            bad: "above ten minutes: [Mails are not sent](operations.md#mails-are-not-sent)",
+        };
+        metrics.register(description, &self.oldest_age);
+    }
+
+    fn register_mails(&self, metrics: &Metrics) {
+        let age = Description {
+            name: "mail_age_seconds",
+            unit: "seconds",
+            labels: &[],
+            meaning: "Time from the request that caused a mail to the moment when the mail server accepted it. It is the \
+                      difference of the clocks of two services: for display only. With exemplars",
+            bad: "above a minute: [Mails are not sent](operations.md#mails-are-not-sent)",
+        };
+        let negative = Description {
+            name: "mail_age_negative",
+            unit: "mails",
+            labels: &[],
+            meaning: "Mails whose mail_age_seconds was negative and counts as 0, because the clock of the publishing service \
+                      is ahead of this one",
+            bad: "grows: the clocks differ, so `mail_age_seconds` is wrong. Correct them. Nothing else depends on them",
+        };
+        metrics.register_ages(age, negative, &self.mail_age);
+        let description = Description {
+            name: "mail_sending_paused",
+            unit: "0 or 1",
+            labels: &[],
+            meaning: "1 while this process sends only probes, because the mail server fails or refuses our mails",
+            bad: "1 for minutes: [Sending is paused](operations.md#sending-is-paused)",
+        };
+        metrics.register(description, &self.paused);
+    }
+
+    /// The mail server has accepted a mail, within this span.
+    pub fn observe_accepted(&self, requested_at: OffsetDateTime, span: &Span) {
+        let age = events::now() - requested_at;
+        self.mail_age.observe(age.as_seconds_f64(), self.exemplars.of(span));
     }
 
     pub fn count_ended(&self, state: &'static str, deliveries: u64) {

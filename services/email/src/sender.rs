@@ -110,6 +110,7 @@ impl Sender {
             fault::point("email.after_answer");
             if let Attempt::Ended(Ending::Accepted) = attempt {
                 self.breaker.succeeded();
+                self.metrics.observe_accepted(claim.requested_at, &span);
                 return Ok(Some(Accepted::new(&claim)));
             }
             self.until_recorded(&claim, &attempt, &lease).await.map(|()| None)

@@ -1,5 +1,5 @@
-//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`. The messaging layer adds
-//! `/dead-letters`.
+//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`, `/metrics/descriptions`. The messaging
+//! layer adds what operators need about consumers.
 //!
 //! `/livez` does not check any dependency, because a restart would not repair the database.
 //! `/readyz` is for load balancers: whether this process can answer its own public requests.
@@ -63,6 +63,13 @@ impl Health {
         self.lock().reported.remove(component);
     }
 
+    /// How many components wait.
+    fn count(&self) -> usize {
+        let Reasons { waiting, reported } = &*self.lock();
+        let twice = waiting.keys().filter(|component| reported.contains_key(*component)).count();
+        waiting.len() + reported.len() - twice
+    }
+
     fn lock(&self) -> MutexGuard<'_, Reasons> {
         self.0.lock().expect("no thread panics while it holds the lock")
     }
@@ -73,8 +80,9 @@ pub fn router(health: Health, metrics: Metrics) -> Router {
     Router::new()
         .route("/livez", routing::get(async || "alive\n"))
         .route("/readyz", routing::get(readyz).with_state(health.clone()))
-        .route("/status", routing::get(status).with_state(health))
-        .route("/metrics", routing::get(page).with_state(metrics))
+        .route("/status", routing::get(status).with_state(health.clone()))
+        .route("/metrics/descriptions", routing::get(descriptions).with_state(metrics.clone()))
+        .route("/metrics", routing::get(page).with_state((health, metrics)))
 }
 
 async fn readyz(State(health): State<Health>) -> impl IntoResponse {
@@ -127,7 +135,14 @@ fn media_range(text: &str) -> (String, f32) {
     (range, quality.unwrap_or(1.0))
 }
 
-async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
+/// What each metric of this process means, as JSON. `docs/metrics.md` is written from it.
+async fn descriptions(State(metrics): State<Metrics>) -> impl IntoResponse {
+    Json(metrics.descriptions())
+}
+
+/// Prometheus reads exemplars only if the content type is that of OpenMetrics.
+async fn page(State((health, metrics)): State<(Health, Metrics)>) -> impl IntoResponse {
+    metrics.waiting_components.set(health.count() as i64);
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.page())
 }
 
@@ -156,6 +171,33 @@ pub(crate) async fn ask(
     body: Option<&Value>,
     limit: Duration,
 ) -> anyhow::Result<(u16, String)> {
+    let answer = timeout(limit, async {
+        let mut stream = send(admin_addr, method, path, headers, body, limit).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.context("the connection to the service was lost")?;
+        anyhow::Ok(answer)
+    });
+    let answer = answer.await.with_context(|| format!("{admin_addr} did not answer within {limit:?}"))??;
+    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    });
+    parsed.with_context(|| format!("{admin_addr} did not answer with HTTP: check ADMIN_ADDR"))
+}
+
+/// Sends a request to the admin port, as [`ask`] does, and returns the connection, from which the
+/// answer can be read. The service closes it after the answer.
+///
+/// # Errors
+/// The service cannot be reached in time.
+pub(crate) async fn send(
+    admin_addr: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: Option<&Value>,
+    limit: Duration,
+) -> anyhow::Result<TcpStream> {
     let mut addr = admin_addr;
     if addr.ip().is_unspecified() {
         addr.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
@@ -165,21 +207,13 @@ pub(crate) async fn ask(
         "{method} {path} HTTP/1.0\r\n{headers}content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let answer = timeout(limit, async {
+    let sent = timeout(limit, async {
         let mut stream = TcpStream::connect(addr).await?;
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.map(|_| answer)
+        stream.write_all(request.as_bytes()).await.map(|()| stream)
     });
-    let answer = answer
-        .await
+    sent.await
         .with_context(|| format!("{addr} did not answer within {limit:?}"))?
-        .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))?;
-    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some((status, body.to_owned()))
-    });
-    parsed.with_context(|| format!("{addr} did not answer with HTTP: check ADMIN_ADDR"))
+        .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use uuid::Uuid;
 
 use super::access::{Gate, PublicRoutes, guarded};
-use super::metrics::{Histograms, Metrics, RequestLabels};
+use super::metrics::{Exemplars, Metrics, RequestLabels, TracedHistograms, observe};
 use super::problem::{self, internal_error, problem, retry_later};
 use super::telemetry::{self, TraceContext};
 use crate::events;
@@ -94,13 +94,18 @@ struct RequestId(HeaderValue);
 /// What [`observed`] needs. Axum clones the state of each layer for each request, so this is in an
 /// `Arc`, and not the many counters of [`Metrics`].
 struct Observer {
-    http_requests: Histograms<RequestLabels>,
+    http_requests: TracedHistograms<RequestLabels>,
+    exemplars: Exemplars,
     trust_trace_context: bool,
 }
 
 impl Observer {
     fn of(layers: &Layers) -> Self {
-        Self { http_requests: layers.metrics.http_requests.clone(), trust_trace_context: layers.trust_trace_context }
+        Self {
+            http_requests: layers.metrics.http_requests.clone(),
+            exemplars: layers.metrics.exemplars,
+            trust_trace_context: layers.trust_trace_context,
+        }
     }
 }
 
@@ -159,7 +164,8 @@ async fn observed(State(observer): State<Arc<Observer>>, request: Request, next:
     span.set_attribute("http.response.status_code", i64::from(status));
     span.in_scope(|| tracing::debug!(http.response.status_code = status, "request answered"));
     let labels = RequestLabels { method, route, status };
-    observer.http_requests.get_or_create(&labels).observe(started.elapsed().as_secs_f64());
+    let took = started.elapsed().as_secs_f64();
+    observe(&observer.http_requests.get_or_create(&labels), took, observer.exemplars.of(&span));
     response
 }
 

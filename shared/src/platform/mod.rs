@@ -5,6 +5,7 @@ pub mod secret;
 pub mod tls;
 pub mod metrics;
 mod traces;
+mod sampling;
 pub mod telemetry;
 pub mod health;
 pub mod batching;

@@ -18,6 +18,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use super::metrics::Metrics;
+use super::sampling::SamplingConfig;
 use super::traces::CollectorConfig;
 use crate::events::Envelope;
 
@@ -44,6 +45,8 @@ pub struct TelemetryConfig {
     pub log_format: LogFormat,
     #[command(flatten)]
     pub collector: CollectorConfig,
+    #[command(flatten)]
+    pub sampling: SamplingConfig,
 }
 
 impl TelemetryConfig {
@@ -99,7 +102,7 @@ pub fn init(
     metrics: &Metrics,
 ) -> anyhow::Result<SdkTracerProvider> {
     let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
-    let mut provider = SdkTracerProvider::builder().with_resource(resource);
+    let mut provider = SdkTracerProvider::builder().with_resource(resource).with_sampler(config.sampling.sampler());
     if let Some(processor) = config.collector.processor(metrics)? {
         provider = provider.with_span_processor(processor);
     }

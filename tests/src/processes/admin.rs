@@ -57,7 +57,9 @@ impl Admin {
 }
 
 fn sum(page: &str, name: &str, labels: &[&str]) -> Option<f64> {
-    let series = page.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+    let lines = page.lines().filter(|line| !line.starts_with('#'));
+    let without_exemplars = lines.map(|line| line.split_once(" # ").map_or(line, |(line, _)| line));
+    let series = without_exemplars.filter_map(|line| line.rsplit_once(' '));
     let named = series.filter(|(series, _)| series.split('{').next() == Some(name));
     let matching = named.filter(|(series, _)| labels.iter().all(|label| series.contains(label)));
     let values: Vec<f64> = matching.filter_map(|(_, value)| value.parse().ok()).collect();
@@ -71,9 +73,11 @@ mod tests {
     #[test]
     fn a_metric_is_the_sum_of_the_series_with_all_labels() {
         let page = "# TYPE rounds counter\nrounds_total{outcome=\"a\",x=\"1\"} 2\nrounds_total{outcome=\"a\"} 3\n\
-                    rounds_total{outcome=\"b\"} 5\nrounds_total_other 7\n";
+                    rounds_total{outcome=\"b\"} 5\nrounds_total_other 7\n\
+                    seconds_bucket{le=\"1.0\"} 9 # {trace_id=\"a b\"} 0.5 17.25\n";
         assert_eq!(sum(page, "rounds_total", &["outcome=\"a\""]), Some(5.0));
         assert_eq!(sum(page, "rounds_total", &[]), Some(10.0));
         assert_eq!(sum(page, "rounds_total", &["outcome=\"c\""]), None);
+        assert_eq!(sum(page, "seconds_bucket", &[]), Some(9.0), "the exemplar is no part of the value");
     }
 }

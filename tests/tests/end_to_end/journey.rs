@@ -185,9 +185,15 @@ async fn assert_metrics_moved(system: &System) {
         moved.push((service, "relay_rounds_total", "outcome=\"published\"".to_owned()));
     }
     moved.push((EMAIL, "deliveries_ended_total", "state=\"sent\"".to_owned()));
+    moved.push((EMAIL, "mail_age_seconds_count", String::new()));
     for group in groups() {
         let label = format!("group=\"{group}\"");
-        moved.push((service_of(group), "event_age_seconds_count", label.clone()));
+        for name in
+            ["event_age_seconds_count", "consumer_batch_records_count", "consumer_handler_duration_seconds_count"]
+        {
+            moved.push((service_of(group), name, label.clone()));
+        }
+        moved.push((service_of(group), "consumer_rebalances_total", format!("{label},action=\"assigned\"")));
         moved.push((service_of(group), "events_consumed_total", format!("{label},outcome=\"applied\"")));
     }
     for group in [EMAIL_RECIPIENTS, CACHE_PROFILES] {
@@ -213,6 +219,7 @@ async fn until_gauges_are_zero(system: &System) {
     for group in groups() {
         let label = format!("group=\"{group}\"");
         gauges.push((service_of(group), "consumer_lag", label.clone()));
+        gauges.push((service_of(group), "consumer_lag_seconds", label.clone()));
         gauges.push((service_of(group), "dead_letters_open", label));
     }
     for (service, name, label) in gauges {

@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod admin_port;
+mod alerts;
 mod analytics_queries;
 mod analytics_rebuild;
 mod audit;
@@ -27,8 +28,11 @@ mod http_limits;
 mod journey;
 mod local_stack;
 mod malformed_records;
+mod metrics;
+mod metrics_page;
 mod migrations;
 mod network_faults;
+mod operators;
 mod outages;
 mod outbox;
 mod outcome_counters;

@@ -41,7 +41,7 @@ async fn reason(system: &System, component: &str) -> String {
 }
 
 /// Inserts one event for each of many new keys.
-async fn insert_keys(db: &PgPool, topic: &str, keys: usize) {
+pub async fn insert_keys(db: &PgPool, topic: &str, keys: usize) {
     let keys: Vec<Uuid> = (0..keys).map(|_| Uuid::now_v7()).collect();
     let hashes: Vec<i32> = keys.iter().map(|key| key_hash(*key)).collect();
     let insert = "insert into outbox
@@ -241,7 +241,7 @@ async fn a_topic_that_may_not_be_written_is_blocked_once() {
 }
 
 /// Inserts an event that is larger than 1,000 bytes for each key.
-async fn insert_large(db: &PgPool, topic: &str, keys: &[Uuid]) {
+pub async fn insert_large(db: &PgPool, topic: &str, keys: &[Uuid]) {
     let insert = "insert into outbox
                       (event_id, topic, aggregatetype, aggregateid, key_hash, version, type, payload, occurred_at)
                   values ($1, $2, 'user', $3, $4, 1, 'user.profile_changed', $5, now())";

@@ -180,6 +180,45 @@ async fn a_malformed_traceparent_is_ignored() {
     }
 }
 
+/// T44: the service that starts a trace decides whether it is exported, and the others follow. With a
+/// share of a half, each registration is exported by all four services or by none. With a share of
+/// 0, none is exported, except that of a trusted caller who exports its own spans.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sampled_trace_is_exported_by_every_service_or_by_none() {
+    const REGISTRATIONS: usize = 24;
+    let otlp = Otlp::start().await;
+    let mut system = start_traced(&otlp, true).await;
+    system.processes.start_with(USER, &[("OTEL_TRACES_SAMPLER_ARG", "0.5")]).await;
+    let mut traces = BTreeSet::new();
+    for _ in 0..REGISTRATIONS {
+        let id = register(&system, &address(), "no context").await;
+        traces.insert(trace_of(&record_of(&system, USER_EVENTS, id)));
+    }
+    assert_eq!(traces.len(), REGISTRATIONS);
+    system.until_drained().await;
+    let exported =
+        |spans: &[Span]| traces.iter().filter(|trace| spans.iter().any(|span| span.trace == **trace)).count();
+    eventually("each exported trace is complete", async || {
+        let spans = otlp.spans();
+        let expected = spans_of_a_registration("no parent");
+        let mut found = traces.iter().map(|trace| spans_with_parents(&spans, trace));
+        (exported(&spans) > 0 && found.all(|found| found.is_empty() || found == expected)).then_some(())
+    })
+    .await;
+    let count = exported(&otlp.spans());
+    assert!((1..REGISTRATIONS).contains(&count), "{count} of {REGISTRATIONS} traces were exported");
+
+    let settings = [("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"), ("OTEL_TRACES_SAMPLER_ARG", "0")];
+    system.processes.start_with(USER, &settings).await;
+    let id = register(&system, &address(), "no context").await;
+    let unsampled = trace_of(&record_of(&system, USER_EVENTS, id));
+    register(&system, &address(), &format!("00-{TRACE}-{CALLER}-01")).await;
+    let spans = async || spans_with_parents(&otlp.spans(), TRACE);
+    eventually_eq("the spans of the caller's trace", spans_of_a_registration("the caller"), spans).await;
+    let spans = otlp.spans();
+    assert!(spans.iter().all(|span| span.trace != unsampled), "a trace that is not sampled was exported");
+}
+
 /// A collector that accepts connections and answers nothing. The service says once that traces are
 /// lost, counts every batch, and works as usual.
 #[tokio::test(flavor = "multi_thread")]

@@ -108,6 +108,30 @@ fn no_compose_file_gives_a_container_more_rights() {
     }
 }
 
+/// The containers that `docker compose up` starts may use less than 2 GB together. Those of the profile
+/// come on top, and each of them has a limit too.
+#[test]
+fn the_containers_have_limits_and_the_usual_ones_stay_below_two_gigabytes() {
+    let compose = services(&read("docker-compose.yml")).unwrap();
+    let mut usual = 0;
+    let mut observing = vec![];
+    for (name, service) in &compose {
+        let name = name.as_str().unwrap();
+        let limit =
+            service.get("mem_limit").and_then(Value::as_str).unwrap_or_else(|| panic!("{name} has no mem_limit"));
+        let limit: u64 = limit.strip_suffix('m').unwrap().parse().unwrap();
+        if service.get("profiles").is_some() {
+            observing.push(name);
+        } else if !name.ends_with("-migrate") {
+            // A migration has ended when its service starts.
+            usual += limit;
+        }
+    }
+    assert!(usual < 2048, "the usual containers may use {usual} MB");
+    observing.sort_unstable();
+    assert_eq!(observing, ["grafana", "jaeger", "kafka-ui", "prometheus"]);
+}
+
 /// The image has an unprivileged user, by number: a container platform can check that it is not root.
 #[test]
 fn our_image_runs_as_an_unprivileged_user() {

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use topology::acls::{Naming, all_rules, grants};
+use topology::acls::{Naming, Operation, Resource, Rule, all_rules, grants};
 use topology::{SERVICES, Service, with_database};
 
 use crate::authority::Authority;
@@ -21,8 +21,11 @@ pub const OPERATOR: &str = "operator";
 /// The login of the email service at the mail server.
 pub const MAIL_USER: &str = "waybill";
 
+/// The login of Kafka UI at Kafka.
+const VIEWER: &str = "kafka-ui";
+
 /// The components with a certificate. Each has the host name of its container.
-const COMPONENTS: [&str; 4] = ["kafka", "postgres", "valkey", "mailpit"];
+const COMPONENTS: [&str; 5] = ["kafka", "postgres", "valkey", "mailpit", "jaeger"];
 
 /// Writes all files. Keeps the certificates and the passwords that are in the folder already.
 pub fn write(folder: &Path) -> Result<()> {
@@ -41,6 +44,8 @@ pub fn write(folder: &Path) -> Result<()> {
     files.write("email-smtp-password", passwords.of("mail"))?;
     files.write("admin-tokens", &format!("{OPERATOR}:{}\n", passwords.of("admin")))?;
     files.write("admin-token", passwords.of("admin"))?;
+    files.write("grafana-password", passwords.of("grafana"))?;
+    files.write("kafka-ui.yml", &kafka_ui(passwords.of(&format!("kafka-{VIEWER}")), passwords.of("kafka-ui-page")))?;
     files.write("user-idempotency-secret", passwords.of("idempotency"))
 }
 
@@ -62,10 +67,11 @@ pub fn kafka_users() -> impl Iterator<Item = String> {
 
 /// What needs a password.
 fn names() -> impl Iterator<Item = String> {
-    let kafka = kafka_users().map(|user| format!("kafka-{user}"));
+    let kafka = kafka_users().chain([VIEWER.to_owned()]).map(|user| format!("kafka-{user}"));
     let roles = with_database().flat_map(|service| [service.database(), service.owner()]);
     let postgres = roles.chain(["superuser".to_owned()]).map(|role| format!("postgres-{role}"));
-    let others = ["valkey-cache", "valkey-operator", "mail", "idempotency", "admin"].map(str::to_owned);
+    let others = ["valkey-cache", "valkey-operator", "mail", "idempotency", "admin", "grafana", "kafka-ui-page"];
+    let others = others.map(str::to_owned);
     kafka.chain(postgres).chain(others)
 }
 
@@ -81,9 +87,11 @@ impl Files<'_> {
 }
 
 /// All certificates are made together, because the authority's key is not kept. That of the
-/// authority is written last, so an interrupted run makes all of them again.
+/// authority is written last, so an interrupted run makes all of them again. So does a run of a
+/// release that has a further component.
 fn write_certificates(files: &Files) -> Result<()> {
-    if files.0.join("authority.pem").exists() {
+    let mut names = COMPONENTS.iter().chain(&["authority"]);
+    if names.all(|name| files.0.join(format!("{name}.pem")).exists()) {
         return Ok(());
     }
     let authority = Authority::create();
@@ -100,7 +108,7 @@ fn write_certificates(files: &Files) -> Result<()> {
 /// The users with their passwords, and the arguments of `kafka-acls.sh` for each call.
 fn write_kafka(files: &Files, passwords: &Passwords) -> Result<()> {
     let mut users = String::new();
-    for user in kafka_users() {
+    for user in kafka_users().chain([VIEWER.to_owned()]) {
         let password = passwords.of(&format!("kafka-{user}"));
         users += &format!("{user} {password}\n");
     }
@@ -110,9 +118,48 @@ fn write_kafka(files: &Files, passwords: &Passwords) -> Result<()> {
         files.write(&format!("{}-kafka-password", service.name), password)?;
     }
     files.write("kafka-operator-password", passwords.of("kafka-operator"))?;
-    let calls = grants(&all_rules(Naming::default()));
+    let mut rules = all_rules(Naming::default());
+    rules.extend(viewer_rules());
+    let calls = grants(&rules);
     let calls: String = calls.iter().map(|call| call.arguments().join(" ") + "\n").collect();
     files.write("kafka-acls", &calls)
+}
+
+/// Kafka UI shows topics, groups and their lags. It may read no record, because some have addresses.
+fn viewer_rules() -> Vec<Rule> {
+    use Operation::{Describe, DescribeConfigs};
+    let groups = SERVICES.iter().flat_map(|service| service.groups);
+    let written = SERVICES.iter().flat_map(|service| service.writes).map(|topic| (*topic).to_owned());
+    let topics = written.chain(groups.clone().map(topology::Group::dead_letters));
+    let mut granted: Vec<(Resource, String, Operation)> = vec![];
+    for operation in [Describe, DescribeConfigs] {
+        granted.push((Resource::Cluster, "kafka-cluster".to_owned(), operation));
+        granted.extend(topics.clone().map(|topic| (Resource::Topic, topic, operation)));
+    }
+    granted.extend(groups.map(|group| (Resource::Group, group.name.to_owned(), Describe)));
+    let principal = format!("User:{VIEWER}");
+    let rule = |(resource, name, operation)| Rule { principal: principal.clone(), resource, name, operation };
+    granted.into_iter().map(rule).collect()
+}
+
+/// The settings of Kafka UI: its login at Kafka, and the login at its page.
+fn kafka_ui(password: &str, page: &str) -> String {
+    format!(
+        r#"auth: {{ type: LOGIN_FORM }}
+spring: {{ security: {{ user: {{ name: {OPERATOR}, password: "{page}" }} }} }}
+kafka:
+  clusters:
+    - name: waybill
+      bootstrapServers: kafka:19092
+      readOnly: true
+      properties:
+        security.protocol: SASL_SSL
+        sasl.mechanism: SCRAM-SHA-512
+        sasl.jaas.config: org.apache.kafka.common.security.scram.ScramLoginModule required username="{VIEWER}" password="{password}";
+        ssl.truststore.type: PEM
+        ssl.truststore.location: /run/secrets/authority
+"#
+    )
 }
 
 /// The variables that deploy/postgres/init.sql reads, and the URLs of the services.
@@ -162,6 +209,9 @@ mod tests {
             found.unwrap_or_else(|| panic!("{name} is missing")).1.clone()
         };
         assert!(text("kafka-acls").contains("--allow-principal User:waybill-email"), "{}", text("kafka-acls"));
+        let viewer = text("kafka-acls");
+        let mut viewer = viewer.lines().filter(|line| line.contains("User:kafka-ui"));
+        assert!(viewer.clone().count() > 0 && viewer.all(|line| !line.contains("--operation Read")), "{viewer:?}");
         assert!(text("user-database-url").contains("sslmode=verify-full"));
         let password = text("user-kafka-password");
         assert!(text("kafka-users").contains(&format!("waybill-user {password}\n")));

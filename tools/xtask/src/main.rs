@@ -105,6 +105,8 @@ enum Command {
         /// Jobs to run. Default: all.
         jobs: Vec<String>,
     },
+    /// Write docs/metrics.md from what the running services say about their metrics.
+    Metrics,
     /// Write docs/mistakes.md from the patches in tests/seeded.
     Mistakes,
     /// Update services/*/.sqlx, which describe the SQL queries so that the services compile without
@@ -152,6 +154,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
         Command::Size => unless_terminated(commands::size::run()).await,
         Command::Bench { quick, jobs } => unless_terminated(commands::bench::run(&jobs, quick)).await,
+        Command::Metrics => unless_terminated(commands::metrics::run()).await,
         Command::Mistakes => commands::mistakes::run(),
         Command::Prepare { check } => {
             let mode = if check { prepare::Mode::Check } else { prepare::Mode::Update };

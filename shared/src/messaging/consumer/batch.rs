@@ -11,6 +11,7 @@ use tokio::task::yield_now;
 use tracing::{Instrument, Level, Span, enabled, field::Empty};
 
 use super::breaker::Breaker;
+use super::reading::Unhandled;
 use super::start::ConsumerSetup;
 use crate::events::{self, DecodeError, Event};
 use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
@@ -165,6 +166,15 @@ impl<'c, E: Event> Batch<'c, E> {
         self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
     }
 
+    /// The first record of each partition.
+    pub fn first_records(&self) -> BTreeMap<i32, Unhandled> {
+        let mut first = BTreeMap::new();
+        for message in self.messages() {
+            first.entry(message.partition()).or_insert_with(|| Unhandled::of(message));
+        }
+        first
+    }
+
     fn messages(&self) -> impl Iterator<Item = &BorrowedMessage<'c>> {
         self.entries.iter().map(|entry| &*entry.message)
     }
@@ -187,6 +197,9 @@ impl<'c, E: Event> Batch<'c, E> {
     /// Counts the finished records and empties the batch. Each record is counted once, however
     /// often the batch was retried.
     pub fn complete<H: Handler<Event = E>>(&mut self, setup: &ConsumerSetup<H>) {
+        if !self.is_empty() {
+            setup.group_metrics.batch_records.observe(self.entries.len() as f64);
+        }
         if self.is_full() {
             self.handled = mem::take(&mut self.entries);
         }
@@ -194,11 +207,11 @@ impl<'c, E: Event> Batch<'c, E> {
         self.bytes = 0;
         self.finished.clear();
         let Counts { outcome, skipped, dead_lettered } = mem::take(&mut self.counts);
-        setup.count("applied", outcome.applied);
-        setup.count("duplicate", outcome.duplicate);
-        setup.count("stale", outcome.stale);
-        setup.count("skipped", skipped);
-        setup.count("dead_lettered", dead_lettered);
+        setup.group_metrics.applied.inc_by(outcome.applied);
+        setup.group_metrics.duplicate.inc_by(outcome.duplicate);
+        setup.group_metrics.stale.inc_by(outcome.stale);
+        setup.group_metrics.skipped.inc_by(skipped);
+        setup.group_metrics.dead_lettered.inc_by(dead_lettered);
     }
 
     /// Delivers the records that are not finished, in order. After success every record has taken
@@ -332,6 +345,19 @@ impl<H: Handler> BatchDelivery<'_, H> {
         self.context.breaker.record_rejected();
     }
 
+    /// Observes the age of each event. The oldest one leads to its trace: with one exemplar a batch
+    /// costs hardly more than without.
+    fn observe_ages(&self, records: &[Record<H::Event>], spans: &[Span]) {
+        let setup = self.context.setup;
+        let oldest = records.iter().enumerate().min_by_key(|(_, record)| record.envelope.time).map(|(index, _)| index);
+        let now = events::now();
+        for (index, record) in records.iter().enumerate() {
+            let span = spans.get(index).filter(|_| Some(index) == oldest);
+            let exemplar = span.and_then(|span| setup.metrics.exemplars.of(span));
+            setup.group_metrics.ages.observe((now - record.envelope.time).as_seconds_f64(), exemplar);
+        }
+    }
+
     /// A span in the trace of the record's producer, linked to the span of the batch.
     fn record_span(&self, record: &Record<H::Event>) -> Span {
         let span = tracing::error_span!(
@@ -378,16 +404,16 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         let has_spans = records.len() == 1 || setup.exports_spans || is_logged;
         let spans: Vec<Span> = records.iter().filter(|_| has_spans).map(|record| self.record_span(record)).collect();
         let span = if let [single] = spans.as_slice() { single } else { &self.span };
+        let called = Instant::now();
         let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
+        setup.group_metrics.handler_duration.observe(called.elapsed().as_secs_f64());
         let outcome = handled.inspect_err(|_| {
             self.split_since.get_or_insert_with(Instant::now);
         })?;
         *self.context.next_offsets = next_offsets;
         self.counts.outcome += outcome;
-        let now = events::now();
-        let ages = setup.metrics.event_age.get_or_create(&setup.labels());
-        for Record { envelope, coordinates, .. } in records.iter() {
-            ages.observe((now - envelope.time).as_seconds_f64().max(0.0));
+        self.observe_ages(records, &spans);
+        for Record { coordinates, .. } in records.iter() {
             self.finish_accepted((coordinates.partition, coordinates.offset));
         }
         if is_logged {

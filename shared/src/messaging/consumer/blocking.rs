@@ -13,6 +13,7 @@ use super::batch::PolledMessage;
 use super::blocked::Blocked;
 use super::operator::BlockedRecords;
 use super::partitions::Partitions;
+use super::reading::Unhandled;
 use super::reports::Wait;
 use crate::messaging::record::Coordinates;
 
@@ -32,6 +33,8 @@ impl<'c> Partitions<'c> {
         let Some(coordinates) = records.front().map(|record| Coordinates::of(&**record)) else { return Ok(()) };
         self.client.pause(&self.list([&partition]))?;
         self.client.context().note_paused(partition, true);
+        let first = records.front().map(|record| (partition, Unhandled::of(&**record)));
+        self.note_unhandled(&first.into_iter().collect());
         tracing::error!(
             group = self.group,
             %coordinates,

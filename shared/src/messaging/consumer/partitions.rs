@@ -16,12 +16,13 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use super::blocked::Blocked;
-use super::reading::Reading;
+use super::reading::{Oldest, Reading, Unhandled};
 use super::reports::{Reports, Wait};
 use super::start::ConsumerSetup;
 use crate::messaging::errors::{Class, class};
 use crate::messaging::handler::{EndOfPartition, Handler};
 use crate::messaging::kafka::create_with;
+use crate::platform::metrics::now_ms;
 
 /// Time for one request to Kafka.
 pub(super) const KAFKA_TIMEOUT: Duration = Duration::from_secs(3);
@@ -165,6 +166,11 @@ impl<'c> Partitions<'c> {
         Ok(())
     }
 
+    /// Notes the first polled record of each partition that is not handled, for the age of the lag.
+    pub fn note_unhandled(&self, records: &BTreeMap<i32, Unhandled>) {
+        self.client.context().note_unhandled(records);
+    }
+
     /// Commits the stored offsets.
     pub fn commit(&self) {
         // Fails if there is nothing to commit, or if the automatic commit was faster.
@@ -200,7 +206,9 @@ impl<'c> Partitions<'c> {
             let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT) else {
                 return;
             };
-            self.client.context().reports.lag(partition, end - next_offset);
+            let context = self.client.context();
+            context.reports.lag(partition, end - next_offset);
+            context.note_end(partition, end);
         }
     }
 
@@ -272,6 +280,7 @@ impl Assignment {
             changes.reading.insert(element.partition(), Reading::new(start, Instant::now()));
         }
         changes.just_started = true;
+        self.reports.count_started(starts.count());
         Ok(())
     }
 
@@ -296,8 +305,37 @@ impl Assignment {
         let mut changes = self.changes();
         for (partition, next_offset) in next_offsets {
             if let Some(reading) = changes.reading.get_mut(partition) {
-                reading.handled = *next_offset;
+                reading.note_handled(*next_offset);
+                self.reports.oldest(*partition, reading.oldest(now_ms()));
             }
+        }
+    }
+
+    /// Notes the first polled record of each partition that is not handled, for the age of the lag.
+    fn note_unhandled(&self, records: &BTreeMap<i32, Unhandled>) {
+        let mut changes = self.changes();
+        for (partition, record) in records {
+            if let Some(reading) = changes.reading.get_mut(partition) {
+                reading.note_unhandled(*record);
+                self.reports.oldest(*partition, reading.oldest(now_ms()));
+            }
+        }
+    }
+
+    /// Notes the end of a paused partition.
+    fn note_end(&self, partition: i32, end: i64) {
+        if let Some(reading) = self.changes().reading.get_mut(&partition) {
+            reading.note_end(end);
+            self.reports.oldest(partition, reading.oldest(now_ms()));
+        }
+    }
+
+    /// Reports that no broker answers: the ends of the partitions are unknown.
+    fn forget_ends(&self) {
+        for (partition, reading) in &mut self.changes().reading {
+            let oldest: Oldest = reading.oldest_polled();
+            self.reports.forget_records(*partition);
+            self.reports.oldest(*partition, oldest);
         }
     }
 
@@ -356,6 +394,7 @@ impl Assignment {
         for partition in partitions {
             if changes.reading.remove(partition).is_some() {
                 self.reports.stopped(*partition);
+                self.reports.count_stopped(1);
                 taken.add_partition(&self.reports.topic, *partition);
             }
         }
@@ -421,9 +460,11 @@ impl Assignment {
                 reading.forget();
                 continue;
             }
-            if let Some(lag) = reading.lag() {
-                self.reports.lag(number, lag);
+            match reading.lag() {
+                Some(lag) => self.reports.lag(number, lag),
+                None => self.reports.forget_records(number),
             }
+            self.reports.oldest(number, reading.oldest(now_ms()));
             let unread = reading.is_unread(now).then(|| UNREAD.to_owned());
             self.report(number, Wait::NotRead, unread, &mut reading.unread_reported);
             let open = reading.held_up_at(now).map(|offset| format!("{OPEN_TRANSACTION} {offset}"));
@@ -456,11 +497,17 @@ fn numbers(partitions: &TopicPartitionList) -> Vec<i32> {
 
 impl ConsumerContext for Assignment {
     fn rebalance(&self, client: &Client, event: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        // Read before the client accepts the change.
+        let is_lost = client.assignment_lost();
         let (action, result) = match event {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => ("assigned", self.assign(client, partitions)),
+            _ if is_lost => ("lost", self.revoke(client, partitions)),
             _ => ("revoked", self.revoke(client, partitions)),
         };
         let partitions = numbers(partitions);
+        if !partitions.is_empty() {
+            self.reports.count_rebalance(action);
+        }
         match result {
             Ok(()) => tracing::info!(group = self.reports.group, action, ?partitions, "partitions rebalanced"),
             Err(error) => {
@@ -482,8 +529,9 @@ impl ClientContext for Assignment {
             (true, false) => health.report(&self.component, "Kafka to assign partitions"),
             (false, _) => health.report(&self.component, "Kafka to answer"),
         }
-        if let (true, Some(topic)) = (connected, statistics.topics.get(&self.reports.topic)) {
-            self.observe(topic);
+        match statistics.topics.get(&self.reports.topic) {
+            Some(topic) if connected => self.observe(topic),
+            _ => self.forget_ends(),
         }
     }
 

@@ -81,7 +81,7 @@ impl Partitions<'_> {
         for (partition, next_offset) in placed {
             self.next_offsets.insert(partition, next_offset);
             self.at_end.remove(&partition);
-            setup.count("duplicate", self.forget_dropped(partition, next_offset));
+            setup.group_metrics.duplicate.inc_by(self.forget_dropped(partition, next_offset));
         }
         Ok(())
     }

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use rdkafka::message::Message;
 use rdkafka::statistics::Partition;
+
+use crate::platform::metrics::now_ms;
 
 /// A partition counts as idle if the client was given it and has not read it for this long.
 /// Starting to read takes milliseconds.
@@ -14,9 +17,44 @@ const UNREAD_LIMIT: Duration = Duration::from_secs(10);
 /// it looks every 10 s for transactions that are older than 10 s.
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(25);
 
+/// How long records may exist that this consumer has not polled before their age counts. With a backlog
+/// the client has the next records already, and the consumer polls them within this time.
+const UNPOLLED_LIMIT_MS: i64 = 1_000;
+
+/// A record that was polled and is not handled yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unhandled {
+    pub offset: i64,
+    /// The record's timestamp, in milliseconds since 1970.
+    pub written_ms: i64,
+}
+
+impl Unhandled {
+    pub fn of(message: &impl Message) -> Self {
+        Self { offset: message.offset(), written_ms: message.timestamp().to_millis().unwrap_or_else(now_ms) }
+    }
+}
+
+/// What is known about the oldest record that is not handled yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Oldest {
+    /// There is no such record.
+    None,
+    /// When it was written, or when it was first noticed, in milliseconds since 1970.
+    Since(i64),
+    /// There is one, and the consumer is about to poll it.
+    AboutToPoll,
+    /// The end of the partition is not known.
+    Unknown,
+}
+
 pub(super) struct Reading {
     /// Next offset to handle. The lag is the distance from here to the end.
-    pub handled: i64,
+    handled: i64,
+    /// The first record that is not handled, if it was polled.
+    unhandled: Option<Unhandled>,
+    /// Since when there are records that were not polled, in milliseconds since 1970.
+    unpolled_since_ms: Option<i64>,
     /// Whether the partition is paused because its next record fails. The statistics of a paused
     /// partition do not change.
     pub paused: bool,
@@ -37,6 +75,8 @@ impl Reading {
     pub fn new(start: i64, now: Instant) -> Self {
         Self {
             handled: start,
+            unhandled: None,
+            unpolled_since_ms: None,
             paused: false,
             unread_reported: false,
             open_reported: false,
@@ -59,6 +99,45 @@ impl Reading {
         let is_open = stable >= 0 && self.end.is_some_and(|end| stable < end);
         let since = self.transaction.filter(|(oldest, _)| *oldest == stable).map_or(now, |(_, since)| since);
         self.transaction = is_open.then_some((stable, since));
+    }
+
+    /// Notes the first polled record that is not handled yet.
+    pub fn note_unhandled(&mut self, record: Unhandled) {
+        self.unhandled = Some(record);
+        self.unpolled_since_ms = None;
+    }
+
+    /// Notes that all records before this offset are handled.
+    pub fn note_handled(&mut self, next_offset: i64) {
+        self.handled = next_offset;
+        self.unhandled = self.unhandled.filter(|record| record.offset >= next_offset);
+    }
+
+    /// Notes the end of the log, which was measured because the statistics of a paused partition do not
+    /// change.
+    pub fn note_end(&mut self, end: i64) {
+        self.end = Some(end);
+    }
+
+    /// The oldest record that is not handled. A record that cannot be polled, because the partition is
+    /// paused or a transaction is open, counts from when this consumer has noticed it.
+    pub fn oldest(&mut self, now_ms: i64) -> Oldest {
+        if let Some(record) = self.unhandled {
+            return Oldest::Since(record.written_ms);
+        }
+        let lag = self.lag();
+        if lag.is_none_or(|lag| lag == 0) {
+            self.unpolled_since_ms = None;
+            return if lag.is_some() { Oldest::None } else { Oldest::Unknown };
+        }
+        let since = *self.unpolled_since_ms.get_or_insert(now_ms);
+        if now_ms - since < UNPOLLED_LIMIT_MS { Oldest::AboutToPoll } else { Oldest::Since(since) }
+    }
+
+    /// The same while no broker answers: only a polled record is known.
+    pub fn oldest_polled(&mut self) -> Oldest {
+        self.unpolled_since_ms = None;
+        self.unhandled.map_or(Oldest::Unknown, |record| Oldest::Since(record.written_ms))
     }
 
     /// Forgets what was seen, because all partitions are paused.
@@ -108,10 +187,42 @@ mod tests {
         assert_eq!(reading.lag(), None);
         reading.observe(&statistics(3, 8), now);
         assert_eq!(reading.lag(), Some(5));
-        reading.handled = 8;
+        reading.note_handled(8);
         assert_eq!(reading.lag(), Some(0));
         reading.observe(&statistics(-1001, -1), now);
         assert_eq!(reading.lag(), None, "a refused fetch has no end");
+    }
+
+    #[test]
+    fn the_oldest_record_is_the_first_polled_one_that_is_not_handled() {
+        let now = Instant::now();
+        let mut reading = Reading::new(3, now);
+        assert_eq!(reading.oldest(0), Oldest::Unknown, "the end is not known yet");
+        reading.observe(&statistics(8, 8), now);
+        reading.note_unhandled(Unhandled { offset: 4, written_ms: 700 });
+        assert_eq!(reading.oldest(90_000), Oldest::Since(700), "offset 3 is a marker of a transaction");
+        reading.note_handled(4);
+        assert_eq!(reading.oldest(90_000), Oldest::Since(700), "a record before it was handled");
+        assert_eq!(reading.oldest_polled(), Oldest::Since(700), "this is known without a broker");
+        reading.note_handled(8);
+        assert_eq!(reading.oldest(90_000), Oldest::None);
+        assert_eq!(reading.oldest_polled(), Oldest::Unknown, "there may be new records");
+        reading.observe(&statistics(-1001, -1), now);
+        assert_eq!(reading.oldest(90_000), Oldest::Unknown, "a refused fetch has no end");
+    }
+
+    #[test]
+    fn records_that_cannot_be_polled_count_from_when_they_were_noticed() {
+        let mut reading = Reading::new(8, Instant::now());
+        reading.note_end(9);
+        assert_eq!(reading.oldest(5_000), Oldest::AboutToPoll);
+        assert_eq!(reading.oldest(5_900), Oldest::AboutToPoll);
+        reading.note_end(12);
+        assert_eq!(reading.oldest(9_000), Oldest::Since(5_000));
+        reading.note_handled(12);
+        assert_eq!(reading.oldest(9_500), Oldest::None);
+        reading.note_end(13);
+        assert_eq!(reading.oldest(20_000), Oldest::AboutToPoll, "a later record counts from its own time");
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Reports why a consumer does not handle some records while it handles others: in `/status`, as a
 //! metric, and once in the log. None of it makes the process unready.
 
+use prometheus_client::metrics::gauge::Gauge;
+
+use super::reading::Oldest;
 use crate::platform::health::Health;
-use crate::platform::metrics::{Metrics, PartitionLabels, RefusalLabels, WaitLabels};
+use crate::platform::metrics::{GroupLabels, Metrics, PartitionLabels, RebalanceLabels, RefusalLabels, WaitLabels};
 
 /// Why the records of a partition wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -68,13 +71,49 @@ impl Reports {
         self.health.resolved(&self.refusals());
     }
 
+    /// Counts a change of the assignment.
+    pub fn count_rebalance(&self, action: &'static str) {
+        let labels = RebalanceLabels { group: self.group.to_owned(), action };
+        self.metrics.consumer_rebalances.get_or_create(&labels).inc();
+    }
+
+    /// Counts partitions that the consumer reads from now on.
+    pub fn count_started(&self, partitions: usize) {
+        self.partitions().inc_by(partitions as i64);
+    }
+
+    /// Counts partitions that the consumer does not read any more.
+    pub fn count_stopped(&self, partitions: usize) {
+        self.partitions().dec_by(partitions as i64);
+    }
+
     pub fn lag(&self, partition: i32, records: i64) {
         self.metrics.consumer_lag.get_or_create(&self.labels(partition)).set(records);
     }
 
+    /// Reports the age of the lag.
+    pub fn oldest(&self, partition: i32, oldest: Oldest) {
+        let labels = self.labels(partition);
+        let ages = &self.metrics.consumer_lag_seconds;
+        match oldest {
+            Oldest::None => ages.get_or_create(&labels).set_zero(),
+            Oldest::Since(moment_ms) => ages.get_or_create(&labels).set(moment_ms),
+            Oldest::AboutToPoll => {}
+            Oldest::Unknown => {
+                ages.remove(&labels);
+            }
+        }
+    }
+
+    /// Removes the lag of a partition whose end is not known.
+    pub fn forget_records(&self, partition: i32) {
+        self.metrics.consumer_lag.remove(&self.labels(partition));
+    }
+
     /// Removes the lag of a partition: another consumer has the partition and reports its lag.
     pub fn forget_lag(&self, partition: i32) {
-        self.metrics.consumer_lag.remove(&self.labels(partition));
+        self.forget_records(partition);
+        self.oldest(partition, Oldest::Unknown);
     }
 
     /// Ends the reports about a partition that the client stopped reading.
@@ -82,6 +121,7 @@ impl Reports {
         for wait in Wait::ALL {
             self.continues(partition, wait);
         }
+        self.oldest(partition, Oldest::Unknown);
     }
 
     fn component(&self, partition: i32, wait: Wait) -> String {
@@ -90,6 +130,10 @@ impl Reports {
 
     fn refusals(&self) -> String {
         format!("{} refused", self.consumer)
+    }
+
+    fn partitions(&self) -> Gauge {
+        self.metrics.consumer_partitions.get_or_create_owned(&GroupLabels { group: self.group.to_owned() })
     }
 
     fn labels(&self, partition: i32) -> PartitionLabels {

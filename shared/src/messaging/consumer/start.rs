@@ -11,7 +11,7 @@ use crate::messaging::handler::Handler;
 use crate::messaging::kafka::KafkaConfig;
 use crate::messaging::topics::{self, Declared};
 use crate::platform::health::Health;
-use crate::platform::metrics::{ConsumedLabels, GroupLabels, Metrics};
+use crate::platform::metrics::{GroupLabels, GroupMetrics, Metrics};
 
 /// A consumer before its thread starts: its handler, its settings, and what connects it to the
 /// process.
@@ -27,10 +27,14 @@ pub(crate) struct ConsumerSetup<H> {
     pub exports_spans: bool,
     /// Changes when an operator resumes the consumers whose breaker is open.
     pub resumed: watch::Receiver<()>,
+    /// Why an operator has paused the consumers of this process. `None`: they are not paused.
+    pub paused: watch::Receiver<Option<String>>,
     /// The records that block partitions of this process.
     pub blocked_records: BlockedRecords,
     pub health: Health,
     pub metrics: Metrics,
+    /// Those metrics that each batch changes.
+    pub group_metrics: GroupMetrics,
     pub stop: CancellationToken,
 }
 
@@ -52,12 +56,6 @@ impl<H: Handler> ConsumerSetup<H> {
 
     pub fn labels(&self) -> GroupLabels {
         GroupLabels { group: H::GROUP.to_owned() }
-    }
-
-    /// Counts finished records.
-    pub fn count(&self, outcome: &'static str, records: u64) {
-        let labels = ConsumedLabels { group: H::GROUP.to_owned(), outcome };
-        self.metrics.events_consumed.get_or_create(&labels).inc_by(records);
     }
 
     /// Waits until the handler's topic exists, and creates the topic of the dead letters.

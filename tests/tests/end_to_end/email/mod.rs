@@ -44,13 +44,13 @@ async fn until_another_mail_is_sent(system: &System) {
 }
 
 /// Writes a fact about `user` that happened this long ago.
-async fn write_fact(system: &System, kind: &str, user: Uuid, version: i64, age: Duration) {
+pub async fn write_fact(system: &System, kind: &str, user: Uuid, version: i64, age: Duration) {
     let fact = Draft::user_event(kind, user, version).happened_before(age);
     system.kafka.write(USER_EVENTS, &fact).await;
 }
 
 /// Writes a state of `user`.
-async fn write_state(system: &System, user: Uuid, version: i64, email: &str) {
+pub async fn write_state(system: &System, user: Uuid, version: i64, email: &str) {
     let value = json!({ "email": email, "display_name": "Ada Lovelace" }).to_string();
     let state = Draft::envelope("user.state", user, version).with_value(value.as_bytes());
     system.kafka.write(USER_STATE, &state).await;

@@ -4,6 +4,7 @@ pub mod check;
 pub mod credentials;
 pub mod demo;
 pub mod full;
+pub mod metrics;
 pub mod mistakes;
 pub mod prepare;
 mod report;
