@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # The image of one service: docker build --build-arg SERVICE=user .
-# SERVICE=credentials is the image of the program that makes certificates for compose.secure.yaml.
+# SERVICE=console is the image of the live page. SERVICE=credentials is the image of the program that
+# makes certificates for compose.secure.yaml.
 #
 # The first stage builds every folder in services/ and does not use SERVICE, so that the images of
 # all services cost one build.
@@ -19,10 +20,10 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target,sharing=locked \
     find . -name '*.rs' -not -path './target/*' -exec touch {} + \
- && cargo build --release --locked $(ls services | sed 's/^/--package /') --package credentials \
+ && cargo build --release --locked $(ls services | sed 's/^/--package /') --package credentials --package waybill-console \
  && mkdir /programs \
  && cd target/release \
- && cp $(ls /src/services) credentials /programs/
+ && cp $(ls /src/services) credentials console /programs/
 
 # Contains a C runtime, certificates and an unprivileged user, but no shell and no tools. Its glibc
 # is newer than that of the first stage, as the programs need.

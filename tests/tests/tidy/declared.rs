@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use shared::events::{EmailEvent, Event, Topic, UserEvent, UserState};
-use topology::{SERVICES, Service, with_database};
+use topology::{CONSOLE, SERVICES, Service, Tool, with_database};
 
 use crate::tree::{code, files, read};
 
@@ -76,7 +76,39 @@ fn the_topology_has_the_ports_of_the_services_and_of_the_compose_file() {
     }
     let built = compose.lines().filter(|line| line.trim_start().starts_with("build:")).count();
     let migrations = with_database().count();
-    assert_eq!(built, SERVICES.len() + migrations, "services that docker-compose.yml builds");
+    assert_eq!(built, SERVICES.len() + migrations + 1, "services that docker-compose.yml builds, and the console");
+}
+
+/// The compose file cannot derive the addresses of the services.
+#[test]
+fn the_console_of_the_compose_file_asks_every_service() {
+    let stanza = stanza(&read("docker-compose.yml"), CONSOLE.name).expect("docker-compose.yml has the console");
+    let addresses = SERVICES.map(|Service { name, admin, .. }| format!("{name}={name}:{admin}")).join(",");
+    let Tool { http, admin, .. } = CONSOLE;
+    for line in [
+        format!("ADMIN_ADDRESSES: {addresses}"),
+        format!("HTTP_ADDR: 0.0.0.0:{http}"),
+        format!("ADMIN_ADDR: 0.0.0.0:{admin}"),
+        format!("ports: [\"127.0.0.1:{http}:{http}\", \"127.0.0.1:{admin}:{admin}\"]"),
+    ] {
+        assert!(stanza.contains(&line), "docker-compose.yml, console: no {line}");
+    }
+    let secured = read("compose.secure.yaml");
+    assert!(secured.contains(&format!("KAFKA_USER: {}", CONSOLE.kafka_user())), "compose.secure.yaml: no console");
+}
+
+/// The console is a client. Its folder, its entry in the topology and its stanza in the compose file
+/// can be deleted.
+#[test]
+fn nothing_depends_on_the_console() {
+    let folders = ["services", "shared", "tests", "tools"];
+    for (path, manifest) in folders.into_iter().flat_map(|folder| files(folder, "Cargo.toml")) {
+        let is_dependency = manifest.lines().any(|line| line.starts_with(&CONSOLE.package()));
+        assert!(!is_dependency, "{path} depends on the console");
+    }
+    for (path, text) in files("services", ".rs").into_iter().chain(files("shared", ".rs")) {
+        assert!(!text.contains("CONSOLE") && !text.contains("console::"), "{path} knows the console");
+    }
 }
 
 /// Docker and the test bed run the same definition of roles and databases. The script that Docker

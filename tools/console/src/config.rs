@@ -3,13 +3,29 @@
 use std::net::SocketAddr;
 use std::str::FromStr;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use shared::messaging::KafkaConfig;
 use shared::platform::telemetry::TelemetryConfig;
 use topology::SERVICES;
 
 /// Shows where events are, what waits, and the records as they arrive.
 #[derive(Parser)]
+pub struct Cli {
+    #[command(flatten)]
+    pub config: Config,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+#[derive(Subcommand, Clone, Copy, Debug)]
+pub enum Command {
+    /// Serve the pages (the default).
+    Serve,
+    /// Ask the running console whether it serves. Exits with status 0 if it does.
+    Healthcheck,
+}
+
+#[derive(Args)]
 pub struct Config {
     /// Address of the pages. Keep it off the public network.
     #[arg(long, env, default_value = "127.0.0.1:8084")]

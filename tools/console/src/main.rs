@@ -12,11 +12,15 @@ mod safety;
 mod server;
 mod system;
 
-use config::Config;
+use config::{Cli, Command};
+use shared::platform::health::healthcheck;
 use shared::platform::settings;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let config: Config = settings::parse();
-    server::run(config).await
+    let Cli { config, command } = settings::parse();
+    match command.unwrap_or(Command::Serve) {
+        Command::Serve => server::run(config).await,
+        Command::Healthcheck => healthcheck(config.admin_addr).await,
+    }
 }

@@ -36,7 +36,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let services = config.services()?;
     let mut kafka = config.kafka.clone();
     kafka.kafka_client_id.get_or_insert_with(|| "waybill-console".to_owned());
-    let metrics = Metrics::default();
+    // No span of the console has an exemplar.
+    let metrics = Metrics::new(false);
     let traces = telemetry::init("console", &config.telemetry, &metrics)?;
     let stop = CancellationToken::new();
     let mut tasks = Tasks::new();

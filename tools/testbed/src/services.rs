@@ -161,7 +161,7 @@ pub fn environment(stack: &Stack, service: Service) -> Vec<(String, String)> {
 /// The settings with which the console finds a stack.
 pub fn environment_of_console(stack: &Stack) -> Vec<(String, String)> {
     let settings = match &stack.secured {
-        Some(secured) => secured.kafka_login(CONSOLE.name),
+        Some(secured) => secured.kafka_login(&CONSOLE.kafka_user()),
         None => vec![("KAFKA_BROKERS", stack.kafka_addresses())],
     };
     settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::{OPERATOR_ACTIONS, Service};
+use crate::{CONSOLE, OPERATOR_ACTIONS, SERVICES, Service, Tool};
 
 /// The name of the only cluster resource.
 const CLUSTER: &str = "kafka-cluster";
@@ -46,9 +46,10 @@ pub struct Naming<'a> {
     pub manage_topics: bool,
 }
 
-/// The rules of every service.
+/// The rules of every service and of the console.
 pub fn all_rules(naming: Naming<'_>) -> BTreeSet<Rule> {
-    crate::SERVICES.into_iter().flat_map(|service| service.rules(naming)).collect()
+    let services = SERVICES.into_iter().flat_map(|service| service.rules(naming));
+    services.chain(CONSOLE.rules(naming)).collect()
 }
 
 impl Service {
@@ -72,7 +73,7 @@ impl Service {
     ///   `default.replication.factor`.
     pub fn rules(&self, naming: Naming<'_>) -> BTreeSet<Rule> {
         use Operation::{Create, Describe, DescribeConfigs, Read, Write};
-        let mut granted: Vec<(Resource, &str, &[Operation])> = vec![];
+        let mut granted: Vec<Grants> = vec![];
         let transactional_id = self.transactional_id();
         for topic in self.writes {
             granted.push((Resource::Topic, topic, &[Describe, DescribeConfigs, Write]));
@@ -96,20 +97,47 @@ impl Service {
             granted.extend(owned.map(|topic| (Resource::Topic, topic, [Create].as_slice())));
             granted.push((Resource::Cluster, CLUSTER, &[DescribeConfigs]));
         }
-        let mut rules = BTreeSet::new();
-        for (resource, name, operations) in granted {
-            let prefix = if resource == Resource::Cluster { "" } else { naming.topic_prefix };
-            for operation in operations {
-                rules.insert(Rule {
-                    principal: format!("User:{}", self.kafka_user()),
-                    resource,
-                    name: format!("{prefix}{name}"),
-                    operation: *operation,
-                });
-            }
-        }
-        rules
+        rules(&self.kafka_user(), naming, &granted)
     }
+}
+
+impl Tool {
+    /// The name with which the tool logs in to Kafka.
+    pub fn kafka_user(&self) -> String {
+        format!("waybill-{}", self.name)
+    }
+
+    /// What its principal may do: read the topics of the services, and ask how far their groups have
+    /// read. It writes nothing and joins no group. librdkafka looks for the coordinator of the group
+    /// that its readers name, hence the rights on a group of its own.
+    pub fn rules(&self, naming: Naming<'_>) -> BTreeSet<Rule> {
+        use Operation::{Describe, Read};
+        let mut granted: Vec<Grants> = vec![(Resource::Group, self.name, &[Describe])];
+        for service in SERVICES {
+            granted.extend(service.writes.iter().map(|topic| (Resource::Topic, *topic, [Describe, Read].as_slice())));
+            granted.extend(service.groups.iter().map(|group| (Resource::Group, group.name, [Describe].as_slice())));
+        }
+        rules(&self.kafka_user(), naming, &granted)
+    }
+}
+
+/// Operations on a resource of this name, without the topic prefix.
+type Grants<'a> = (Resource, &'a str, &'a [Operation]);
+
+fn rules(user: &str, naming: Naming<'_>, granted: &[Grants]) -> BTreeSet<Rule> {
+    let mut rules = BTreeSet::new();
+    for (resource, name, operations) in granted {
+        let prefix = if *resource == Resource::Cluster { "" } else { naming.topic_prefix };
+        for operation in *operations {
+            rules.insert(Rule {
+                principal: format!("User:{user}"),
+                resource: *resource,
+                name: format!("{prefix}{name}"),
+                operation: *operation,
+            });
+        }
+    }
+    rules
 }
 
 /// Resources on which one principal may do the same: what one call of Kafka's tool grants.
