@@ -88,6 +88,6 @@ impl Certificate {
 
     /// Writes the private key and then the certificate into one file, in PEM format.
     pub fn write(&self, file: &Path) {
-        std::fs::write(file, self.key.serialize_pem() + &self.certificate.pem()).unwrap();
+        std::fs::write(file, format!("{}{}", self.key.serialize_pem(), self.certificate.pem())).unwrap();
     }
 }

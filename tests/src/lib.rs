@@ -14,6 +14,7 @@
 )]
 
 pub mod alerts;
+pub mod browser;
 pub mod certificates;
 pub mod checker;
 pub mod clock;

@@ -41,8 +41,7 @@ async fn the_map_shows_the_reason_of_each_replica() {
     let mut system = System::empty().await;
     system.processes.spawn_with(USER, &[("USER_DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing")]);
     let console = system.console().await;
-    let map = console.until_shows("/", "user waits for database").await;
-    assert!(map.contains("class=\"pill wait\">database: "), "{map}");
+    console.until_shows("/", "class=\"pill wait\">database: ").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -54,7 +53,7 @@ async fn the_events_are_listed_as_they_arrive_and_hide_personal_data() {
         system.users.register_as(&email),
         console.until_updated("/live/events?type=user.registered", "\"kind\":\"user.registered\"")
     );
-    let events = console.until_shows(&format!("/events?user={user}"), "user.state").await;
+    let events = console.until_shows(&format!("/events?user={user}"), "/events/user.state.v1/").await;
     assert!(events.contains("user.registered"), "{events}");
     assert!(!console.get("/events?type=user.deleted").await.body.contains(&user.to_string()));
 
@@ -139,7 +138,7 @@ async fn the_console_needs_no_service_and_joins_no_group() {
     system.processes.start_all().await;
     console.until_shows("/", "all parts work").await;
     system.users.register().await;
-    console.until_shows("/events", "user.registered").await;
+    console.until_shows("/events", "user.registered<").await;
     for group in
         ["console"].into_iter().chain(SERVICES.iter().flat_map(|service| service.groups).map(|group| group.name))
     {

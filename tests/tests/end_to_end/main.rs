@@ -16,6 +16,7 @@ mod cache_view;
 mod cache_waiters;
 mod commands;
 mod console;
+mod console_browser;
 mod consumer_crashes;
 mod consumer_waits;
 mod databases;

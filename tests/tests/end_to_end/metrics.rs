@@ -118,7 +118,7 @@ async fn there_is_no_exemplar_without_a_trace_at_the_collector() {
         let requests = exemplars(&page(&system, USER).await, "http_request_duration_seconds");
         assert!(!requests.contains(TRACE), "with {endpoint:?}, {flags}");
         if endpoint.is_none() {
-            let pages = page(&system, USER).await + &page(&system, ANALYTICS).await;
+            let pages = [page(&system, USER).await, page(&system, ANALYTICS).await].concat();
             assert!(!pages.contains(" # {"), "an exemplar without a collector");
         }
     }

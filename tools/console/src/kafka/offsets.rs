@@ -93,8 +93,9 @@ fn ask<'a>(
         }
     }
     for (group, client) in groups {
+        let Some(partitions) = offsets.ends.get(group.topic) else { continue };
         let mut asked = TopicPartitionList::new();
-        for partition in offsets.ends.get(group.topic).into_iter().flat_map(BTreeMap::keys) {
+        for partition in partitions.keys() {
             asked.add_partition(&kafka.prefixed(group.topic), *partition);
         }
         let committed = client.committed_offsets(asked, ANSWER_LIMIT);

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use serde_json::Value;
@@ -84,7 +85,7 @@ fn read(kafka: &KafkaConfig, topic: Topic, coordinates: &Coordinates) -> anyhow:
                 return Ok(Found::Record(content(topic, &message)));
             }
             // The next record of the partition, or its end.
-            Some(Ok(_) | Err(rdkafka::error::KafkaError::PartitionEOF(_))) => return Ok(Found::Nothing),
+            Some(Ok(_) | Err(KafkaError::PartitionEOF(_))) => return Ok(Found::Nothing),
             Some(Err(error)) => return Err(error.into()),
             None => {}
         }

@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use shared::messaging::{KafkaConfig, headers};
@@ -22,7 +23,7 @@ const READ_AT_START: i64 = 20;
 const TEXT_LIMIT: usize = 64;
 /// How long one poll waits, so that a stop is noticed.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// The pause after a failure.
+/// The pause before the next look at topics that do not exist, or that could not be read.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A record that has arrived.
@@ -89,16 +90,15 @@ impl Recent {
 /// Follows all topics until the stop. Topics that do not exist yet are followed when they do.
 pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) -> anyhow::Result<()> {
     let consumer: BaseConsumer = kafka.reader(GROUP).create()?;
-    let mut followed = 0;
+    let mut missing = topics();
+    let mut looked: Option<Instant> = None;
     let mut logged = None;
     while !stop.is_cancelled() {
-        if followed < topics().len() {
-            match assign(kafka, &consumer) {
-                Ok(existing) => followed = existing,
+        if !missing.is_empty() && looked.is_none_or(|looked| looked.elapsed() >= RETRY_INTERVAL) {
+            looked = Some(Instant::now());
+            match assign(kafka, &consumer, &missing) {
+                Ok(assigned) => missing.retain(|topic| !assigned.contains(topic)),
                 Err(error) => tracing::debug!(%error, "Kafka does not list the topics; will retry"),
-            }
-            if followed < topics().len() {
-                std::thread::sleep(RETRY_INTERVAL);
             }
         }
         match consumer.poll(POLL_INTERVAL) {
@@ -107,38 +107,40 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
                     recent.push(seen);
                 }
             }
-            Some(Err(rdkafka::error::KafkaError::PartitionEOF(_))) | None => {}
+            Some(Err(KafkaError::PartitionEOF(_))) | None => {}
             Some(Err(error)) => {
-                let error = error.to_string();
                 if logged.as_ref() != Some(&error) {
-                    tracing::warn!(error, "cannot read the topics; will retry");
+                    tracing::warn!(%error, "cannot read the topics; will retry");
                     logged = Some(error);
                 }
-                // A partition whose offset was deleted is not read any more: begin again.
-                followed = 0;
-                std::thread::sleep(RETRY_INTERVAL);
+                // A partition is not read any more if its next offset was deleted. So all are read
+                // again from shortly before their ends.
+                consumer.unassign()?;
+                missing = topics();
+                looked = Some(Instant::now());
             }
         }
     }
     Ok(())
 }
 
-/// Assigns all partitions of the topics that exist, shortly before their ends. Returns how many
-/// topics exist.
-fn assign(kafka: &KafkaConfig, consumer: &BaseConsumer) -> anyhow::Result<usize> {
+/// Assigns all partitions of those topics that exist, shortly before their ends, and returns these
+/// topics.
+fn assign(kafka: &KafkaConfig, consumer: &BaseConsumer, topics: &[&'static str]) -> anyhow::Result<Vec<&'static str>> {
     let mut assigned = TopicPartitionList::new();
-    let mut existing = 0;
-    for topic in topics() {
+    let mut existing = vec![];
+    for topic in topics {
         let name = kafka.prefixed(topic);
         let metadata = consumer.fetch_metadata(Some(&name), ANSWER_LIMIT)?;
-        let partitions: Vec<i32> =
-            metadata.topics().iter().flat_map(|topic| topic.partitions()).map(|partition| partition.id()).collect();
-        existing += usize::from(!partitions.is_empty());
-        for partition in partitions {
-            assigned.add_partition_offset(&name, partition, start(consumer, &name, partition)?)?;
+        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+            let start = start(consumer, &name, partition.id())?;
+            assigned.add_partition_offset(&name, partition.id(), start)?;
+            existing.push(*topic);
         }
     }
-    consumer.assign(&assigned)?;
+    if !existing.is_empty() {
+        consumer.incremental_assign(&assigned)?;
+    }
     Ok(existing)
 }
 
