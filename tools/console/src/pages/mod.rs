@@ -38,6 +38,7 @@ pub fn routes(app: App) -> Router {
         .route("/live/events", routing::get(events::live))
         .route("/events/{topic}/{partition}/{offset}", routing::get(events::record))
         .route("/assets/look.css", asset("text/css", include_str!("../../assets/look.css")))
+        .route("/assets/icon.svg", asset("image/svg+xml", include_str!("../../assets/icon.svg")))
         .route("/assets/map.js", asset("text/javascript", include_str!("../../assets/map.js")))
         .route("/assets/events.js", asset("text/javascript", include_str!("../../assets/events.js")))
         .fallback(async || failure(StatusCode::NOT_FOUND, "The console has no such page."))
