@@ -257,7 +257,7 @@ impl Metrics {
             name: "dead_letters_open",
             unit: "dead letters",
             labels: &["group"],
-            meaning: "Dead letters that are not settled yet. Absent until they have been counted",
+            meaning: "Dead letters that are not settled yet. 0 until the process has counted them after its start",
             bad: "above 0: [There are dead letters](operations.md#there-are-dead-letters)",
         };
         self.register(description, &self.dead_letters_open);
