@@ -2,10 +2,13 @@
 
 use topology::{ANALYTICS, CACHE, EMAIL, Group, SERVICES, Service, USER};
 
+pub use topology::OPERATOR_ACTIONS;
+
 pub const USER_EVENTS: &str = USER.writes[0];
 pub const USER_STATE: &str = USER.writes[1];
 pub const EMAIL_EVENTS: &str = EMAIL.writes[0];
-/// The topics with facts and states. Dead letters have topics of their own.
+/// The topics with facts and states. Dead letters and the actions of operators have topics of their
+/// own.
 pub const TOPICS: [&str; 3] = [USER_EVENTS, USER_STATE, EMAIL_EVENTS];
 
 /// Groups of the analytics service.

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use testbed::smtp_sink::{Mail, Outcome as Answer};
 use tests::checker::{
-    Analytics, Audited, Delivery, Email, Fact, History, Inserted, Operation, Outcome, Person, Recipient, Request,
-    Steps, StoredUser, violations,
+    Analytics, Audited, Delivery, Discard, Email, Fact, History, Inserted, Operation, Outcome, Person, Recipient,
+    Request, Steps, StoredUser, violations,
 };
 use tests::record::{Draft, Record};
 use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_EVENTS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
@@ -186,6 +186,52 @@ fn a_dead_lettered_fact_without_effect_is_no_violation() {
     assert_eq!(violations(&history), []);
 }
 
+/// A discard of the letter of the fact at this offset by `analytics.users`.
+fn discard(offset: usize) -> Discard {
+    let letter = format!("t.user.events.v1-0-{offset}");
+    Discard { group: ANALYTICS_USERS.to_owned(), letter, is_done: true }
+}
+
+#[test]
+fn a_discarded_fact_without_effect_is_no_violation() {
+    let mut history = correct_history();
+    let fact = letter(&history, 1);
+    remove_effect(&mut history, &fact);
+    history.letters = BTreeMap::from([(ANALYTICS_USERS, vec![fact])]);
+    history.discards.push(discard(1));
+    assert_eq!(violations(&history), []);
+    // The process died between the two records of the action.
+    history.discards[0].is_done = false;
+    assert_eq!(violations(&history), []);
+    // Another copy of the fact took effect.
+    let copy = Record { offset: 9, ..history.facts[1].clone() };
+    analytics(&mut history).inbox.get_mut(USER_EVENTS).unwrap().insert(event_id(&copy));
+    history.facts.push(copy);
+    history.counted.insert(ANALYTICS_USERS, 5);
+    assert_eq!(violations(&history), []);
+}
+
+#[test]
+fn the_records_of_a_discard_are_one_discard() {
+    let record = |value: serde_json::Value| Record {
+        partition: 0,
+        offset: 0,
+        key: None,
+        value: Some(value.to_string().into_bytes()),
+        headers: vec![],
+    };
+    let target = discard(1).letter;
+    let first = json!({ "action_id": "1", "action": "discard", "target": target, "group": ANALYTICS_USERS });
+    let mut second = first.clone();
+    second["outcome"] = json!("done");
+    let other = json!({ "action_id": "2", "action": "show", "target": target, "group": ANALYTICS_USERS });
+    let actions = [first, other].map(record);
+    assert_eq!(Discard::all(&actions), [Discard { is_done: false, ..discard(1) }]);
+    let [first, other] = actions;
+    assert_eq!(Discard::all(&[first, other, record(second)]), [discard(1)]);
+    assert_eq!(discard(1).place(), Some((0, 1)));
+}
+
 #[test]
 fn a_dead_lettered_registration_that_is_not_counted_is_no_violation() {
     let mut history = correct_history();
@@ -340,6 +386,35 @@ fn a_recipient_that_is_not_the_newest_state_is_reported() {
 #[test]
 fn an_uncounted_record_is_reported() {
     assert_reported("I11", |history| history.counted.insert(ANALYTICS_USERS, 3));
+}
+
+#[test]
+fn a_wrong_discard_is_reported() {
+    // It was no dead letter.
+    assert_reported("I11", |history| history.discards.push(discard(1)));
+    // The action says that it was done, and the letter is open.
+    assert_reported("I11", |history| {
+        let fact = letter(history, 1);
+        remove_effect(history, &fact);
+        history.letters = BTreeMap::from([(ANALYTICS_USERS, vec![fact.clone()])]);
+        history.open = history.letters.clone();
+        history.discards.push(discard(1));
+    });
+    // Another group's discard does not excuse a missing effect.
+    assert_reported("I9", |history| {
+        let fact = letter(history, 1);
+        remove_effect(history, &fact);
+        history.letters = BTreeMap::from([(EMAIL_WELCOME, vec![fact])]);
+        history.discards.push(Discard { group: EMAIL_WELCOME.to_owned(), ..discard(1) });
+    });
+}
+
+#[test]
+fn a_letter_that_compaction_would_delete_is_reported() {
+    assert_reported("I11", |history| {
+        let wrong = Record { value: None, ..letter(history, 1) };
+        history.letters = BTreeMap::from([(ANALYTICS_USERS, vec![wrong])]);
+    });
 }
 
 #[test]

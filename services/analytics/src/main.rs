@@ -13,12 +13,12 @@ use audit::Audit;
 use clap::{Parser, Subcommand};
 use projections::{Mailed, Registered};
 use rebuild::Rebuild;
-use shared::messaging::{Handler, Inbox, Projection, Redrive, dead_letter, list_dead_letters, redrive};
+use shared::messaging::{Handler, Inbox, Projection};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings;
-use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig, create_topics};
+use shared::service::{self, AdminCommand, DatabaseCommand, Service, ServiceConfig, create_topics};
 use sqlx::migrate::Migrator;
 
 const GROUPS: [&str; 3] = [Registered::GROUP, Mailed::GROUP, Audit::GROUP];
@@ -42,7 +42,7 @@ enum Command {
     #[command(flatten)]
     Database(DatabaseCommand),
     #[command(flatten)]
-    Consumer(ConsumerCommand),
+    Admin(AdminCommand),
     /// Rebuild the read models from the log while the service runs, compare them with the live
     /// ones, and swap.
     Rebuild(Rebuild),
@@ -77,13 +77,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
-        Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
-            dead_letter(config.service.admin_addr, &options).await
-        }
-        Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
-            list_dead_letters(&config.service.kafka, &GROUPS, options)
-        }
-        Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
+        Command::Admin(command) => command.run(config.service.admin_addr).await,
         Command::Rebuild(options) => {
             rebuild::run(&config.service.kafka, config.database_url.expose(), &MIGRATIONS, &options).await
         }
@@ -98,12 +92,4 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     service.consume(Audit { db: db.clone() });
     service.http(config.http_addr, http::routes(db)).await?;
     service.run().await
-}
-
-async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = database::open(config.database_url.expose()).await?;
-    let kafka = &config.service.kafka;
-    redrive(kafka, &Inbox::new(db.clone(), Registered), &options).await?;
-    redrive(kafka, &Inbox::new(db.clone(), Mailed), &options).await?;
-    redrive(kafka, &Audit { db }, &options).await
 }

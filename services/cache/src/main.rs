@@ -13,10 +13,10 @@ use std::net::SocketAddr;
 
 use anyhow::ensure;
 use clap::{Parser, Subcommand};
-use shared::messaging::{Handler, dead_letter, list_dead_letters, redrive};
+use shared::messaging::Handler;
 use shared::platform::health::healthcheck;
 use shared::platform::settings::{self, number};
-use shared::service::{self, ConsumerCommand, Service, ServiceConfig, create_topics};
+use shared::service::{self, AdminCommand, Service, ServiceConfig, create_topics};
 use valkey::ValkeyConfig;
 use view::View;
 use waiters::{Waiters, Waking};
@@ -35,7 +35,7 @@ enum Command {
     #[command(flatten)]
     Service(service::Command),
     #[command(flatten)]
-    Consumer(ConsumerCommand),
+    Admin(AdminCommand),
 }
 
 #[derive(clap::Args)]
@@ -62,16 +62,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Service(service::Command::CreateTopics) => {
             create_topics(&config.service.kafka, &[], &[View::GROUP]).await
         }
-        Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
-            dead_letter(config.service.admin_addr, &options).await
-        }
-        Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
-            list_dead_letters(&config.service.kafka, &[View::GROUP], options)
-        }
-        Command::Consumer(ConsumerCommand::Redrive(options)) => {
-            let view = View::new(config.valkey.client()?, &config.service.kafka.topic_prefix);
-            redrive(&config.service.kafka, &view, &options).await
-        }
+        Command::Admin(command) => command.run(config.service.admin_addr).await,
     }
 }
 

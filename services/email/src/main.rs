@@ -26,12 +26,12 @@ use metrics::DeliveryMetrics;
 use operator::{RetryFailed, RetryUnknown, SendHeld};
 use sender::Sender;
 use shared::events::Topic;
-use shared::messaging::{Handler, Redrive, RelayConfig, dead_letter, list_dead_letters, redrive};
+use shared::messaging::{Handler, RelayConfig};
 use shared::platform::database;
 use shared::platform::health::healthcheck;
 use shared::platform::secret::{Secret, SecretSetting};
 use shared::platform::settings::{self, number};
-use shared::service::{self, ConsumerCommand, DatabaseCommand, Service, ServiceConfig, create_topics};
+use shared::service::{self, AdminCommand, DatabaseCommand, Service, ServiceConfig, create_topics};
 use smtp::Server;
 use sqlx::PgPool;
 use sqlx::migrate::Migrator;
@@ -62,7 +62,7 @@ enum Command {
     #[command(flatten)]
     Database(DatabaseCommand),
     #[command(flatten)]
-    Consumer(ConsumerCommand),
+    Admin(AdminCommand),
     /// Send mails that are held because their event is older than MAX_AGE_HOURS.
     SendHeld(SendHeld),
     /// Send mails again that the server refused permanently.
@@ -119,13 +119,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Database(DatabaseCommand::Migrate) => {
             database::migrate(config.database_url.expose(), &MIGRATIONS).await
         }
-        Command::Consumer(ConsumerCommand::DeadLetter(options)) => {
-            dead_letter(config.service.admin_addr, &options).await
-        }
-        Command::Consumer(ConsumerCommand::DeadLetters(options)) => {
-            list_dead_letters(&config.service.kafka, &GROUPS, options)
-        }
-        Command::Consumer(ConsumerCommand::Redrive(options)) => redrive_all(config, options).await,
+        Command::Admin(command) => command.run(config.service.admin_addr).await,
         Command::SendHeld(options) => operator::send_held(&config.database().await?, &options).await,
         Command::RetryFailed(options) => operator::retry_failed(&config.database().await?, &options).await,
         Command::RetryUnknown(options) => operator::retry_unknown(&config.database().await?, &options).await,
@@ -168,14 +162,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     drop(sender);
     service.http(config.http_addr, http::routes(db)).await?;
     service.run().await
-}
-
-async fn redrive_all(config: Config, options: Redrive) -> anyhow::Result<()> {
-    let db = config.database().await?;
-    let metrics = DeliveryMetrics::default();
-    let kafka = &config.service.kafka;
-    redrive(kafka, &config.welcome(&db, &metrics), &options).await?;
-    redrive(kafka, &Recipients { db, metrics }, &options).await
 }
 
 impl Config {

@@ -2,12 +2,14 @@
 //! [`crate::messaging::outbox::publish`], and several with
 //! [`publish_all`](crate::messaging::outbox::publish_all).
 
+mod action;
 mod address;
 mod email;
 mod envelope;
 mod topics;
 mod user;
 
+pub use action::{OperatorAction, Outcome as ActionOutcome, Step as ActionStep};
 pub use address::check_address;
 pub use email::{Delivery, EmailEvent, Undelivered};
 pub(crate) use envelope::trace_context;

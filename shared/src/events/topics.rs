@@ -38,8 +38,13 @@ impl Topic {
     /// What happened to mails.
     pub const EMAIL_EVENTS: Self = Self::facts("email.events.v1", "delivery");
 
+    /// What operators did: see [`OperatorAction`](super::OperatorAction). Every service that consumes
+    /// writes it, and each creates it. It has one partition, so that the list of actions is in order.
+    pub const OPERATOR_ACTIONS: Self =
+        Self { name: "operator.actions.v1", aggregate: "action", partitions: 1, kind: Kind::Facts };
+
     /// Every topic.
-    pub const ALL: [Self; 3] = [Self::USER_EVENTS, Self::USER_STATE, Self::EMAIL_EVENTS];
+    pub const ALL: [Self; 4] = [Self::USER_EVENTS, Self::USER_STATE, Self::EMAIL_EVENTS, Self::OPERATOR_ACTIONS];
 
     /// The declared topic of this logical name.
     pub fn named(name: &str) -> Option<Self> {

@@ -1,8 +1,11 @@
 //! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or
-//! [`inbox`] → [`dead_letters`]. [`replay`] reads a topic again from its beginning.
+//! [`inbox`] → [`dead_letters`]. [`replay`] reads a topic again from its beginning. [`admin`] has what
+//! operators do on the admin port, and [`actions`] the record of it.
 
 mod kafka;
 mod errors;
+mod acknowledged;
+mod reader;
 pub mod outbox;
 mod topics;
 mod relay;
@@ -12,11 +15,15 @@ mod inbox;
 mod dead_letters;
 mod consumer;
 mod replay;
+mod actions;
+mod admin;
 
-pub(crate) use consumer::{BATCH_RECORDS, BlockedRecords, Consumer, ConsumerSetup};
-pub use consumer::{BreakerConfig, DeadLetterRecord, dead_letter};
-pub use dead_letters::{ListDeadLetters, Redrive, list_dead_letters, redrive};
-pub(crate) use dead_letters::{count_open_dead_letters, declared_topic as dead_letter_topic};
+pub(crate) use actions::declared_topic as actions_topic;
+pub use admin::AdminCommand;
+pub(crate) use admin::{Operations, routes as admin_routes};
+pub use consumer::BreakerConfig;
+pub(crate) use consumer::{BATCH_RECORDS, Consumer, ConsumerSetup};
+pub(crate) use dead_letters::declared_topic as dead_letter_topic;
 pub use handler::{EndOfPartition, Failure, Handler, Outcome, Recorded};
 pub use inbox::{Inbox, Projection};
 pub use kafka::KafkaConfig;

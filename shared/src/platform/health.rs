@@ -1,5 +1,5 @@
 //! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`, `/metrics/descriptions`. The messaging
-//! layer adds `/dead-letters`.
+//! layer adds what operators need about consumers.
 //!
 //! `/livez` does not check any dependency, because a restart would not repair the database.
 //! `/readyz` is for load balancers: whether this process can answer its own public requests.
@@ -170,6 +170,33 @@ pub(crate) async fn ask(
     body: Option<&Value>,
     limit: Duration,
 ) -> anyhow::Result<(u16, String)> {
+    let answer = timeout(limit, async {
+        let mut stream = send(admin_addr, method, path, headers, body, limit).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.context("the connection to the service was lost")?;
+        anyhow::Ok(answer)
+    });
+    let answer = answer.await.with_context(|| format!("{admin_addr} did not answer within {limit:?}"))??;
+    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    });
+    parsed.with_context(|| format!("{admin_addr} did not answer with HTTP: check ADMIN_ADDR"))
+}
+
+/// Sends a request to the admin port, as [`ask`] does, and returns the connection, from which the
+/// answer can be read. The service closes it after the answer.
+///
+/// # Errors
+/// The service cannot be reached in time.
+pub(crate) async fn send(
+    admin_addr: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: Option<&Value>,
+    limit: Duration,
+) -> anyhow::Result<TcpStream> {
     let mut addr = admin_addr;
     if addr.ip().is_unspecified() {
         addr.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
@@ -179,21 +206,13 @@ pub(crate) async fn ask(
         "{method} {path} HTTP/1.0\r\n{headers}content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let answer = timeout(limit, async {
+    let sent = timeout(limit, async {
         let mut stream = TcpStream::connect(addr).await?;
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.map(|_| answer)
+        stream.write_all(request.as_bytes()).await.map(|()| stream)
     });
-    let answer = answer
-        .await
+    sent.await
         .with_context(|| format!("{addr} did not answer within {limit:?}"))?
-        .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))?;
-    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some((status, body.to_owned()))
-    });
-    parsed.with_context(|| format!("{addr} did not answer with HTTP: check ADMIN_ADDR"))
+        .with_context(|| format!("cannot connect to {addr}: is the service running, and is ADMIN_ADDR the same?"))
 }
 
 #[cfg(test)]

@@ -2,8 +2,6 @@
 
 use clap::Subcommand;
 
-use crate::messaging::{DeadLetterRecord, ListDeadLetters, Redrive};
-
 /// Subcommands of every service.
 #[derive(Subcommand, Clone, Copy, Debug)]
 pub enum Command {
@@ -24,15 +22,4 @@ pub enum DatabaseCommand {
     /// owns the tables. The role of the running service cannot change tables. Safe to repeat, and
     /// to run while older releases run.
     Migrate,
-}
-
-/// Subcommands of a service that consumes events.
-#[derive(Subcommand, Clone, Debug)]
-pub enum ConsumerCommand {
-    /// Dead-letter a record that fails and blocks its partition. Asks the running service.
-    DeadLetter(DeadLetterRecord),
-    /// List the open dead letters.
-    DeadLetters(ListDeadLetters),
-    /// Hand the open dead letters to their handlers again.
-    Redrive(Redrive),
 }

@@ -6,7 +6,8 @@ mod command;
 mod config;
 mod create_topics;
 
-pub use command::{Command, ConsumerCommand, DatabaseCommand};
+pub use crate::messaging::AdminCommand;
+pub use command::{Command, DatabaseCommand};
 pub use config::ServiceConfig;
 pub use create_topics::create_topics;
 
@@ -21,13 +22,12 @@ use sqlx::migrate::Migrator;
 use sqlx::postgres::PgConnectOptions;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
-use crate::messaging::{self, BlockedRecords, Consumer, ConsumerSetup, Declared, Handler, Relay, RelayConfig, Wake};
+use crate::messaging::{self, Consumer, ConsumerSetup, Declared, Handler, Operations, Relay, RelayConfig, Wake};
 use crate::platform::access::{Gate, PublicRoutes, Rates, Tokens};
 use crate::platform::admin::{self, Guard};
 use crate::platform::health::{self, Health};
@@ -60,10 +60,10 @@ pub struct Service {
     draining: CancellationToken,
     /// Cancelled when the process stops.
     stop: CancellationToken,
-    /// Changes with each SIGUSR1.
-    resumed: watch::Sender<()>,
-    /// The records that block partitions of this process.
-    blocked_records: BlockedRecords,
+    /// What operators do on the admin port.
+    operations: Operations,
+    /// Whether the tasks that all consumers need were started.
+    consumes: bool,
     tasks: JoinSet<(String, anyhow::Result<()>)>,
     traces: SdkTracerProvider,
 }
@@ -89,6 +89,7 @@ impl Service {
         config.kafka.kafka_client_id.get_or_insert_with(|| format!("waybill-{name}"));
         let metrics = Metrics::new(config.telemetry.exports_spans());
         let traces = telemetry::init(name, &config.telemetry, &metrics)?;
+        let operations = Operations::new(&config.kafka, name);
         let mut service = Self {
             name,
             config,
@@ -97,14 +98,14 @@ impl Service {
             tokens: None,
             draining: CancellationToken::new(),
             stop: CancellationToken::new(),
-            resumed: watch::Sender::new(()),
-            blocked_records: BlockedRecords::default(),
+            operations,
+            consumes: false,
             tasks: JoinSet::new(),
             traces,
         };
         service.health.waiting(START, "all tasks of the process to start");
         let routes = health::router(service.health.clone(), service.metrics.clone());
-        let routes = routes.merge(service.blocked_records.clone().routes());
+        let routes = routes.merge(messaging::admin_routes(service.operations.clone()));
         let routes = http::with_whole_bodies(routes, service.config.http.read_timeout());
         let routes = admin::guarded(routes, Guard::new(&service.config.admin_tokens, service.config.admin_addr)?);
         let routes = http::identified(routes, service.draining.clone());
@@ -197,6 +198,7 @@ impl Service {
         let group = H::GROUP;
         self.metrics.register_consumers();
         let group_metrics = self.metrics.of_group(group);
+        self.record_actions();
         for number in 0..self.config.consumers {
             let setup = ConsumerSetup {
                 number,
@@ -205,8 +207,9 @@ impl Service {
                 breaker: self.config.breaker.clone(),
                 batch_records: self.config.batch_records,
                 exports_spans: self.config.telemetry.exports_spans(),
-                resumed: self.resumed.subscribe(),
-                blocked_records: self.blocked_records.clone(),
+                resumed: self.operations.resumed().subscribe(),
+                paused: self.operations.paused().subscribe(),
+                blocked_records: self.operations.blocked_records().clone(),
                 health: self.health.clone(),
                 metrics: self.metrics.clone(),
                 group_metrics: group_metrics.clone(),
@@ -217,19 +220,35 @@ impl Service {
             self.health.report(&setup.component("group"), "its thread to start");
             self.thread(format!("{group} consumer {number}"), move || Consumer::run(setup));
         }
-        let kafka = self.config.kafka.clone();
-        let health = self.health.clone();
-        let metrics = self.metrics.clone();
-        self.spawn(&format!("{group} dead-letter topic"), async move {
-            let topic = [messaging::dead_letter_topic(&kafka, group)];
-            messaging::ensure_topics(&kafka, &topic).await?;
-            messaging::watch_topics(&kafka, &topic, &health, &metrics).await
-        });
+        let topic = messaging::dead_letter_topic(&self.config.kafka, group);
+        self.keep_topic(&format!("{group} dead-letter topic"), topic);
+        let (index, redriver, jobs) = self.operations.add(handler, &self.stop);
         let kafka = self.config.kafka.clone();
         let metrics = self.metrics.clone();
         let stop = self.stop.clone();
-        self.thread(format!("{group} dead letters"), move || {
-            messaging::count_open_dead_letters(&kafka, group, &metrics, &stop)
+        self.thread(format!("{group} dead letters"), move || index.follow(&kafka, group, &metrics, &stop));
+        self.thread(format!("{group} redrives"), move || redriver.run(jobs));
+    }
+
+    /// Keeps the topic in which the actions of operators are recorded, and waits at the stop for those
+    /// in progress. Only once, with the first consumer group.
+    fn record_actions(&mut self) {
+        if std::mem::replace(&mut self.consumes, true) {
+            return;
+        }
+        self.keep_topic("topic of the operators' actions", messaging::actions_topic(&self.config.kafka));
+        self.spawn_draining("actions of operators", self.operations.clone().finish(self.stop.clone()));
+    }
+
+    /// Creates a topic that every service with consumers writes, or checks it, and then watches it.
+    fn keep_topic(&mut self, task: &str, topic: Declared) {
+        let kafka = self.config.kafka.clone();
+        let health = self.health.clone();
+        let metrics = self.metrics.clone();
+        self.spawn(task, async move {
+            let topics = [topic];
+            messaging::ensure_topics(&kafka, &topics).await?;
+            messaging::watch_topics(&kafka, &topics, &health, &metrics).await
         });
     }
 
@@ -364,7 +383,7 @@ impl Service {
         let stop = self.stop.clone();
         let draining = self.draining.clone();
         let health = self.health.clone();
-        let resumed = self.resumed.clone();
+        let resumed = self.operations.resumed().clone();
         let drain = self.config.drain();
         self.spawn_draining("signals", async move {
             loop {

@@ -36,6 +36,9 @@ pub struct History {
     pub letters: BTreeMap<&'static str, Vec<Record>>,
     /// Dead letters that are open at the end, by consumer group.
     pub open: BTreeMap<&'static str, Vec<Record>>,
+    /// Letters that operators discarded, as `operator.actions.v1` says. They are settled without an
+    /// effect.
+    pub discards: Vec<Discard>,
     /// Number of records that a consumer group counted as delivered. It contains only groups whose
     /// single process ran from the start of the run to its end.
     pub counted: BTreeMap<&'static str, u64>,
@@ -48,11 +51,54 @@ pub struct History {
 }
 
 impl History {
-    /// The facts of a topic, each once, without those that are open dead letters of the group.
+    /// The facts of a topic, each once, without those that are open dead letters of the group, and
+    /// without those whose every copy was discarded.
     pub fn facts_for(&self, group: &str, records: &[Record]) -> Vec<Fact> {
         let dead_lettered: BTreeSet<Uuid> =
             self.open.get(group).into_iter().flatten().filter_map(Fact::of).map(|fact| fact.id).collect();
-        Fact::distinct(records).into_iter().filter(|fact| !dead_lettered.contains(&fact.id)).collect()
+        let of_group = self.discards.iter().filter(|discard| discard.group == group);
+        let discarded: BTreeSet<(i32, i64)> = of_group.filter_map(Discard::place).collect();
+        let handled: Vec<Record> =
+            records.iter().filter(|record| !discarded.contains(&(record.partition, record.offset))).cloned().collect();
+        Fact::distinct(&handled).into_iter().filter(|fact| !dead_lettered.contains(&fact.id)).collect()
+    }
+}
+
+/// An action that discarded a dead letter. If its process died, it may not have settled the letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Discard {
+    pub group: String,
+    /// The coordinates of the record: the key of its letter.
+    pub letter: String,
+    /// Whether the second record of the action says that it was done.
+    pub is_done: bool,
+}
+
+impl Discard {
+    /// Partition and offset of the record.
+    pub fn place(&self) -> Option<(i32, i64)> {
+        let mut fields = self.letter.rsplitn(3, '-');
+        let offset = fields.next()?.parse().ok()?;
+        Some((fields.next()?.parse().ok()?, offset))
+    }
+
+    /// The discards in the records of `operator.actions.v1`.
+    pub fn all(actions: &[Record]) -> Vec<Self> {
+        let mut discards: BTreeMap<String, Self> = BTreeMap::new();
+        for record in actions {
+            let action: Value = serde_json::from_slice(record.value.as_deref().unwrap_or_default()).unwrap_or_default();
+            if action["action"] != "discard" {
+                continue;
+            }
+            let text = |name: &str| action[name].as_str().unwrap_or_default().to_owned();
+            let discard = discards.entry(text("action_id")).or_insert_with(|| Self {
+                group: text("group"),
+                letter: text("target"),
+                is_done: false,
+            });
+            discard.is_done |= action["outcome"] == "done";
+        }
+        discards.into_values().collect()
     }
 }
 

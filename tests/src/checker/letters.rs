@@ -1,6 +1,8 @@
-//! Counters and dead letters: I11 and I13.
+//! Counters, dead letters and discarded records: I11 and I13.
 
-use super::history::History;
+use std::collections::BTreeMap;
+
+use super::history::{Discard, History};
 use super::violation::Found;
 use crate::record::Record;
 use crate::services::{USER_EVENTS, USER_STATE, topic_of};
@@ -10,11 +12,24 @@ pub fn check(history: &History, found: &mut Found) {
         let records = records(history, group).len() as u64;
         found.expect(*counted >= records, "I11", || format!("{group} counted {counted} of {records} records"));
     }
+    for discard in &history.discards {
+        check_discard(history, discard, found);
+    }
     for (group, letters) in &history.letters {
         for letter in letters {
             check_letter(history, group, letter, found);
         }
     }
+}
+
+/// I11: what an operator discarded was a dead letter of that group before. What was discarded is not
+/// open any more.
+fn check_discard(history: &History, Discard { group, letter, is_done }: &Discard, found: &mut Found) {
+    let has = |letters: &BTreeMap<&'static str, Vec<Record>>| {
+        letters.get(group.as_str()).into_iter().flatten().any(|written| written.key_text() == *letter)
+    };
+    found.expect(has(&history.letters), "I11", || format!("{group} discarded {letter}, which was no dead letter"));
+    found.expect(!is_done || !has(&history.open), "I11", || format!("{group} discarded {letter}, and it is open"));
 }
 
 /// I13: the key of a dead letter names an existing record. The letter of a fact has the same value.
@@ -30,13 +45,17 @@ fn check_letter(history: &History, group: &str, letter: &Record, found: &mut Fou
     if topic_of(group) == USER_STATE {
         let names_record = is_topic_of_group && (original.is_some() || history.compacted);
         found.expect(names_record, "I13", || format!("a dead letter of {group} names no record: {key}"));
-        found.expect(letter.value.is_none(), "I13", || format!("the dead letter of a state has a value: {key}"));
+        let has_data = letter.value.as_ref().is_some_and(|value| !value.is_empty());
+        found.expect(!has_data, "I13", || format!("the dead letter of a state has a value: {key}"));
     } else {
         let names_record = is_topic_of_group && original.is_some();
         found.expect(names_record, "I13", || format!("a dead letter of {group} names no record: {key}"));
-        let same = original.is_none_or(|original| original.value == letter.value);
+        // The letter of a record without a value has an empty one.
+        let bytes = |record: &Record| record.value.clone().unwrap_or_default();
+        let same = original.is_none_or(|original| bytes(original) == bytes(letter));
         found.expect(same, "I13", || format!("a dead letter has other bytes than its record: {key}"));
     }
+    found.expect(letter.value.is_some(), "I11", || format!("compaction deletes the open dead letter {key}: no value"));
     let headers: Vec<&str> = letter.headers.iter().filter_map(|(name, _)| letter.header(name)).collect();
     found.expect(headers.iter().all(|header| !header.contains('@')), "I13", || {
         format!("personal data in the headers of the dead letter {key}")

@@ -14,8 +14,8 @@ mod violation;
 use violation::Found;
 
 pub use history::{
-    Analytics, Audited, Delivery, Email, Fact, Funnel, History, Inserted, Operation, Outcome, Person, Recipient,
-    Request, Steps, StoredUser,
+    Analytics, Audited, Delivery, Discard, Email, Fact, Funnel, History, Inserted, Operation, Outcome, Person,
+    Recipient, Request, Steps, StoredUser,
 };
 pub use violation::Violation;
 

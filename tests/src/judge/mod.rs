@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 
 use topology::{ANALYTICS, CACHE, EMAIL, USER};
 
-use crate::checker::{self, Email, History, Violation};
+use crate::checker::{self, Discard, Email, History, Violation};
 use crate::load::Answers;
 use crate::record::Record;
-use crate::services::{EMAIL_EVENTS, USER_EVENTS, USER_STATE, dead_letters_of, groups, service_of};
+use crate::services::{EMAIL_EVENTS, OPERATOR_ACTIONS, USER_EVENTS, USER_STATE, dead_letters_of, groups, service_of};
 use crate::system::System;
 use crate::waiting::DEADLINE;
 
@@ -98,6 +98,7 @@ impl Judge {
             cache: if processes.was_started(CACHE) { Some(stores.cached_profiles().await) } else { None },
             letters,
             open,
+            discards: Discard::all(&kafka.read(OPERATOR_ACTIONS)),
             counted: counted(system).await,
             work_left: vec![],
             ended,

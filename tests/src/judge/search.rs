@@ -4,7 +4,7 @@
 use sqlx::AssertSqlSafe;
 use topology::Service;
 
-use crate::services::{TOPICS, dead_letters_of, groups};
+use crate::services::{OPERATOR_ACTIONS, TOPICS, dead_letters_of, groups};
 use crate::system::System;
 
 /// Tables of every schema except Postgres' own.
@@ -46,7 +46,7 @@ async fn tables_with(system: &System, service: Service, texts: &[&str]) -> Vec<S
 
 fn topics_with(system: &System, texts: &[&str]) -> Vec<String> {
     let dead_letters = groups().map(dead_letters_of);
-    let topics = TOPICS.into_iter().map(str::to_owned).chain(dead_letters);
+    let topics = TOPICS.into_iter().chain([OPERATOR_ACTIONS]).map(str::to_owned).chain(dead_letters);
     let with = topics.filter(|topic| system.kafka.read(topic).iter().any(|record| contains(&record.text(), texts)));
     with.map(|topic| format!("topic {topic}")).collect()
 }

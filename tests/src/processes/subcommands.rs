@@ -23,7 +23,8 @@ impl Processes {
     ) -> anyhow::Result<String> {
         let program = testing::stack().programs.join(service.name);
         let mut command = tokio::process::Command::new(program);
-        command.args(arguments).envs(self.environment_of(service, settings)).kill_on_drop(true);
+        command.args(arguments).env("ADMIN_ADDR", self.admin_address(service)).kill_on_drop(true);
+        command.envs(self.environment_of(service, settings));
         let output = tokio::time::timeout(DEADLINE, command.output()).await??;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         anyhow::ensure!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
@@ -40,7 +41,13 @@ impl Processes {
         settings: &[(&str, &str)],
     ) -> Process {
         let mut command = service_process::command(service);
-        command.arg(name).args(arguments).envs(self.environment_of(service, settings));
+        command.arg(name).args(arguments).env("ADMIN_ADDR", self.admin_address(service));
+        command.envs(self.environment_of(service, settings));
         Process::spawn(name, command, &self.logs).unwrap()
+    }
+
+    /// Where the subcommands find the running service.
+    fn admin_address(&self, service: Service) -> String {
+        self.admin(service).url("").replace("http://", "")
     }
 }

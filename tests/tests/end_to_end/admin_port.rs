@@ -94,8 +94,6 @@ async fn an_action_needs_a_token_and_its_name_is_logged() {
 async fn the_subcommand_dead_letter_sends_its_token() {
     let mut system = System::empty().await;
     start(&mut system, &[("ADMIN_TOKENS", &format!("on-call:{ON_CALL}"))]).await;
-    let admin = system.processes.admin(ANALYTICS).url("").replace("http://", "");
-    system.processes.set("ADMIN_ADDR", &admin);
     let file = system.processes.file("token");
     std::fs::write(&file, format!("{ON_CALL}\n")).unwrap();
     let arguments = ["dead-letter", RECORD, "--reason", "a test"];

@@ -21,8 +21,8 @@ const OBSERVATION: Duration = Duration::from_secs(2);
 
 /// I9 I11: Every registration is rejected. After four letters the consumer pauses and reports it.
 /// It stays in its group and changes nothing, and the service's other group keeps working. SIGUSR1
-/// makes it retry. It pauses again while the bug is there, and resumes where it paused once the bug
-/// is fixed.
+/// makes it retry. It pauses again while the bug is there. Once the bug is fixed, the subcommand
+/// `close-breakers` makes it resume where it paused.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_deploy_pauses_its_consumer_until_an_operator_resumes_it() {
     let (mut system, db) = broken_analytics().await;
@@ -53,7 +53,7 @@ async fn a_bad_deploy_pauses_its_consumer_until_an_operator_resumes_it() {
     until_breaker_open(&system).await;
 
     remove_bug(&db).await;
-    system.processes.resume_consumers(ANALYTICS);
+    system.processes.run(ANALYTICS, &["close-breakers", "--reason", "the bug is fixed"]).await.unwrap();
     system.processes.until_ready(&[ANALYTICS]).await;
     system.users.until_counted(25, 0).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;

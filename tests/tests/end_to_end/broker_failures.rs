@@ -2,7 +2,7 @@
 
 use tests::checker::{Outcome, Request};
 use tests::load::{Answers, Load};
-use tests::services::{TOPICS, USER_EVENTS, dead_letters_of, groups};
+use tests::services::{OPERATOR_ACTIONS, TOPICS, USER_EVENTS, dead_letters_of, groups};
 use tests::{DEADLINE, System, eventually};
 use tokio::time::timeout;
 
@@ -53,7 +53,7 @@ async fn one_of_three_replicas_acknowledges_nothing_alone() {
     system.broker(1).tool("kafka.admin.ConfigCommand", &arguments).await.unwrap();
     system.processes.start_all().await;
     let letters = groups().map(dead_letters_of);
-    for topic in TOPICS.map(str::to_owned).into_iter().chain(letters) {
+    for topic in TOPICS.into_iter().chain([OPERATOR_ACTIONS]).map(str::to_owned).chain(letters) {
         let (settings, replicas) = system.kafka.topic_settings(&topic).await;
         let in_sync = settings.get("min.insync.replicas").map(String::as_str);
         assert_eq!((in_sync, replicas), (Some("2"), 3), "{topic}");

@@ -31,6 +31,7 @@ mod metrics;
 mod metrics_page;
 mod migrations;
 mod network_faults;
+mod operators;
 mod outages;
 mod outbox;
 mod outcome_counters;

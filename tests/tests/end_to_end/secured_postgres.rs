@@ -120,7 +120,6 @@ async fn every_session_uses_tls_with_a_client_certificate() {
         (USER, &["migrate"][..]),
         (USER, &["republish"]),
         (EMAIL, &["send-held", "--younger-than-hours", "1"]),
-        (EMAIL, &["redrive"]),
         (ANALYTICS, &["rebuild"]),
     ] {
         let settings = [(&*service.database_url_setting(), system.stores.owner_url(service))];

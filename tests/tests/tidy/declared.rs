@@ -9,8 +9,12 @@ use topology::{SERVICES, Service, with_database};
 use crate::tree::{code, files, read};
 
 /// The topics that `shared` declares, by the name of their constant.
-const TOPICS: [(&str, Topic); 3] =
-    [("USER_EVENTS", Topic::USER_EVENTS), ("USER_STATE", Topic::USER_STATE), ("EMAIL_EVENTS", Topic::EMAIL_EVENTS)];
+const TOPICS: [(&str, Topic); 4] = [
+    ("USER_EVENTS", Topic::USER_EVENTS),
+    ("USER_STATE", Topic::USER_STATE),
+    ("EMAIL_EVENTS", Topic::EMAIL_EVENTS),
+    ("OPERATOR_ACTIONS", Topic::OPERATOR_ACTIONS),
+];
 
 /// The topic of each event type that a handler can name.
 const EVENTS: [(&str, Topic); 3] =
@@ -30,7 +34,8 @@ fn the_topology_lists_the_topics_of_shared() {
     for name in constants_of_topics(&constants) {
         assert!(TOPICS.iter().any(|(known, _)| *known == name), "Topic::{name} is missing in this test");
     }
-    let declared: BTreeSet<&str> = SERVICES.iter().flat_map(|service| service.writes).copied().collect();
+    let written = SERVICES.iter().flat_map(|service| service.writes).copied();
+    let declared: BTreeSet<&str> = written.chain([topology::OPERATOR_ACTIONS]).collect();
     let in_code: BTreeSet<&str> = TOPICS.iter().map(|(_, topic)| topic.name).collect();
     assert_eq!(declared, in_code, "topics that services of the topology write, and topics of shared");
 }

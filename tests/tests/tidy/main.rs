@@ -37,12 +37,16 @@ fn services_share_nothing_but_topics() {
     }
 }
 
-/// Invariant 2: only the relay writes records, from an outbox. Dead letters are the exception.
+/// Invariant 2: only the relay writes records, from an outbox. Dead letters and the actions of
+/// operators are the exception.
 #[test]
-fn only_the_relay_and_the_dead_letters_produce() {
+fn only_the_relay_and_the_writer_of_single_records_produce() {
     let producing = mentioning(&["BaseProducer", "FutureProducer", "ThreadedProducer"]);
-    let allowed = ["shared/src/messaging/dead_letters/letter.rs", "shared/src/messaging/relay/transaction.rs"];
+    let allowed = ["shared/src/messaging/acknowledged.rs", "shared/src/messaging/relay/transaction.rs"];
     assert_eq!(producing, allowed, "files that create a Kafka producer");
+    let writing = mentioning(&["AcknowledgedWriter::new("]);
+    let allowed = ["shared/src/messaging/actions.rs", "shared/src/messaging/dead_letters/letter.rs"];
+    assert_eq!(writing, allowed, "files that write single records");
 }
 
 /// Invariant 2: events are written where the state changes, in one file per service.

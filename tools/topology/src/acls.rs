@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::Service;
+use crate::{OPERATOR_ACTIONS, Service};
 
 /// The name of the only cluster resource.
 const CLUSTER: &str = "kafka-cluster";
@@ -66,7 +66,8 @@ impl Service {
     /// What its principal may do.
     ///
     /// - It compares the topics that it owns with their declarations, hence DescribeConfigs.
-    /// - It reads its dead letters to count and to redrive them.
+    /// - It reads its dead letters to count, list and redrive them.
+    /// - If operators can act on it, it records their actions, and reads them for the list of actions.
     /// - To create topics it needs Create on each, and reads the brokers'
     ///   `default.replication.factor`.
     pub fn rules(&self, naming: Naming<'_>) -> BTreeSet<Rule> {
@@ -85,8 +86,13 @@ impl Service {
             granted.push((Resource::Group, group.name, &[Describe, Read]));
             granted.push((Resource::Topic, dead_letters, &[Describe, DescribeConfigs, Read, Write]));
         }
+        let actions = self.accepts_actions().then_some(OPERATOR_ACTIONS);
+        granted.extend(actions.map(|topic| {
+            let operations: &[Operation] = &[Describe, DescribeConfigs, Read, Write];
+            (Resource::Topic, topic, operations)
+        }));
         if naming.manage_topics {
-            let owned = self.writes.iter().copied().chain(dead_letters.iter().map(String::as_str));
+            let owned = self.writes.iter().copied().chain(dead_letters.iter().map(String::as_str)).chain(actions);
             granted.extend(owned.map(|topic| (Resource::Topic, topic, [Create].as_slice())));
             granted.push((Resource::Cluster, CLUSTER, &[DescribeConfigs]));
         }
@@ -211,6 +217,7 @@ mod tests {
             "TOPIC email.events.v1: DESCRIBE, DESCRIBE_CONFIGS, WRITE",
             "TOPIC email.recipients.dlq: DESCRIBE, DESCRIBE_CONFIGS, READ, WRITE",
             "TOPIC email.welcome.dlq: DESCRIBE, DESCRIBE_CONFIGS, READ, WRITE",
+            "TOPIC operator.actions.v1: DESCRIBE, DESCRIBE_CONFIGS, READ, WRITE",
             "TOPIC user.events.v1: DESCRIBE, READ",
             "TOPIC user.state.v1: DESCRIBE, READ",
             "TRANSACTIONAL_ID waybill_email.public.relay: DESCRIBE, WRITE",
@@ -228,6 +235,7 @@ mod tests {
             "TOPIC p.analytics.audit.dlq: CREATE",
             "TOPIC p.analytics.emails.dlq: CREATE",
             "TOPIC p.analytics.users.dlq: CREATE",
+            "TOPIC p.operator.actions.v1: CREATE",
         ];
         assert_eq!(table(&further), expected);
     }

@@ -30,6 +30,10 @@ pub struct Group {
     pub topic: &'static str,
 }
 
+/// The topic in which services record what operators did. Each service that has consumer groups writes
+/// it, because only these accept actions, and creates it.
+pub const OPERATOR_ACTIONS: &str = "operator.actions.v1";
+
 const USER_EVENTS: &str = "user.events.v1";
 const USER_STATE: &str = "user.state.v1";
 const EMAIL_EVENTS: &str = "email.events.v1";
@@ -87,6 +91,11 @@ impl Group {
 }
 
 impl Service {
+    /// Whether operators can act on it. Then it writes [`OPERATOR_ACTIONS`].
+    pub fn accepts_actions(&self) -> bool {
+        !self.groups.is_empty()
+    }
+
     /// The name of its database, and of the role with which the service reads and writes it.
     pub fn database(&self) -> String {
         format!("waybill_{}", self.name)

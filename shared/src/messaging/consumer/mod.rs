@@ -48,8 +48,7 @@ use waiting::Waiting;
 pub(super) use batch::BATCH_BYTES;
 pub(crate) use batch::BATCH_RECORDS;
 pub use breaker::BreakerConfig;
-pub(crate) use operator::BlockedRecords;
-pub use operator::{DeadLetterRecord, dead_letter};
+pub(super) use operator::BlockedRecords;
 pub(crate) use start::ConsumerSetup;
 
 /// How long an empty batch waits for its first record. It is also how soon the consumer notices a
@@ -82,13 +81,13 @@ impl<'c, H: Handler> Consumer<'c, H> {
     pub fn run(setup: ConsumerSetup<H>) -> anyhow::Result<()> {
         let runtime = Runtime::current();
         let breaker = Breaker::new(&setup.breaker);
-        let dead_letters = DeadLetterWriter::new(&setup.kafka, H::GROUP, H::Event::TOPIC.kind)?;
+        let dead_letters = DeadLetterWriter::new(&setup.kafka, H::GROUP, H::Event::TOPIC.kind);
         let topics = setup.stop.run_until_cancelled(setup.prepare_topics());
         let Some(prepared) = runtime.block_on(topics) else { return Ok(()) };
         prepared?;
         let client = partitions::join(&setup)?;
         let partitions = Partitions::new(&client, &setup);
-        let waiting = Waiting::new(breaker, setup.resumed.clone());
+        let waiting = Waiting::new(breaker, setup.resumed.clone(), setup.paused.clone());
         let unassigned = Unassigned::new();
         let consumer =
             Consumer { setup, runtime, dead_letters, partitions, unassigned, waiting, last_caught_up_call: None };
@@ -100,6 +99,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
         let mut batch = Batch::new(self.setup.batch_records);
         let mut next = Batch::new(self.setup.batch_records);
         while !self.setup.stop.is_cancelled() {
+            self.waiting.follow_operator(&self.setup, &self.partitions)?;
             if !self.waiting.is_paused() {
                 self.partitions.place(&self.setup, &self.runtime);
                 self.retry_blocked(&mut batch)?;

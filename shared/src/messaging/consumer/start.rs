@@ -27,6 +27,8 @@ pub(crate) struct ConsumerSetup<H> {
     pub exports_spans: bool,
     /// Changes when an operator resumes the consumers whose breaker is open.
     pub resumed: watch::Receiver<()>,
+    /// Why an operator has paused the consumers of this process. `None`: they are not paused.
+    pub paused: watch::Receiver<Option<String>>,
     /// The records that block partitions of this process.
     pub blocked_records: BlockedRecords,
     pub health: Health,

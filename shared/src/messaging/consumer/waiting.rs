@@ -15,13 +15,18 @@ use crate::messaging::handler::{Failure, Handler};
 /// After this many failures of a batch in a row, its records are tried one by one, if the
 /// dependency works.
 const SUSPICIOUS_FAILURES: u32 = 4;
-/// How often the lag is measured while the breaker is open.
+/// How often the lag is measured while the breaker is open, or while an operator has paused the
+/// consumer.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why and until when a consumer waits.
 pub(super) struct Waiting {
-    /// Set while all partitions are paused.
+    /// Set while the consumer has to wait before it works on.
     pause: Option<Pause>,
+    /// Set while an operator has paused the consumers of the process, until the lag is measured next.
+    /// This pause is independent of the other one.
+    held: Option<Instant>,
+    paused: watch::Receiver<Option<String>>,
     pub(super) breaker: Breaker,
     /// Changes when an operator resumes the consumers whose breaker is open.
     resumed: watch::Receiver<()>,
@@ -36,12 +41,48 @@ enum Pause {
 }
 
 impl Waiting {
-    pub fn new(breaker: Breaker, resumed: watch::Receiver<()>) -> Self {
-        Self { pause: None, breaker, resumed }
+    pub fn new(breaker: Breaker, resumed: watch::Receiver<()>, paused: watch::Receiver<Option<String>>) -> Self {
+        Self { pause: None, held: None, paused, breaker, resumed }
     }
 
+    /// Whether all partitions are paused.
     pub fn is_paused(&self) -> bool {
-        self.pause.is_some()
+        self.pause.is_some() || self.held.is_some()
+    }
+
+    /// Pauses or resumes all partitions as an operator has ordered. Called between two batches. A batch
+    /// that was polled is kept, and is handled when the consumer resumes. A crash ends the pause.
+    pub fn follow_operator<H: Handler>(
+        &mut self,
+        setup: &ConsumerSetup<H>,
+        partitions: &Partitions<'_>,
+    ) -> anyhow::Result<()> {
+        let ordered = self.paused.borrow().clone();
+        let component = setup.component("paused");
+        match (self.held, ordered) {
+            (None, Some(reason)) => {
+                partitions.pause()?;
+                tracing::warn!(group = H::GROUP, reason, "consumer paused by an operator");
+                setup.health.report(&component, format!("an operator to resume it. Paused by {reason}"));
+                setup.metrics.consumer_paused.get_or_create(&setup.labels()).inc();
+                self.held = Some(Instant::now());
+            }
+            (Some(_), None) => {
+                self.held = None;
+                tracing::info!(group = H::GROUP, "consumer resumed by an operator");
+                setup.health.resolved(&component);
+                setup.metrics.consumer_paused.get_or_create(&setup.labels()).dec();
+                if self.pause.is_none() {
+                    partitions.resume()?;
+                }
+            }
+            (Some(measure_at), Some(_)) if measure_at <= Instant::now() => {
+                partitions.measure_lag(partitions.next_offsets.keys().copied());
+                self.held = Some(Instant::now() + MEASURE_INTERVAL);
+            }
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        Ok(())
     }
 
     /// Whether the batch has failed so often that one of its records may be the cause.
@@ -52,6 +93,7 @@ impl Waiting {
     /// Whether the consumer may work on its batch now.
     pub fn may_work<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions<'_>) -> bool {
         match self.pause {
+            _ if self.held.is_some() => false,
             None => true,
             Some(Pause::Retry { due, .. }) => due <= Instant::now(),
             // `has_changed` fails only after the sender is dropped, that is, during shutdown.
@@ -113,11 +155,12 @@ impl Waiting {
             reason,
             rejected,
             of,
-            "breaker opened: too many of the last records were rejected, consumer paused. Fix the cause, then send SIGUSR1 to \
-             this process or restart it"
+            "breaker opened: too many of the last records were rejected, consumer paused. Fix the cause, then run \
+             close-breakers, send SIGUSR1 to this process, or restart it"
         );
-        let what =
-            format!("an operator: {rejected} of the last {of} records were rejected; fix the cause, then send SIGUSR1");
+        let what = format!(
+            "an operator: {rejected} of the last {of} records were rejected; fix the cause, then run close-breakers or send SIGUSR1"
+        );
         setup.health.report(&setup.component("breaker"), what);
         setup.health.resolved(&setup.component("dependency"));
         setup.metrics.consumer_breaker_open.get_or_create(&setup.labels()).inc();

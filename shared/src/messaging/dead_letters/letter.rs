@@ -1,17 +1,14 @@
 //! A dead letter, and how it is written.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
-
 use anyhow::Context;
 use futures::future::try_join_all;
-use rdkafka::ClientConfig;
 use rdkafka::message::{Header, Message, OwnedHeaders, OwnedMessage};
-use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
+use rdkafka::producer::FutureRecord;
 
 use crate::events::Kind;
 use crate::fault;
-use crate::messaging::kafka::{KafkaConfig, LETTER_MAX_BYTES, check, create};
+use crate::messaging::acknowledged::AcknowledgedWriter;
+use crate::messaging::kafka::{KafkaConfig, LETTER_MAX_BYTES};
 use crate::messaging::record::{self, Coordinates};
 use crate::messaging::topics::Declared;
 
@@ -26,8 +23,6 @@ const SETTINGS: &[(&str, &str)] = &[
 /// After this many attempts a letter is parked: it is kept and counted, and tried only when it is
 /// named.
 const MAX_ATTEMPTS: u32 = 5;
-/// How long to wait for room in the producer's queue.
-const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One dead-lettered record, and the reason.
 #[derive(Clone)]
@@ -45,21 +40,15 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// Reads what [`DeadLetterWriter::write`] wrote. `None`: another client wrote this record.
-    pub fn parse(letter: &OwnedMessage) -> Option<Self> {
-        let text = |name| header(letter, name).and_then(|value| std::str::from_utf8(value).ok());
-        let coordinates = Coordinates {
-            topic: text("dlq-topic")?.to_owned(),
-            partition: text("dlq-partition")?.parse().ok()?,
-            offset: text("dlq-offset")?.parse().ok()?,
-        };
-        Some(Self {
-            coordinates,
-            reason: text("dlq-reason")?.to_owned(),
-            attempts: text("dlq-attempts")?.parse().ok()?,
-            since: text("dlq-since").and_then(|since| since.parse().ok()).or_else(|| letter.timestamp().to_millis()),
-            message: letter.clone(),
-        })
+    /// Reads what [`DeadLetterWriter::write`] wrote. Another client may have written the letter, with
+    /// any headers. Then its reason says so, and an operator can redrive or discard it as any other.
+    pub fn read(coordinates: Coordinates, letter: OwnedMessage) -> Self {
+        let text = |name| header(&letter, name).and_then(|value| std::str::from_utf8(value).ok());
+        let since = text("dlq-since").and_then(|since| since.parse().ok()).or_else(|| letter.timestamp().to_millis());
+        let reason =
+            text("dlq-reason").unwrap_or("the letter has no valid reason: another program wrote it").to_owned();
+        let attempts = text("dlq-attempts").and_then(|attempts| attempts.parse().ok()).unwrap_or(0);
+        Self { coordinates, reason, attempts, since, message: letter }
     }
 
     pub fn is_parked(&self) -> bool {
@@ -69,6 +58,11 @@ impl DeadLetter {
     /// The key of the dead-lettered record, as its letter holds it.
     pub fn record_key(&self) -> Option<&[u8]> {
         header(&self.message, "dlq-key")
+    }
+
+    /// The event type of the dead-lettered record, if its letter has a copy of it.
+    pub fn record_kind(&self) -> Option<&str> {
+        std::str::from_utf8(header(&self.message, "ce_type")?).ok()
     }
 
     /// Appends the letter's own headers.
@@ -106,29 +100,20 @@ pub fn topic(kafka: &KafkaConfig, group: &str) -> String {
     kafka.prefixed(&format!("{group}.dlq"))
 }
 
-/// Writes the dead letters of one group. The producer is idempotent and not transactional: a letter
-/// that is written twice is one letter.
+/// Writes the dead letters of one group. A letter that is written twice is one letter.
 pub struct DeadLetterWriter {
-    topic: String,
+    writer: AcknowledgedWriter,
     /// What the records' topic holds.
     kind: Kind,
-    settings: ClientConfig,
-    /// `None` until the first letter: a producer has threads and connections, and most consumers
-    /// never write a letter.
-    producer: Mutex<Option<FutureProducer>>,
 }
 
 impl DeadLetterWriter {
-    /// # Errors
-    /// The Kafka settings are invalid.
-    pub fn new(kafka: &KafkaConfig, group: &str, kind: Kind) -> anyhow::Result<Self> {
-        let settings = kafka.letters();
-        check(&settings)?;
-        Ok(Self { topic: topic(kafka, group), kind, settings, producer: Mutex::default() })
+    pub fn new(kafka: &KafkaConfig, group: &str, kind: Kind) -> Self {
+        Self { writer: AcknowledgedWriter::new(topic(kafka, group), kafka.letters()), kind }
     }
 
     pub fn topic(&self) -> &str {
-        &self.topic
+        self.writer.topic()
     }
 
     /// Writes the letter, and returns when Kafka has acknowledged it. Only then may the record's
@@ -150,7 +135,7 @@ impl DeadLetterWriter {
             }
         }
         // The topic decides, because another client's record may have any headers.
-        let is_letter = message.topic() == self.topic;
+        let is_letter = message.topic() == self.topic();
         let key = if is_letter { letter.record_key() } else { message.key() };
         // A malformed key may contain personal data. So for a compacted topic the key is kept only
         // if it is a UUID.
@@ -161,36 +146,21 @@ impl DeadLetterWriter {
         let headers = letter.append_headers(headers);
         fault::point("dead_letters.before_write");
         let id = letter.coordinates.to_string();
-        let mut record = FutureRecord::to(&self.topic).key(&id).headers(headers);
-        if let (Kind::Facts, Some(payload)) = (self.kind, message.payload()) {
-            record = record.payload(payload);
-        }
+        let copy = if self.kind == Kind::Facts { message.payload() } else { None };
+        // Never without a value: compaction takes such a record for a tombstone, and deletes it after
+        // `delete.retention.ms`, with the letter still open.
+        let record = FutureRecord::to(self.topic()).key(&id).headers(headers).payload(copy.unwrap_or_default());
         self.send(record).await
     }
 
     /// Marks the letters as settled.
     pub async fn tombstone(&self, letters: &[Coordinates]) -> anyhow::Result<()> {
         let keys: Vec<String> = letters.iter().map(ToString::to_string).collect();
-        try_join_all(keys.iter().map(|key| self.send(FutureRecord::to(&self.topic).key(key)))).await?;
+        try_join_all(keys.iter().map(|key| self.send(FutureRecord::to(self.topic()).key(key)))).await?;
         Ok(())
     }
 
     async fn send(&self, record: FutureRecord<'_, String, [u8]>) -> anyhow::Result<()> {
-        let sent = self.producer()?.send(record, QUEUE_TIMEOUT).await;
-        let sent = sent.map(|_| ()).map_err(|(error, _)| error);
-        sent.with_context(|| format!("cannot write to the dead letters {}", self.topic))
-    }
-
-    /// The producer, which the first letter creates. A producer that failed is replaced. It fails for
-    /// good if the broker refuses its first request, for example because this service may not write to
-    /// any topic yet.
-    fn producer(&self) -> anyhow::Result<FutureProducer> {
-        let mut current = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(working) = current.as_ref().filter(|producer| producer.client().fatal_error().is_none()) {
-            return Ok(working.clone());
-        }
-        let producer: FutureProducer = create(&self.settings)?;
-        *current = Some(producer.clone());
-        Ok(producer)
+        self.writer.send(record).await.context("cannot write to the dead letters")
     }
 }

@@ -1,5 +1,5 @@
-//! Dead letters: records that a consumer group could not handle, kept until a [redrive] settles
-//! them.
+//! Dead letters: records that a consumer group could not handle, kept until a redrive settles
+//! them or an operator discards them. [`admin`](super::admin) has what operators can do with them.
 //!
 //! A letter about a fact contains the whole record. A letter about a state is a pointer: it
 //! contains the record's coordinates and not its data, because a copy would remain after the
@@ -10,12 +10,12 @@
 //! letter is a tombstone.
 
 mod letter;
-mod table;
-mod list;
+mod index;
+mod page;
 mod redrive;
 
+pub(super) use index::LetterIndex;
 pub(crate) use letter::declared_topic;
 pub(super) use letter::{DeadLetter, DeadLetterWriter};
-pub use list::{ListDeadLetters, list_dead_letters};
-pub use redrive::{Redrive, redrive};
-pub(crate) use table::count_open_dead_letters;
+pub(super) use page::{Filter, Line, page};
+pub(super) use redrive::{Chosen, Job, Progress, Redriver};

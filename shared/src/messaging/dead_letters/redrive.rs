@@ -1,107 +1,153 @@
-//! Redrive: hands the open dead letters to the same handler again, outside the topic's order. It
-//! does not write the records to their topic again, because all other groups would read them too.
+//! Redrive: hands open dead letters to the same handler again, outside the topic's order. It does not
+//! write the records to their topic again, because all other groups would read them too.
+//!
+//! It runs in the process of the service, with the handler of its consumers. Each group has one
+//! thread that redrives, so a process tries the letters of a group one job after another.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{anyhow, bail};
-use clap::Args;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
-use rdkafka::message::{Message, OwnedMessage};
-use rdkafka::{Offset, TopicPartitionList};
-use tokio::time::Instant;
+use anyhow::{anyhow, ensure};
+use rdkafka::message::Message;
+use tokio::runtime::Handle as Runtime;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
+use super::index::LetterIndex;
 use super::letter::{DeadLetter, DeadLetterWriter};
-use super::table;
+use super::page::{Filter, Line};
 use crate::events::{Event, Kind};
 use crate::fault;
-use crate::messaging::errors::{Class, class};
 use crate::messaging::handler::{self, Delivery, Failure, Handler};
-use crate::messaging::kafka::{KafkaConfig, create};
+use crate::messaging::kafka::KafkaConfig;
+use crate::messaging::reader::{RecordReader, TopicReader};
 use crate::messaging::record::{Coordinates, Record};
-use crate::platform::telemetry;
 
-const READ_TIMEOUT: Duration = Duration::from_secs(10);
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// Letters that are tried together.
+/// Letters that are tried together, at most.
 const CHUNK: usize = 100;
-/// How often a long redrive prints its progress.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Bytes of letters that are tried together. One letter more may exceed it.
+const CHUNK_BYTES: usize = 4 * 1024 * 1024;
 
-/// The subcommand `redrive`.
-#[derive(Args, Clone, Debug, Default)]
-pub struct Redrive {
-    /// Redrive only these letters, even if they are parked. Name each as topic-partition-offset, as
-    /// `dead-letters` prints it.
-    #[arg(long, value_name = "COORDINATES", num_args = 1..)]
-    pub only: Vec<Coordinates>,
-    /// Print what would be tried and change nothing.
-    #[arg(long)]
-    pub dry_run: bool,
+/// An order to redrive some letters of a group.
+pub struct Job {
+    pub chosen: Chosen,
+    /// Letters per second, at most: the handler shares its database with the consumers.
+    pub rate: u32,
+    pub progress: watch::Sender<Progress>,
+    /// Gets the result when the job has ended.
+    pub ended: oneshot::Sender<anyhow::Result<()>>,
 }
 
-/// Tries the group's open letters again and prints the result. The group may consume at the same
-/// time. Crash after the handler's effect and before the tombstone: the letter is still open, and
-/// the next redrive handles its record again. Handlers are idempotent, so this changes nothing.
-///
-/// # Errors
-/// Kafka does not answer, or a dependency of the handler is down. Letters that are not settled stay
-/// open.
-#[expect(clippy::print_stdout, reason = "the output of the subcommand")]
-pub async fn redrive<H: Handler>(kafka: &KafkaConfig, handler: &H, options: &Redrive) -> anyhow::Result<()> {
-    telemetry::hide_panic_messages();
-    let group = H::GROUP;
-    let open = tokio::task::block_in_place(|| table::open(kafka, group))?;
-    let topic = kafka.prefixed(H::Event::TOPIC.name);
-    for named in options.only.iter().filter(|named| named.topic == topic) {
-        if !open.iter().any(|letter| letter.coordinates == *named) {
-            eprintln!("{group}: {named} is not an open dead letter: it was settled, or never dead-lettered");
+/// Which letters.
+pub enum Chosen {
+    /// These, even if they are parked.
+    Named(Vec<Coordinates>),
+    /// All that match and are not parked.
+    Matching(Filter),
+}
+
+/// The results of a redrive so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Letters that the handler accepted, now or before.
+    pub settled: usize,
+    /// Pointers to records that were compacted away, because their key has a newer record.
+    pub superseded: usize,
+    /// Letters that failed again and stay open.
+    pub failed: usize,
+    /// Letters that were not tried, because they are parked.
+    pub parked: usize,
+}
+
+impl Progress {
+    pub fn tried(&self) -> usize {
+        self.settled + self.superseded + self.failed
+    }
+}
+
+/// Redrives the letters of one group.
+pub struct Redriver<H> {
+    pub handler: H,
+    pub kafka: KafkaConfig,
+    pub index: LetterIndex,
+    pub letters: Arc<DeadLetterWriter>,
+    pub stop: CancellationToken,
+}
+
+impl<H: Handler> Redriver<H> {
+    /// Does the jobs in turn until the process stops. Blocks the calling thread.
+    pub fn run(&self, mut jobs: mpsc::Receiver<Job>) -> anyhow::Result<()> {
+        Runtime::current().block_on(async {
+            while let Some(Some(job)) = self.stop.run_until_cancelled(jobs.recv()).await {
+                let result = self.redrive(&job.chosen, job.rate, &job.progress).await;
+                // Fails if the process stops, and the receiver with it.
+                let _ = job.ended.send(result);
+            }
+            Ok(())
+        })
+    }
+
+    /// Tries the chosen letters. The group may consume at the same time, and another process may
+    /// redrive the same letters. Crash after the handler's effect and before the tombstone: the letter
+    /// is still open, and the next redrive handles its record again. Handlers are idempotent, so this
+    /// changes nothing. A letter that fails here after another process has settled it is open again;
+    /// its next redrive settles it.
+    ///
+    /// # Errors
+    /// Kafka does not answer, a dependency of the handler is down, or the process stops. Letters that
+    /// are not settled stay open.
+    async fn redrive(&self, chosen: &Chosen, rate: u32, progress: &watch::Sender<Progress>) -> anyhow::Result<()> {
+        let reader = TopicReader::new(&self.kafka, H::GROUP)?;
+        // Letters that are written from now on, such as those that fail again, are left to the next
+        // redrive.
+        let end = reader.end(self.letters.topic())?;
+        self.index.until_read(end).await?;
+        let records = match H::Event::TOPIC.kind {
+            Kind::Facts => None,
+            Kind::State => Some(RecordReader::new(&self.kafka, H::GROUP)?),
+        };
+        let limit = self.kafka.handle_timeout();
+        let mut run = Run { redriver: self, reader, records, limit, progress };
+        let mut source = Source::new(chosen, end);
+        let most = CHUNK.min(rate as usize);
+        let started = Instant::now();
+        while let Some(chunk) = run.next_chunk(&mut source, most)? {
+            run.redrive_chunk(chunk).await?;
+            let due = started + Duration::from_secs_f64(progress.borrow().tried() as f64 / f64::from(rate));
+            self.stop.run_until_cancelled(sleep_until(due)).await;
+            ensure!(!self.stop.is_cancelled(), "the redrive stopped: the process stops");
+        }
+        Ok(())
+    }
+}
+
+/// Where the letters come from.
+enum Source<'a> {
+    Named(std::slice::Iter<'a, Coordinates>),
+    Topic { filter: &'a Filter, next: i64, end: i64 },
+}
+
+impl<'a> Source<'a> {
+    fn new(chosen: &'a Chosen, end: i64) -> Self {
+        match chosen {
+            Chosen::Named(named) => Self::Named(named.iter()),
+            Chosen::Matching(filter) => Self::Topic { filter, next: 0, end },
         }
     }
-    let (letters, parked) = choose(open, &options.only);
-    if options.dry_run {
-        for DeadLetter { coordinates, reason, attempts, .. } in &letters {
-            println!("{group}: would try {coordinates}, which failed {attempts} times, the last time with: {reason}");
-        }
-        println!("{group}: {} would be tried, {parked} parked", letters.len());
-        return Ok(());
-    }
-    let mut run = Run::new(kafka, handler, letters.len())?;
-    let mut letters = letters.into_iter().peekable();
-    while letters.peek().is_some() {
-        run.redrive_chunk(letters.by_ref().take(CHUNK).collect()).await?;
-    }
-    let Run { settled, superseded, failed, .. } = run;
-    println!("{group}: {settled} settled, {superseded} superseded, {failed} failed again, {parked} parked");
-    Ok(())
 }
 
-/// The letters to try, and how many parked letters are left out. Named letters are always tried.
-fn choose(open: Vec<DeadLetter>, only: &[Coordinates]) -> (Vec<DeadLetter>, usize) {
-    if only.is_empty() {
-        let (parked, tried): (Vec<_>, Vec<_>) = open.into_iter().partition(DeadLetter::is_parked);
-        return (tried, parked.len());
-    }
-    (open.into_iter().filter(|letter| only.contains(&letter.coordinates)).collect(), 0)
-}
-
-/// A redrive of one group, and its results so far.
+/// A redrive in progress.
 struct Run<'a, H> {
-    handler: &'a H,
-    letters: DeadLetterWriter,
+    redriver: &'a Redriver<H>,
+    reader: TopicReader,
     /// Reads the records of pointers. `None` for facts, whose letters contain the record.
-    records: Option<BaseConsumer>,
+    records: Option<RecordReader>,
     /// The time limit for one call of the handler.
     limit: Duration,
-    total: usize,
-    progress_printed_at: Instant,
-    /// Letters that the handler accepted, now or before.
-    settled: usize,
-    /// Pointers to records that were compacted away, because their key has a newer record.
-    superseded: usize,
-    /// Letters that failed again and stay open.
-    failed: usize,
+    progress: &'a watch::Sender<Progress>,
 }
 
 /// What a letter holds or points to.
@@ -115,24 +161,49 @@ enum Content<E> {
     Undecodable(String),
 }
 
-impl<'a, H: Handler> Run<'a, H> {
-    fn new(kafka: &KafkaConfig, handler: &'a H, total: usize) -> anyhow::Result<Self> {
-        let kind = H::Event::TOPIC.kind;
-        let records = match kind {
-            Kind::Facts => None,
-            Kind::State => Some(create(&kafka.redriver(H::GROUP))?),
-        };
-        Ok(Self {
-            handler,
-            letters: DeadLetterWriter::new(kafka, H::GROUP, kind)?,
-            records,
-            limit: kafka.handle_timeout(),
-            total,
-            progress_printed_at: Instant::now(),
-            settled: 0,
-            superseded: 0,
-            failed: 0,
-        })
+impl<H: Handler> Run<'_, H> {
+    /// The next letters to try. `None`: there are no more.
+    fn next_chunk(&mut self, source: &mut Source<'_>, most: usize) -> anyhow::Result<Option<Vec<DeadLetter>>> {
+        let Redriver { index, letters, .. } = self.redriver;
+        let mut chunk = vec![];
+        let mut bytes = 0;
+        match source {
+            Source::Named(named) => {
+                // Bounded by the number of letters that one request may name.
+                for record in named {
+                    let Some(offset) = index.letter_of(record) else { continue };
+                    let letter = self.reader.at(letters.topic(), offset)?;
+                    chunk.extend(letter.map(|letter| DeadLetter::read(record.clone(), letter)));
+                    if chunk.len() == most {
+                        break;
+                    }
+                }
+            }
+            Source::Topic { filter, next, end } => {
+                let progress = self.progress;
+                *next = self.reader.scan(letters.topic(), *next, *end, |message| {
+                    let Some(record) = index.record_of(&message) else { return ControlFlow::Continue(()) };
+                    bytes += message.payload().map_or(0, <[u8]>::len);
+                    let letter = DeadLetter::read(record, message);
+                    if filter.matches(&Line::of(H::GROUP, &letter)) {
+                        if letter.is_parked() {
+                            progress.send_modify(|progress| progress.parked += 1);
+                        } else {
+                            chunk.push(letter);
+                        }
+                    }
+                    if chunk.len() == most || bytes >= CHUNK_BYTES {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                })?;
+                if chunk.is_empty() && *next < *end {
+                    return Ok(Some(chunk));
+                }
+            }
+        }
+        Ok(Some(chunk).filter(|chunk| !chunk.is_empty()))
     }
 
     async fn redrive_chunk(&mut self, letters: Vec<DeadLetter>) -> anyhow::Result<()> {
@@ -146,13 +217,14 @@ impl<'a, H: Handler> Run<'a, H> {
                 }
                 Content::Skipped => self.settle(&[letter.coordinates]).await?,
                 Content::Superseded => {
-                    self.letters.tombstone(&[letter.coordinates]).await?;
-                    self.superseded += 1;
+                    self.redriver.letters.tombstone(&[letter.coordinates]).await?;
+                    self.progress.send_modify(|progress| progress.superseded += 1);
                 }
                 Content::Undecodable(reason) => self.fail(letter, reason).await?,
             }
         }
-        let handler = self.handler;
+        let redriver = self.redriver;
+        let handler = &redriver.handler;
         let limit = self.limit;
         let mut chunk = Chunk { run: self, letters: tried, finished: BTreeSet::new() };
         handler::deliver_all(&mut chunk, handler, &mut records, limit).await.map_err(|failure| match failure {
@@ -168,7 +240,7 @@ impl<'a, H: Handler> Run<'a, H> {
         let coordinates = letter.coordinates.clone();
         let decoded = match &self.records {
             None => Record::decode(letter.record_key(), &letter.message, coordinates),
-            Some(reader) => match tokio::task::block_in_place(|| read_record(reader, &coordinates))? {
+            Some(reader) => match reader.read(&coordinates)? {
                 None => return Ok(Content::Superseded),
                 Some(message) => Record::decode(message.key(), &message, coordinates),
             },
@@ -182,25 +254,16 @@ impl<'a, H: Handler> Run<'a, H> {
 
     async fn settle(&mut self, letters: &[Coordinates]) -> anyhow::Result<()> {
         fault::point("redrive.after_effect");
-        self.letters.tombstone(letters).await?;
-        self.settled += letters.len();
-        self.print_progress();
+        self.redriver.letters.tombstone(letters).await?;
+        self.progress.send_modify(|progress| progress.settled += letters.len());
         Ok(())
     }
 
     async fn fail(&mut self, letter: DeadLetter, reason: String) -> anyhow::Result<()> {
-        self.letters.write(&DeadLetter { reason, attempts: letter.attempts + 1, ..letter }).await?;
-        self.failed += 1;
-        self.print_progress();
+        let attempts = letter.attempts.saturating_add(1);
+        self.redriver.letters.write(&DeadLetter { reason, attempts, ..letter }).await?;
+        self.progress.send_modify(|progress| progress.failed += 1);
         Ok(())
-    }
-
-    fn print_progress(&mut self) {
-        if self.progress_printed_at.elapsed() >= PROGRESS_INTERVAL {
-            let done = self.settled + self.superseded + self.failed;
-            eprintln!("{}: {done} of {} tried", H::GROUP, self.total);
-            self.progress_printed_at = Instant::now();
-        }
     }
 }
 
@@ -226,7 +289,7 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
     type Error = Failure;
 
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
-        handler::call(self.run.handler, records, self.run.limit).await?;
+        handler::call(&self.run.redriver.handler, records, self.run.limit).await?;
         let accepted: Vec<Coordinates> = records.iter().map(|record| record.coordinates.clone()).collect();
         self.run.settle(&accepted).await?;
         self.finished.extend(accepted);
@@ -244,24 +307,4 @@ impl<H: Handler> Delivery for Chunk<'_, '_, H> {
     fn is_finished(&self, record: &Record<H::Event>) -> bool {
         self.finished.contains(&record.coordinates)
     }
-}
-
-/// `None`: the record was compacted away.
-fn read_record(reader: &BaseConsumer, coordinates: &Coordinates) -> anyhow::Result<Option<OwnedMessage>> {
-    let mut start = TopicPartitionList::new();
-    start.add_partition_offset(&coordinates.topic, coordinates.partition, Offset::Offset(coordinates.offset))?;
-    reader.assign(&start)?;
-    let deadline = Instant::now() + READ_TIMEOUT;
-    while Instant::now() < deadline {
-        match reader.poll(POLL_INTERVAL) {
-            Some(Ok(message)) => return Ok((message.offset() == coordinates.offset).then(|| message.detach())),
-            Some(Err(KafkaError::PartitionEOF(_))) => return Ok(None),
-            Some(Err(error)) if class(&error) != Class::Transport => {
-                bail!("Kafka refuses to send the record at {coordinates}: {error}")
-            }
-            Some(Err(error)) => tracing::debug!(%coordinates, %error, "cannot read the record; will retry"),
-            None => {}
-        }
-    }
-    bail!("Kafka did not send the record at {coordinates} within {READ_TIMEOUT:?}")
 }

@@ -84,7 +84,7 @@ impl KafkaConfig {
         self.with_properties(self.own_transactions(transactional_id))
     }
 
-    /// The producer of dead letters.
+    /// The producer of dead letters and of the actions of operators.
     pub fn letters(&self) -> ClientConfig {
         self.with_properties(self.own_letters())
     }
@@ -152,7 +152,11 @@ impl KafkaConfig {
             .set("isolation.level", "read_committed")
             .set("auto.offset.reset", "error")
             .set("enable.partition.eof", "true")
-            .set("queued.max.messages.kbytes", "16384");
+            // As for a member of a group. The bytes do not count the overhead of a record, and a table
+            // of dead letters has many small ones.
+            .set("queued.max.messages.kbytes", "16384")
+            .set("queued.min.messages", "1000")
+            .set("fetch.queue.backoff.ms", FETCH_AGAIN_MS);
         reader
     }
 
@@ -164,7 +168,7 @@ impl KafkaConfig {
 
     fn own_replay(&self, group: &str) -> ClientConfig {
         let mut reader = self.own_reader(group);
-        reader.set("fetch.wait.max.ms", REPLAY_FETCH_WAIT_MS);
+        reader.set("fetch.wait.max.ms", REPLAY_FETCH_WAIT_MS).set("queued.min.messages", "100000");
         reader
     }
 

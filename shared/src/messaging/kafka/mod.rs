@@ -127,9 +127,4 @@ pub(super) fn create_with<X: ClientContext, C: FromClientConfigAndContext<X>>(
     config.create_with_context(context).context(INVALID)
 }
 
-/// Checks the settings of a client that is created later.
-pub(super) fn check(config: &ClientConfig) -> anyhow::Result<()> {
-    config.create_native_config().map(drop).context(INVALID)
-}
-
 const INVALID: &str = "librdkafka does not accept the Kafka settings: look at KAFKA_PROPERTY and the KAFKA_ files";

@@ -73,6 +73,7 @@ pub struct Metrics {
     pub consumer_partition_waits: Family<WaitLabels, Gauge>,
     pub consumer_refusals: Family<RefusalLabels, Counter>,
     pub consumer_breaker_open: Family<GroupLabels, Gauge>,
+    pub consumer_paused: Family<GroupLabels, Gauge>,
     pub dead_letters_open: Family<GroupLabels, Gauge>,
     pub outbox_rows: Gauge,
     pub outbox_oldest_age: Gauge,
@@ -127,6 +128,7 @@ impl Metrics {
             consumer_partition_waits: Family::default(),
             consumer_refusals: Family::default(),
             consumer_breaker_open: Family::default(),
+            consumer_paused: Family::default(),
             dead_letters_open: Family::default(),
             outbox_rows: Gauge::default(),
             outbox_oldest_age: Gauge::default(),
@@ -362,6 +364,15 @@ impl Metrics {
             bad: "above 0: [The breaker is open](operations.md#the-breaker-is-open)",
         };
         self.register(description, &self.consumer_breaker_open);
+        let description = Description {
+            name: "consumer_paused",
+            unit: "consumers",
+            labels: &["group"],
+            meaning: "Consumers that an operator has paused in this process",
+            bad: "above 0 for longer than the work that needs it: \
+                  [A consumer is paused](operations.md#a-consumer-is-paused)",
+        };
+        self.register(description, &self.consumer_paused);
     }
 
     /// The metrics of a process that watches topics.

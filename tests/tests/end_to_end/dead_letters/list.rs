@@ -12,7 +12,7 @@ use super::{SECRET, analytics, listed, redrive};
 /// although the records have some in their keys and values.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_list_of_dead_letters_shows_no_personal_data() {
-    let (mut system, _) = analytics().await;
+    let (system, _) = analytics().await;
     let id = Uuid::now_v7();
     let bad = |key: &str| Draft {
         key: Some(key.into()),
@@ -36,6 +36,7 @@ async fn the_list_of_dead_letters_shows_no_personal_data() {
         "partition": 0,
         "offset": written[1].1,
         "key": id.to_string(),
+        "type": "user.registered",
         "attempts": 5,
         "parked": true,
         "reason": "data: JSON that does not match its type: a field is missing or has another type",
@@ -55,9 +56,6 @@ async fn the_list_of_dead_letters_shows_no_personal_data() {
     assert!(!table.contains(SECRET), "{table}");
     let error = system.processes.run(ANALYTICS, &["redrive", "--only", "nonsense"]).await.unwrap_err().to_string();
     assert!(error.contains("not topic-partition-offset"), "{error}");
-    system.processes.stop(ANALYTICS).await;
-    let listed = system.processes.run(ANALYTICS, &["dead-letters"]).await;
-    assert!(listed.is_ok(), "the list needs no running service: {listed:?}");
 }
 
 /// When each letter was first written.

@@ -1,15 +1,22 @@
-//! Dead letters: an operator lists and redrives them, and a consumer waits while they cannot be
-//! written.
+//! Dead letters: an operator lists, shows, redrives and discards them, and a consumer waits while they
+//! cannot be written.
 
 mod list;
+mod pages;
+mod show;
 mod redrive;
+mod progress;
+mod discard;
+mod many;
 mod unwritable;
 
 use serde_json::Value;
 use sqlx::PgPool;
 use tests::System;
-use tests::services::service_of;
-use topology::{ANALYTICS, EMAIL, USER};
+use tests::record::Draft;
+use tests::services::{ANALYTICS_USERS, USER_EVENTS, service_of};
+use topology::{ANALYTICS, EMAIL, Service, USER};
+use uuid::Uuid;
 
 /// Part of keys and values of bad records. It must not appear in the output of a command.
 const SECRET: &str = "ada.lovelace@secret.example";
@@ -65,4 +72,26 @@ async fn listed(system: &System, group: &str) -> Vec<Value> {
     assert!(!printed.contains(SECRET), "{printed}");
     let letters = printed.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     letters.filter(|letter| letter["group"] == group).collect()
+}
+
+/// What operators did, newest first, as the subcommand `actions` of this service lists it.
+pub async fn actions(system: &System, service: Service) -> Vec<Value> {
+    let printed = system.processes.run(service, &["actions", "--json"]).await.unwrap();
+    printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Name of the action, its target and its outcome.
+pub fn summary(action: &Value) -> (String, String, Option<String>) {
+    let text = |name: &str| action[name].as_str().map(str::to_owned);
+    (text("action").unwrap(), text("target").unwrap(), text("outcome"))
+}
+
+/// Writes facts that cannot be decoded, and waits for their dead letters in `analytics.users`. Every
+/// other group that reads the topic has them too. Returns the letters' keys.
+pub async fn malformed_facts(system: &System, count: usize) -> Vec<String> {
+    let bad = |_| Draft::user_event("user.registered", Uuid::now_v7(), 1).with_value(b"?").on(0);
+    let facts: Vec<Draft> = (0..count).map(bad).collect();
+    let written = system.kafka.write_all(USER_EVENTS, &facts).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &written).await;
+    written.into_iter().map(|record| system.kafka.letter_key(ANALYTICS_USERS, record)).collect()
 }

@@ -11,7 +11,7 @@ use rdkafka::producer::{BaseProducer, FutureProducer, FutureRecord, Producer};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use testbed::kafka::HeldRule;
 use tests::System;
-use tests::services::{TOPICS, USER_EVENTS, USER_STATE, dead_letters_of, groups, topic_of};
+use tests::services::{OPERATOR_ACTIONS, TOPICS, USER_EVENTS, USER_STATE, dead_letters_of, groups, topic_of};
 use topology::acls::{Naming, Operation, Resource, Rule, all_rules};
 use topology::{CACHE, SERVICES, Service, USER};
 
@@ -36,7 +36,8 @@ async fn each_service_may_do_what_the_topology_draws_and_nothing_else() {
     for service in SERVICES {
         let user = service.kafka_user();
         let drawn = Drawn(service);
-        let topics = TOPICS.into_iter().map(str::to_owned).chain(groups().map(dead_letters_of));
+        let topics = TOPICS.into_iter().chain([OPERATOR_ACTIONS]).map(str::to_owned);
+        let topics = topics.chain(groups().map(dead_letters_of));
         for topic in topics {
             drawn.assert_case(drawn.writes(&topic), logins.writes(&user, &topic).await, &format!("write {topic}"));
             drawn.assert_case(drawn.reads(&topic), logins.reads(&user, &topic), &format!("read {topic}"));
@@ -72,13 +73,21 @@ type Tried = Result<(), RDKafkaErrorCode>;
 struct Drawn(Service);
 
 impl Drawn {
-    /// Topics of its own: those that it publishes to, and its dead letters.
+    /// Topics of its own: those that it publishes to, and its dead letters. And the actions of
+    /// operators, if it consumes anything.
     fn writes(&self, topic: &str) -> bool {
-        self.0.writes.contains(&topic) || self.0.groups.iter().any(|group| group.dead_letters() == topic)
+        self.0.writes.contains(&topic)
+            || self.0.groups.iter().any(|group| group.dead_letters() == topic)
+            || self.records_actions_in(topic)
     }
 
     fn reads(&self, topic: &str) -> bool {
         self.0.groups.iter().any(|group| group.topic == topic || group.dead_letters() == topic)
+            || self.records_actions_in(topic)
+    }
+
+    fn records_actions_in(&self, topic: &str) -> bool {
+        topic == OPERATOR_ACTIONS && self.0.name != USER.name
     }
 
     fn assert_case(&self, is_drawn: bool, tried: Tried, what: &str) {
