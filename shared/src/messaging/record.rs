@@ -74,7 +74,7 @@ impl<E: Event> Record<E> {
 
     /// A record as a redrive would deliver it: in partition 0, at the offset `version`, with a new
     /// event id.
-    #[cfg(feature = "test-support")]
+    #[cfg(any(test, feature = "test-support"))]
     pub fn sample(key: uuid::Uuid, version: i64, event: E) -> Self {
         let envelope = Envelope {
             id: crate::events::mint_id(),

@@ -196,9 +196,9 @@ impl Service {
     /// Consumes the handler's topic as its consumer group, on as many threads as configured.
     pub fn consume<H: Handler + Clone>(&mut self, handler: H) {
         let group = H::GROUP;
+        self.record_actions();
         self.metrics.register_consumers();
         let group_metrics = self.metrics.of_group(group);
-        self.record_actions();
         for number in 0..self.config.consumers {
             let setup = ConsumerSetup {
                 number,

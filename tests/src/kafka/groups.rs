@@ -46,6 +46,14 @@ impl Kafka {
         committed.into_iter().filter_map(|(partition, offset)| Some((partition, offset?))).collect()
     }
 
+    /// The offset after the last record or transaction marker of each partition that a group reads.
+    pub fn ends(&self, group: &str) -> BTreeMap<i32, i64> {
+        let name = self.prefixed(topic_of(group));
+        let consumer = self.member(group);
+        let end = |partition| consumer.fetch_watermarks(&name, partition, TIMEOUT).unwrap().1;
+        self.committed(group).into_keys().map(|partition| (partition, end(partition))).collect()
+    }
+
     /// Sets the committed offset of a group without members, as an operator does.
     pub fn commit(&self, group: &str, partition: i32, offset: i64) {
         let mut offsets = TopicPartitionList::new();

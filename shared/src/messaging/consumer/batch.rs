@@ -161,6 +161,11 @@ impl<'c, E: Event> Batch<'c, E> {
         self.messages().map(|message| (message.partition(), message.offset() + 1)).collect()
     }
 
+    /// Records that have not taken effect.
+    pub fn unfinished(&self) -> Vec<PartitionOffset> {
+        self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
+    }
+
     /// The first record of each partition.
     pub fn first_records(&self) -> BTreeMap<i32, Unhandled> {
         let mut first = BTreeMap::new();
@@ -168,11 +173,6 @@ impl<'c, E: Event> Batch<'c, E> {
             first.entry(message.partition()).or_insert_with(|| Unhandled::of(message));
         }
         first
-    }
-
-    /// Records that have not taken effect.
-    pub fn unfinished(&self) -> Vec<PartitionOffset> {
-        self.messages().map(partition_offset).filter(|record| !self.finished.contains(record)).collect()
     }
 
     fn messages(&self) -> impl Iterator<Item = &BorrowedMessage<'c>> {
@@ -228,7 +228,7 @@ impl<'c, E: Event> Batch<'c, E> {
         let messages: Vec<&BorrowedMessage<'c>> = entries.iter().map(|entry| &*entry.message).collect();
         let messages = &messages;
         let mut delivery =
-            BatchDelivery { context, messages, finished, counts, skip_logged, span, one_by_one_since: None, failing };
+            BatchDelivery { context, messages, finished, counts, skip_logged, span, split_since: None, failing };
         let mut records = Vec::with_capacity(messages.len());
         for (message, decoded) in messages.iter().zip(ahead) {
             let is_finished = delivery.finished.contains(&partition_offset(message));
@@ -287,8 +287,8 @@ struct BatchDelivery<'a, H> {
     skip_logged: &'a mut bool,
     /// The span of the batch.
     span: Span,
-    /// When the delivery began to try records one by one.
-    one_by_one_since: Option<Instant>,
+    /// When the delivery began to try fewer records at a time.
+    split_since: Option<Instant>,
     failing: Failing,
 }
 
@@ -297,9 +297,9 @@ impl<H: Handler> BatchDelivery<'_, H> {
     /// its failure blocks only its partition.
     async fn deliver(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Halt> {
         if self.context.split == Split::Failing {
-            self.one_by_one_since.get_or_insert_with(Instant::now);
+            self.split_since.get_or_insert_with(Instant::now);
         } else {
-            self.one_by_one_since = None;
+            self.split_since = None;
         }
         handler::deliver(self, records, self.context.split).await
     }
@@ -392,7 +392,7 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         let limit = setup.kafka.handle_timeout();
         // Slow records must not keep the consumer from polling or stopping. Finished records stay
         // finished.
-        if self.one_by_one_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
+        if self.split_since.is_some_and(|since| setup.stop.is_cancelled() || since.elapsed() > limit) {
             return Err(OneByOneTooLong.into());
         }
         let mut next_offsets = self.context.next_offsets.clone();
@@ -408,7 +408,7 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
         setup.group_metrics.handler_duration.observe(called.elapsed().as_secs_f64());
         let outcome = handled.inspect_err(|_| {
-            self.one_by_one_since.get_or_insert_with(Instant::now);
+            self.split_since.get_or_insert_with(Instant::now);
         })?;
         *self.context.next_offsets = next_offsets;
         self.counts.outcome += outcome;

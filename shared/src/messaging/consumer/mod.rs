@@ -173,9 +173,6 @@ impl<'c, H: Handler> Consumer<'c, H> {
     /// Delivers the batch, stores its offsets, and calls `caught_up` from time to time.
     fn work(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> Result<(), Halt> {
         if !batch.is_empty() {
-            let mut unhandled = next.first_records();
-            unhandled.extend(batch.first_records());
-            self.partitions.note_unhandled(&unhandled);
             let split = self.split();
             for (partition, reason) in self.deliver(batch, next, split)? {
                 let mut records = batch.take_blocked(partition);
@@ -220,6 +217,9 @@ impl<'c, H: Handler> Consumer<'c, H> {
         next: &mut Batch<'c, H::Event>,
         split: Split,
     ) -> Result<Failing, Halt> {
+        let mut unhandled = next.first_records();
+        unhandled.extend(batch.first_records());
+        self.partitions.note_unhandled(&unhandled);
         let context = DeliveryContext {
             setup: &self.setup,
             dead_letters: &self.dead_letters,

@@ -273,7 +273,6 @@ impl Assignment {
         client.incremental_assign(starts)?;
         // A partition that was paused when the client lost it is still paused.
         client.resume(starts)?;
-        self.reports.count_started(starts.count());
         let mut changes = self.changes();
         for element in starts.elements() {
             let start = element.offset().to_raw().unwrap_or_default();
@@ -281,6 +280,7 @@ impl Assignment {
             changes.reading.insert(element.partition(), Reading::new(start, Instant::now()));
         }
         changes.just_started = true;
+        self.reports.count_started(starts.count());
         Ok(())
     }
 

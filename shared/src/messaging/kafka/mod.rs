@@ -68,8 +68,8 @@ pub struct KafkaConfig {
 }
 
 /// The longest time between two polls, in handler time-outs. A turn of the consumer's loop takes at
-/// most about four of them: one for the whole batch, two more if its records are then tried one by
-/// one, and one for a record that blocks its partition.
+/// most about four of them: one for the whole batch, two more if its records are then tried in
+/// smaller calls, and one for a record that blocks its partition.
 const HANDLE_TIMEOUTS_PER_POLL: u32 = 5;
 
 impl KafkaConfig {

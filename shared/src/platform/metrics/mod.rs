@@ -160,8 +160,8 @@ impl Metrics {
             name: "http_request_duration_seconds",
             unit: "seconds",
             labels: &["method", "route", "status"],
-            meaning: "Time to answer a request to the public port. The route is a template such as /users/{id}, or none. \
-                      With exemplars",
+            meaning: "Time to answer a request to the public port. The route is a template such as /users/{id}. It is \
+                      none for a path without a route, and for connections beyond HTTP_CONNECTIONS. With exemplars",
             bad: "many answers above 0.1, or with the status 409 or 5xx: \
                   [Requests are answered with 503 or 409](operations.md#requests-are-answered-with-503-or-409). With 401 \
                   or 403: [401 or 403](operations.md#requests-are-answered-with-401-or-403)",
@@ -309,8 +309,8 @@ impl Metrics {
             unit: "partitions",
             labels: &["group"],
             meaning: "Partitions that the consumers of this process read",
-            bad: "the sum over all processes of a service is not the number of partitions of the topic for a minute: the \
-                  others have no consumer: [A service waits](operations.md#a-service-waits)",
+            bad: "the sum over all processes of a service is not the number of partitions of the topic (6) for a \
+                  minute: the others have no consumer: [A service waits](operations.md#a-service-waits)",
         };
         self.register(description, &self.consumer_partitions);
     }
@@ -368,9 +368,8 @@ impl Metrics {
             name: "consumer_paused",
             unit: "consumers",
             labels: &["group"],
-            meaning: "Consumers that an operator has paused in this process",
-            bad: "above 0 for longer than the work that needs it: \
-                  [A consumer is paused](operations.md#a-consumer-is-paused)",
+            meaning: "Consumers that an operator has paused",
+            bad: "above 0 for longer than the work that needs it: [A consumer is paused](operations.md#a-consumer-is-paused)",
         };
         self.register(description, &self.consumer_paused);
     }
@@ -465,7 +464,7 @@ impl Metrics {
             unit: "partitions",
             labels: &[],
             meaning: "Partitions whose rows wait because they have no leader or too few in-sync replicas. Reported by the \
-                      leader of the relays",
+                      leader",
             bad: BAD,
         };
         self.register(description, &self.outbox_blocked_partitions);
@@ -489,6 +488,7 @@ impl Metrics {
         });
         self.consumer_retries.get_or_create(&group).inc_by(0);
         self.consumer_breaker_open.get_or_create(&group).set(0);
+        self.consumer_paused.get_or_create(&group).set(0);
         self.consumer_partitions.get_or_create(&group).set(0);
         for action in ["assigned", "revoked", "lost"] {
             let labels = RebalanceLabels { group: group.group.clone(), action };
