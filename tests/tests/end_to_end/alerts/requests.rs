@@ -13,8 +13,9 @@ use super::{record, until};
 /// Requests to each service between two scrapes.
 const REQUESTS: usize = 10;
 
-/// I12: the cache has lost its Valkey, callers of analytics occupy all connections, one caller floods
-/// the email service, whose consumers an operator has paused, and the collector of traces is gone. Before that, while all is well, no alert fires.
+/// I12: the cache has lost its Valkey, callers of analytics occupy all connections, one caller
+/// floods the email service, whose consumers an operator has paused, and the collector of traces is
+/// gone. Before that, while all is well, no alert fires.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_fail_traces_that_are_lost_and_consumers_that_are_paused() {
     let mut system = System::empty().await;
