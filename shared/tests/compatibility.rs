@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Value, json};
 use shared::events::{
-    DecodeError, Delivery, EmailEvent, Envelope, Event, Profile, Undelivered, UserEvent, UserRef, UserState,
+    ActionOutcome, ActionStep, DecodeError, Delivery, EmailEvent, Envelope, Event, OperatorAction, Profile,
+    Undelivered, UserEvent, UserRef, UserState,
 };
 use uuid::{Uuid, uuid};
 
@@ -310,4 +311,19 @@ proptest! {
             prop_assert_eq!(parse(&written), Ok(envelope));
         }
     }
+}
+
+/// The records of an operator's action, byte for byte as the first release wrote them. They are kept
+/// permanently too.
+#[test]
+fn the_actions_of_operators_are_read_in_every_release() {
+    let begun = r#"{"action_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a07","step":"begun","action":"discard","target":"user.events.v1-0-7","group":"analytics.users","service":"analytics","operator":"on-call","reason":"imported twice","time":"2026-11-22T12:00:00.123456789Z"}"#;
+    let action: OperatorAction = serde_json::from_str(begun).unwrap();
+    assert_eq!((action.step, action.outcome, action.operator.as_str()), (ActionStep::Begun, None, "on-call"));
+    assert_eq!(serde_json::to_string(&action).unwrap(), begun);
+    // Without a group and a reason, and with a field of a newer release.
+    let ended = r#"{"action_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a07","step":"ended","action":"pause-consumers","target":"analytics","service":"analytics","operator":"on-call","time":"2026-11-22T12:00:01Z","outcome":"failed","detail":"no","ticket":4711}"#;
+    let action: OperatorAction = serde_json::from_str(ended).unwrap();
+    assert_eq!((action.step, action.outcome), (ActionStep::Ended, Some(ActionOutcome::Failed)));
+    assert_eq!((action.group, action.reason, action.detail.as_deref()), (None, None, Some("no")));
 }

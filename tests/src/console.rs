@@ -1,6 +1,6 @@
 //! The console of a system: a browser without JavaScript.
 
-use reqwest::header::{HOST, HeaderMap};
+use reqwest::header::{CONTENT_TYPE, HOST, HeaderMap, ORIGIN};
 use reqwest::{Client, Method, StatusCode};
 use testbed::testing;
 use testbed::tools::RunningTool;
@@ -53,6 +53,22 @@ impl Console {
         }
         let answer = request.send().await.unwrap();
         Page { status: answer.status(), headers: answer.headers().clone(), body: answer.text().await.unwrap() }
+    }
+
+    /// Sends a form, as a page of this origin would.
+    pub async fn post(&self, path: &str, origin: &str, fields: &[(&str, &str)]) -> Page {
+        let encode = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
+        let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect();
+        let request = self.client.post(self.url(path)).header(ORIGIN, origin).body(fields.join("&"));
+        let answer = request.header(CONTENT_TYPE, "application/x-www-form-urlencoded").send().await.unwrap();
+        Page { status: answer.status(), headers: answer.headers().clone(), body: answer.text().await.unwrap() }
+    }
+
+    /// The token that the forms of this console contain.
+    pub async fn page_token(&self) -> String {
+        let page = self.until_shows("/dead-letters", "name=\"page_token\" value=\"").await;
+        let (_, rest) = page.split_once("name=\"page_token\" value=\"").unwrap();
+        rest.split('"').next().unwrap().to_owned()
     }
 
     /// Waits until a page contains a text, and returns the page.

@@ -1,5 +1,5 @@
-//! The alerts of `deploy/observability`, and proof that they fire: a [`Recording`] of a real fault is
-//! given to promtool, which evaluates the rules on it.
+//! The alerts of `deploy/observability`, and proof that they fire: a [`Recording`] of a real fault
+//! is given to promtool, which evaluates the rules on it.
 
 mod page;
 pub mod promtool;

@@ -1,5 +1,5 @@
-//! A recorded fault: what Prometheus would have scraped before, while and after it was there, and what
-//! the alerts make of it.
+//! A recorded fault: what Prometheus would have scraped before, while and after it was there, and
+//! what the alerts make of it.
 
 use std::fs;
 use std::path::PathBuf;
@@ -77,8 +77,8 @@ impl Recording {
         self.end = self.count();
     }
 
-    /// Checks with promtool that each of these alerts fires during the fault, and neither before nor
-    /// after it, and that no other alert fires before the fault. Call it after [`SCRAPES`]
+    /// Checks with promtool that each of these alerts fires during the fault, and neither before
+    /// nor after it, and that no other alert fires before the fault. Call it after [`SCRAPES`]
     /// scrapes that do not show the fault any more.
     pub fn check(self, expected: &[&str]) {
         let rules = Rules::read();
@@ -105,8 +105,8 @@ impl Recording {
         }
     }
 
-    /// A test of one alert, which fires during the fault if it is expected to. The first and the last scrape are stretched further: to the time for which
-    /// the past influences the alert.
+    /// A test of one alert, which fires during the fault if it is expected to. The first and the
+    /// last scrape are stretched further: to the time for which the past influences the alert.
     fn test(&self, alert: &Alert, is_expected: bool, rules: &Rules, scrapes: &[Scrape]) -> Value {
         let query = rules.scraped(&alert.query);
         let pending = minutes(alert.pending);
@@ -164,8 +164,8 @@ async fn scrape(targets: Vec<(&'static str, String)>, scrapes: Arc<Mutex<Vec<Scr
     }
 }
 
-/// The page of a process. The outer `None`: the process does not exist. Its address would be missing
-/// in the answer of DNS, so Prometheus would not scrape it.
+/// The page of a process. The outer `None`: the process does not exist. Its address would be
+/// missing in the answer of DNS, so Prometheus would not scrape it.
 async fn page(client: &Client, url: &str) -> Option<Option<Page>> {
     let read = async { client.get(url).timeout(TIMEOUT).send().await?.error_for_status()?.text().await };
     match read.await {

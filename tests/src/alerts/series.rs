@@ -6,13 +6,14 @@ use std::fmt::Write;
 
 use super::page::Page;
 
-/// What one scrape found, by job and instance. `None`: the process accepted the connection and did not
-/// answer. A process without an entry does not exist.
+/// What one scrape found, by job and instance. `None`: the process accepted the connection and did
+/// not answer. A process without an entry does not exist.
 pub type Scrape = BTreeMap<(&'static str, String), Option<Page>>;
 
 /// Turns the samples of series with these names into promtool's notation, with one value a minute.
 /// `minutes` says for each scrape how long it is until the next one. In between a counter grows
-/// evenly, and another value stays as it is. A series that disappears becomes stale, as in Prometheus.
+/// evenly, and another value stays as it is. A series that disappears becomes stale, as in
+/// Prometheus.
 pub fn input_series(scrapes: &[Scrape], names: &BTreeSet<String>, minutes: &[usize]) -> Vec<(String, String)> {
     let mut series: BTreeMap<String, Vec<Option<f64>>> = BTreeMap::new();
     let mut counters = BTreeSet::new();

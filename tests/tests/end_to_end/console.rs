@@ -3,9 +3,9 @@
 use reqwest::{Method, StatusCode};
 use tests::System;
 use tests::record::Draft;
-use tests::services::{EMAIL_WELCOME, USER_EVENTS, USER_STATE};
+use tests::services::{ANALYTICS_USERS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
 use tests::users::address;
-use topology::{EMAIL, SERVICES, USER};
+use topology::{ANALYTICS, EMAIL, SERVICES, USER};
 use uuid::Uuid;
 
 /// Text that a browser would run or draw if it became markup.
@@ -127,6 +127,78 @@ async fn a_foreign_website_reaches_nothing() {
     assert!(!page.headers.contains_key("access-control-allow-origin"));
     // The policy forbids them, so they would have no effect.
     assert!(!page.body.contains(" style=") && !page.body.contains("<style") && !page.body.contains(" onclick"));
+}
+
+/// An operator sees the letters, and acts on them with a reason. A service records each action.
+#[tokio::test(flavor = "multi_thread")]
+async fn letters_are_shown_redriven_and_discarded_with_a_reason() {
+    let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let console = system.console().await;
+    let kept = malformed(&system).await;
+    let discarded = malformed(&system).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[kept, discarded]).await;
+    let [kept, discarded] = [kept, discarded].map(|record| system.kafka.letter_key(ANALYTICS_USERS, record));
+    console.until_shows("/dead-letters", &kept).await;
+    let token = console.page_token().await;
+    let act = async |act: &str, coordinates: &str, reason: &str| {
+        let fields = [
+            ("act", act),
+            ("group", ANALYTICS_USERS),
+            ("coordinates", coordinates),
+            ("reason", reason),
+            ("page_token", &token),
+        ];
+        console.post("/dead-letters/act", &console.url(""), &fields).await
+    };
+    let shown = act("show", &kept, "a wrong producer").await;
+    assert_eq!(shown.status, StatusCode::OK, "{}", shown.body);
+    assert!(shown.body.contains("&#60;img src=x&#62;") && !shown.body.contains("<img"), "{}", shown.body);
+    let redriven = act("redrive", &kept, "a new release").await;
+    assert!(redriven.body.contains("&#34;failed&#34;: 1"), "{}", redriven.body);
+    let gone = act("discard", &discarded, "written by a test").await;
+    assert_eq!(gone.status, StatusCode::OK, "{}", gone.body);
+
+    let page = console.until_shows(&format!("/dead-letters?group={ANALYTICS_USERS}"), "tried 2 times").await;
+    assert!(page.contains(&format!("aria-label=\"Letter {kept}\"")), "{page}");
+    assert!(!page.contains(&format!("aria-label=\"Letter {discarded}\"")), "{page}");
+    for reason in ["a wrong producer", "a new release", "written by a test"] {
+        assert!(page.contains(reason), "the actions lack {reason:?}: {page}");
+    }
+    let refused = act("discard", &discarded, "again").await;
+    assert_eq!(refused.status, StatusCode::BAD_GATEWAY);
+    assert!(refused.body.contains("the service refuses"), "{}", refused.body);
+}
+
+/// A fact without a valid value. Partition and offset.
+async fn malformed(system: &System) -> (i32, i64) {
+    let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1).with_value(b"<img src=x>");
+    system.kafka.write(USER_EVENTS, &fact).await
+}
+
+/// A website that the operator has open in the same browser sends the form by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostile_page_cannot_act_on_letters() {
+    let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let console = system.console().await;
+    let record = malformed(&system).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[record]).await;
+    let coordinates = system.kafka.letter_key(ANALYTICS_USERS, record);
+    console.until_shows("/dead-letters", &coordinates).await;
+    let token = console.page_token().await;
+    let own = console.url("");
+    for (origin, token) in [("http://evil.example", &*token), ("null", &token), (&own, "guessed"), (&own, "")] {
+        let fields = [
+            ("act", "discard"),
+            ("group", ANALYTICS_USERS),
+            ("coordinates", &coordinates),
+            ("reason", "hostile"),
+            ("page_token", token),
+        ];
+        let refused = console.post("/dead-letters/act", origin, &fields).await;
+        assert_eq!(refused.status, StatusCode::FORBIDDEN, "{origin} {token}");
+    }
+    let page = console.get("/dead-letters").await.body;
+    assert!(page.contains(&coordinates) && !page.contains("hostile"), "{page}");
 }
 
 /// The console starts before everything else, waits, and continues.

@@ -3,8 +3,8 @@
 use tests::System;
 use tests::browser::Browser;
 use tests::record::Draft;
-use tests::services::{EMAIL_WELCOME, USER_EVENTS};
-use topology::{EMAIL, USER};
+use tests::services::{ANALYTICS_USERS, EMAIL_WELCOME, USER_EVENTS};
+use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
 const MARKUP: &str = "<img src=x onerror=\"document.title='hacked'\">";
@@ -69,6 +69,39 @@ async fn records_appear_live_and_open_with_the_keyboard() {
     browser.close().await;
 }
 
+/// A malformed record becomes a dead letter. An operator finds it, sees the record, redrives it, and
+/// discards it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_settles_a_letter_in_the_browser() {
+    let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let console = system.console().await;
+    let Some(browser) = Browser::open(&console.url(""), 1280, 900).await else { return };
+    let fact = Draft::user_event("user.registered", Uuid::now_v7(), 1).with_value(MARKUP.as_bytes());
+    let record = system.kafka.write(USER_EVENTS, &fact).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[record]).await;
+    let coordinates = system.kafka.letter_key(ANALYTICS_USERS, record);
+    console.until_shows("/dead-letters", &coordinates).await;
+
+    let path = format!("/dead-letters?group={ANALYTICS_USERS}");
+    for (act, answer) in [("show", "<img src=x onerror="), ("redrive", "\"failed\": 1"), ("discard", ANALYTICS_USERS)] {
+        browser.goto(&path).await;
+        browser.until_text("article h2", &coordinates).await;
+        browser.click("article input[name=reason]").await;
+        browser.press(&format!("the reason to {act}")).await;
+        browser.click(&format!("article button[value={act}]")).await;
+        browser.until_text("pre", answer).await;
+        browser.until_text("h1", "letter").await;
+    }
+    browser.goto(&path).await;
+    browser.until_text("main", "No open letter matches.").await;
+    for act in ["show", "redrive", "discard"] {
+        browser.until_text("table", &format!("the reason to {act}")).await;
+    }
+    assert_ne!(browser.evaluate("document.title").await, "hacked");
+    browser.assert_clean().await;
+    browser.close().await;
+}
+
 /// On a telephone, in the dark, with less motion: the page never scrolls sideways, and it follows the
 /// preferences.
 #[tokio::test(flavor = "multi_thread")]
@@ -79,7 +112,7 @@ async fn the_pages_fit_a_telephone_and_follow_preferences() {
     system.users.register().await;
     console.until_shows("/events", "user.registered<").await;
     let background = "getComputedStyle(document.body).backgroundColor";
-    for path in ["/", "/events"] {
+    for path in ["/", "/events", "/dead-letters"] {
         browser.goto(path).await;
         assert_eq!(browser.evaluate("window.innerWidth").await, 390);
         let sideways = "document.documentElement.scrollWidth > document.documentElement.clientWidth";

@@ -287,7 +287,8 @@ fn assert_letters_are_copies(system: &System, group: &str, cases: &[Case], writt
         let Some(reason) = reason else { continue };
         let letter = &letters[&system.kafka.letter_key(group, *coordinates)];
         assert_letter_names(system, letter, group, *coordinates, reason);
-        assert_eq!(letter.value, draft.value, "{reason}: the value");
+        // Without a value the letter would be a tombstone for compaction.
+        assert_eq!(letter.value, Some(draft.value.clone().unwrap_or_default()), "{reason}: the value");
         let copied = letter.headers.iter().filter(|(name, _)| !name.starts_with("dlq-"));
         let copied: Vec<_> = copied.cloned().collect();
         assert_eq!(copied, draft.headers, "{reason}: the headers");
@@ -304,7 +305,7 @@ fn assert_letters_are_pointers(system: &System, group: &str, cases: &[Case], wri
         let Some(letter) = letters.get(&key) else { continue };
         // The record that only a database rejects has no reason in the list.
         assert_letter_names(system, letter, group, *coordinates, reason.unwrap_or("SQLSTATE 22021"));
-        assert_eq!(letter.value, None, "a pointer has a value");
+        assert_eq!(letter.value, Some(vec![]), "a pointer has an empty value");
         assert!(letter.headers.iter().all(|(name, _)| name.starts_with("dlq-")), "{:?}", letter.headers);
         assert!(!letter.text().contains(SECRET), "{}", letter.text());
         let expected_key = draft.key.as_deref().filter(|key| Uuid::try_parse_ascii(key).is_ok());

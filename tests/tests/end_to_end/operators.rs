@@ -6,7 +6,7 @@ use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use tests::http::send;
 use tests::record::Draft;
-use tests::services::{ANALYTICS_USERS, USER_EVENTS};
+use tests::services::{ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, USER_EVENTS};
 use tests::{System, eventually_eq, throughout};
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
@@ -34,8 +34,9 @@ async fn an_operator_pauses_and_resumes_the_consumers_of_a_process() {
     system.users.until_counted(1, 0).await;
 
     system.processes.run(ANALYTICS, &["pause-consumers", "--reason", "maintenance of the database"]).await.unwrap();
-    let reported = system.processes.until_reported(ANALYTICS, "maintenance of the database").await;
-    assert!(reported.contains(&format!("{ANALYTICS_USERS} 0 paused")), "{reported:?}");
+    let groups = [ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS];
+    let components = groups.map(|group| format!("{group} 0 paused"));
+    system.processes.until_reported_by(ANALYTICS, "maintenance of the database", &components).await;
     eventually_eq("paused consumers", Some(1.0), async || paused_consumers(&system).await).await;
     register(&system).await;
     throughout(OBSERVATION, "a paused consumer handles nothing", async || system.users.funnel().await == (1, 0)).await;
@@ -44,7 +45,7 @@ async fn an_operator_pauses_and_resumes_the_consumers_of_a_process() {
     system.processes.run(ANALYTICS, &["resume-consumers"]).await.unwrap();
     system.users.until_counted(2, 0).await;
     system.processes.until_nothing_reported(ANALYTICS).await;
-    assert_eq!(paused_consumers(&system).await, Some(0.0));
+    eventually_eq("paused consumers", Some(0.0), async || paused_consumers(&system).await).await;
 
     system.processes.run(ANALYTICS, &["pause-consumers", "--reason", "again"]).await.unwrap();
     system.processes.until_reported(ANALYTICS, "again").await;

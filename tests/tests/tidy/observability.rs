@@ -1,5 +1,6 @@
 //! The alerts, the dashboards and the configuration of Prometheus: what can be checked without a
-//! running system. `tests/end_to_end/alerts` checks that the alerts fire and that the metrics exist.
+//! running system. `tests/end_to_end/alerts` checks that the alerts fire and that the metrics
+//! exist.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -100,8 +101,8 @@ fn promtool_accepts_the_rules_and_their_unit_tests() {
     }
 }
 
-/// Prometheus scrapes every service at its admin port, by a name that leads to all replicas, and the
-/// alerts about missing processes name every service.
+/// Prometheus scrapes every service at its admin port, by a name that leads to all replicas, and
+/// the alerts about missing processes name every service.
 #[test]
 fn prometheus_scrapes_every_service() {
     let config: Value = serde_yaml_ng::from_str(&read(PROMETHEUS)).unwrap();

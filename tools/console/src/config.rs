@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 use shared::messaging::KafkaConfig;
+use shared::platform::secret::{OptionalSecret, SecretSetting};
 use shared::platform::telemetry::TelemetryConfig;
 use topology::SERVICES;
 
@@ -44,6 +45,8 @@ pub struct Config {
     #[arg(long, env, value_delimiter = ',')]
     pub admin_addresses: Vec<AdminAddress>,
     #[command(flatten)]
+    pub admin_token: OptionalSecret<AdminToken>,
+    #[command(flatten)]
     pub kafka: KafkaConfig,
     #[command(flatten)]
     pub telemetry: TelemetryConfig,
@@ -71,6 +74,17 @@ impl Config {
         };
         Ok(SERVICES.map(|service| given(service.name).unwrap_or_else(|| published(service))).into())
     }
+}
+
+/// The token of operators who give none.
+#[derive(Clone)]
+pub struct AdminToken;
+
+impl SecretSetting for AdminToken {
+    const NAME: &'static str = "ADMIN_TOKEN";
+    const HELP: &'static str = "A token that the services accept (their ADMIN_TOKENS), without its name. With it every \
+                                visitor of the page can act on dead letters, under this token's name: for development \
+                                only. Without it each operator types a token of their own.";
 }
 
 /// Where the admin port of a service is.

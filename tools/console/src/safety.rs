@@ -3,7 +3,9 @@
 //!
 //! - A request must name a known host, so a foreign name that points here is refused.
 //! - The pages run no code but their own, load nothing from elsewhere, and cannot be framed.
-//! - The pages change nothing: every route is a `GET`.
+//! - A request that changes something comes from a page of this console: it has the page's token, and
+//!   the browser says that it comes from the same origin. The service that acts checks the operator's
+//!   token as well.
 
 use std::sync::Arc;
 
@@ -11,6 +13,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use subtle::ConstantTimeEq;
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
@@ -48,6 +51,19 @@ fn is_known(headers: &HeaderMap, hosts: &[String]) -> bool {
     hosts.iter().any(|known| known.eq_ignore_ascii_case(name))
 }
 
+/// Whether a request may change something. `given` is the page's token in the form, and `expected` the
+/// right one.
+pub fn may_change(headers: &HeaderMap, given: &str, expected: &str) -> bool {
+    let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let (Some(origin), Some(host)) = (text(header::ORIGIN), text(header::HOST)) else { return false };
+    let is_same_origin = ["http://", "https://"].iter().any(|scheme| origin.strip_prefix(scheme) == Some(host));
+    // Browsers that do not send this header are recognised by `Origin` alone.
+    let site = text(HeaderName::from_static("sec-fetch-site"));
+    let is_same_site = site.is_none_or(|site| site == "same-origin");
+    let is_token = bool::from(given.as_bytes().ct_eq(expected.as_bytes()));
+    is_same_origin && is_same_site && is_token
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,5 +88,25 @@ mod tests {
         }
         assert!(!known(&[]));
         assert!(!known(&["localhost", "evil.example"]));
+    }
+
+    #[test]
+    fn only_a_page_of_this_console_may_change_something() {
+        let may = |origin: &'static str, site: Option<&'static str>, token| {
+            let mut headers = HeaderMap::from_iter([(header::HOST, HeaderValue::from_static("localhost:8084"))]);
+            headers.insert(header::ORIGIN, HeaderValue::from_static(origin));
+            headers
+                .extend(site.map(|site| (HeaderName::from_static("sec-fetch-site"), HeaderValue::from_static(site))));
+            may_change(&headers, token, "page-token")
+        };
+        assert!(may("http://localhost:8084", None, "page-token"));
+        assert!(may("https://localhost:8084", Some("same-origin"), "page-token"));
+        assert!(!may("http://localhost:8084", None, "another"));
+        assert!(!may("http://localhost:8084", None, ""));
+        assert!(!may("http://localhost:3000", None, "page-token"));
+        assert!(!may("http://evil.example", None, "page-token"));
+        assert!(!may("null", None, "page-token"));
+        assert!(!may("http://localhost:8084", Some("cross-site"), "page-token"));
+        assert!(!may_change(&HeaderMap::new(), "page-token", "page-token"), "without an origin");
     }
 }

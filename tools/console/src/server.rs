@@ -14,12 +14,13 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::config::Config;
 use crate::kafka::{Offsets, Reader, Recent, follow, watch_offsets};
 use crate::pages::{self, App, View, draw};
 use crate::safety;
-use crate::system::{self, Survey};
+use crate::system::{self, Operations, Survey};
 
 /// Open connections per port. Each open page has one for its live updates.
 const CONNECTIONS: usize = 64;
@@ -48,8 +49,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let recent = Recent::default();
     let app = App {
         views: views.subscribe(),
+        surveys: surveys.subscribe(),
         recent: recent.clone(),
         reader: Reader::new(kafka.clone()),
+        operations: Operations::new()?,
+        admin_token: config.admin_token.get().cloned(),
+        page_token: Uuid::new_v4().to_string().into(),
         stop: stop.clone(),
     };
     spawn(&mut tasks, &stop, "drawing", draw(surveys.subscribe(), offsets.subscribe(), recent.clone(), views));

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use topology::acls::{Naming, Operation, Resource, Rule, all_rules, grants};
-use topology::{CONSOLE, SERVICES, Service, with_database};
+use topology::{CONSOLE, OPERATOR_ACTIONS, SERVICES, Service, with_database};
 
 use crate::authority::Authority;
 use crate::passwords::Passwords;
@@ -133,6 +133,7 @@ fn viewer_rules() -> Vec<Rule> {
     let groups = SERVICES.iter().flat_map(|service| service.groups);
     let written = SERVICES.iter().flat_map(|service| service.writes).map(|topic| (*topic).to_owned());
     let topics = written.chain(groups.clone().map(topology::Group::dead_letters));
+    let topics = topics.chain([OPERATOR_ACTIONS.to_owned()]);
     let mut granted: Vec<(Resource, String, Operation)> = vec![];
     for operation in [Describe, DescribeConfigs] {
         granted.push((Resource::Cluster, "kafka-cluster".to_owned(), operation));

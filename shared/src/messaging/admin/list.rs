@@ -15,6 +15,7 @@ use super::client::{aligned, get, printable, query};
 use super::operations::{Group, Operations, Refused};
 use crate::messaging::dead_letters::{Filter, Line, page};
 use crate::platform::problem::{INVALID_QUERY, IntoProblem};
+use crate::platform::settings::number;
 
 const PAGE_DEFAULT: usize = 100;
 const PAGE_MAX: usize = 1_000;
@@ -148,7 +149,7 @@ pub struct ListDeadLetters {
     json: bool,
     /// Print at most about this many letters, whole pages of up to 100, and then how to continue.
     /// Default: all.
-    #[arg(long, value_name = "LETTERS")]
+    #[arg(long, value_name = "LETTERS", value_parser = number::<usize>(1..=10_000_000))]
     limit: Option<usize>,
     /// Continue where an earlier list ended, with the same filter.
     #[arg(long)]
@@ -163,7 +164,7 @@ impl ListDeadLetters {
         let mut counts: Vec<(String, usize)> = vec![];
         let mut parked = std::collections::BTreeMap::<String, usize>::new();
         let mut printed = 0;
-        while let Some(page) = pages.next(self.limit.map(|limit| limit - printed)).await? {
+        while let Some(page) = pages.next(self.limit.map(|limit| limit.saturating_sub(printed))).await? {
             printed += page.letters.len();
             for line in page.letters.iter().filter(|line| line.parked) {
                 *parked.entry(line.group.clone()).or_default() += 1;

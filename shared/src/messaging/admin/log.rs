@@ -15,6 +15,7 @@ use super::operations::{Operations, Refused};
 use crate::events::ActionOutcome;
 use crate::messaging::actions::{self, Listed};
 use crate::platform::problem::{INVALID_QUERY, IntoProblem};
+use crate::platform::settings::number;
 
 const LIMIT_DEFAULT: usize = 100;
 const LIMIT_MAX: usize = 5_000;
@@ -64,7 +65,7 @@ pub struct ListActions {
     #[arg(long)]
     target: Option<String>,
     /// Print at most this many.
-    #[arg(long, default_value_t = LIMIT_DEFAULT)]
+    #[arg(long, default_value_t = LIMIT_DEFAULT, value_parser = number::<usize>(1..=LIMIT_MAX))]
     limit: usize,
     /// Print one JSON object per line instead of a table.
     #[arg(long)]

@@ -223,11 +223,11 @@ mod tests {
         }
     }
 
-    /// Resident memory of this process, in bytes.
+    /// Memory that this process has allocated and uses, in bytes. Without the pages of its program.
     fn resident() -> usize {
-        let status = std::fs::read_to_string("/proc/self/statm").unwrap();
-        let pages: usize = status.split(' ').nth(1).unwrap().parse().unwrap();
-        pages * 4096
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
     }
 
     /// The letters arrive in the order in which several consumers wrote them.

@@ -14,12 +14,15 @@ use super::index::LetterIndex;
 use super::letter::DeadLetter;
 use crate::events;
 use crate::messaging::reader::TopicReader;
+use crate::platform::settings::number;
 
 /// Records of the letters' topic that are read for one page, at most. A filter that matches few
 /// letters then answers with a short page, and with where to continue.
 const SCAN_RECORDS: usize = 20_000;
 /// How long the reading of one page may take.
 const SCAN_TIME: Duration = Duration::from_secs(5);
+/// Ten years.
+const MINUTES_MAX: u32 = 10 * 366 * 24 * 60;
 /// Characters of an event type that is shown. Any client may write any text into the header.
 const TYPE_MAX: usize = 64;
 
@@ -78,24 +81,24 @@ fn is_event_type(text: &str) -> bool {
 #[serde(deny_unknown_fields)]
 pub struct Filter {
     /// Only letters whose reason contains this text.
-    #[arg(long, value_name = "TEXT")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[arg(long, value_name = "TEXT")]
     pub reason_contains: Option<String>,
     /// Only letters about events of this type. Letters that are pointers have none.
-    #[arg(long = "type", value_name = "TYPE")]
     #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
+    #[arg(long = "type", value_name = "TYPE")]
     pub kind: Option<String>,
     /// Only letters about records with this key, if it is an id.
-    #[arg(long, value_name = "UUID")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[arg(long, value_name = "UUID")]
     pub key: Option<Uuid>,
     /// Only letters that were first written at least this long ago.
-    #[arg(long, value_name = "MINUTES")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[arg(long, value_name = "MINUTES", value_parser = number::<u32>(0..=MINUTES_MAX))]
     pub older_than_minutes: Option<u32>,
     /// Only letters that were first written less than this long ago.
-    #[arg(long, value_name = "MINUTES")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[arg(long, value_name = "MINUTES", value_parser = number::<u32>(0..=MINUTES_MAX))]
     pub younger_than_minutes: Option<u32>,
 }
 

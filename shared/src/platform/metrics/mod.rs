@@ -141,7 +141,7 @@ impl Metrics {
             topic_settings_changed: Family::default(),
             relay_rounds: Family::default(),
         };
-        metrics.process.register(&metrics);
+        metrics.process.register(&mut metrics.registered());
         metrics.register_http();
         metrics.register_traces();
         metrics
@@ -160,8 +160,8 @@ impl Metrics {
             name: "http_request_duration_seconds",
             unit: "seconds",
             labels: &["method", "route", "status"],
-            meaning: "Time to answer a request to the public port. The route is a template such as /users/{id}. It is \
-                      none for a path without a route, and for connections beyond HTTP_CONNECTIONS. With exemplars",
+            meaning: "Time to answer a request to the public port. The route has {id} instead of an id. It is none \
+                      for a path without a route, and for connections beyond HTTP_CONNECTIONS. With exemplars",
             bad: "many answers above 0.1, or with the status 409 or 5xx: \
                   [Requests are answered with 503 or 409](operations.md#requests-are-answered-with-503-or-409). With 401 \
                   or 403: [401 or 403](operations.md#requests-are-answered-with-401-or-403)",
@@ -179,8 +179,8 @@ impl Metrics {
             name: "http_requests_limited",
             unit: "requests",
             labels: &["limit", "per"],
-            meaning: "Requests of callers that have sent too many. The limit is requests or registrations, per address or \
-                      per principal",
+            meaning: "Requests of callers that have sent too many. The limit is requests for all, or a kind of request \
+                      that has a limit of its own, per address or per principal",
             bad: "grows fast: [Callers are answered with 429](operations.md#callers-are-answered-with-429)",
         };
         self.register(description, &self.http_requests_limited);
@@ -259,7 +259,7 @@ impl Metrics {
             name: "dead_letters_open",
             unit: "dead letters",
             labels: &["group"],
-            meaning: "Dead letters that are not settled yet. Absent until they have been counted",
+            meaning: "Dead letters that are not settled yet. 0 until the process has counted them after its start",
             bad: "above 0: [There are dead letters](operations.md#there-are-dead-letters)",
         };
         self.register(description, &self.dead_letters_open);

@@ -9,7 +9,8 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 
-use super::{Description, Metrics, now_ms};
+use super::description::{Description, Registered};
+use super::since::now_ms;
 
 #[derive(Clone)]
 pub(super) struct Process {
@@ -31,7 +32,7 @@ impl Process {
         process
     }
 
-    pub fn register(&self, metrics: &Metrics) {
+    pub fn register(&self, registered: &mut Registered) {
         let description = Description {
             name: "process_start_time_seconds",
             unit: "seconds",
@@ -39,7 +40,7 @@ impl Process {
             meaning: "When the process started, in seconds since 1970",
             bad: "changes several times within minutes: the process fails and its supervisor restarts it. Its log says why",
         };
-        metrics.register(description, &self.start);
+        registered.add(description, &self.start);
         let description = Description {
             name: "process_cpu_seconds",
             unit: "seconds",
@@ -47,7 +48,7 @@ impl Process {
             meaning: "CPU time of the process, user and system",
             bad: "grows as fast as the process has cores: [A consumer lags](operations.md#a-consumer-lags)",
         };
-        metrics.register(description, &self.cpu);
+        registered.add(description, &self.cpu);
         let description = Description {
             name: "process_resident_memory_bytes",
             unit: "bytes",
@@ -55,7 +56,7 @@ impl Process {
             meaning: "Memory of the process that is in RAM",
             bad: "grows for hours, or is near the limit of the container",
         };
-        metrics.register(description, &self.memory);
+        registered.add(description, &self.memory);
         let description = Description {
             name: "process_open_fds",
             unit: "files",
@@ -63,7 +64,7 @@ impl Process {
             meaning: "Open files of the process, connections included",
             bad: "near `ulimit -n`: [503 or 409](operations.md#requests-are-answered-with-503-or-409)",
         };
-        metrics.register(description, &self.open_files);
+        registered.add(description, &self.open_files);
     }
 
     /// Measures the process, for a scrape. Two scrapes at the same time would count CPU time twice, so

@@ -11,19 +11,19 @@ use uuid::Uuid;
 use super::{record, until, until_at_least};
 use crate::dead_letters::{add_bug, redrive, remove_bug};
 
-/// The partition of `user.state.v1` with a record that fails, that with an open transaction, and the
-/// partition of `user.events.v1` with an event of an unknown type.
+/// The partition of `user.state.v1` with a record that fails, that with an open transaction, and
+/// the partition of `user.events.v1` with an event of an unknown type.
 const FAILING: i32 = 0;
 const OPEN: i32 = 3;
 const UNKNOWN: i32 = 5;
-/// Records that are written to the blocked partition at once, several times. Above the lag from which
-/// the alert looks at growth.
+/// Records that are written to the blocked partition at once, several times. Above the lag from
+/// which the alert looks at growth.
 const GROWTH: usize = 150;
 
-/// I12: each group has another fault. The handler of analytics.users has a bug, so its breaker opens
-/// after some dead letters, and it has skipped an event. analytics.emails may not read its topic. The
-/// group of the cache has a record that fails each time, so its lag grows, and another program holds up
-/// one of its partitions.
+/// I12: each group has another fault. The handler of analytics.users has a bug, so its breaker
+/// opens after some dead letters, and it has skipped an event. analytics.emails may not read its
+/// topic. The group of the cache has a record that fails each time, so its lag grows, and another
+/// program holds up one of its partitions.
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_that_do_not_consume() {
     let mut system = System::empty().await;

@@ -12,13 +12,14 @@ use uuid::Uuid;
 use super::{record, until, until_at_least};
 use crate::email::{write_fact, write_state};
 
-/// Registrations, by the age of their event: too old, older than the threshold of the alert, and new.
+/// Registrations, by the age of their event: too old, older than the threshold of the alert, and
+/// new.
 const DAYS: Duration = Duration::from_secs(96 * 3600);
 const MINUTES: Duration = Duration::from_secs(11 * 60);
 const NEW: Duration = Duration::ZERO;
 
-/// I12: the mail server loses its answers to one mail, and then answers nothing. Some mails are old,
-/// one is too old, one has no address, and many have an address that no server accepts.
+/// I12: the mail server loses its answers to one mail, and then answers nothing. Some mails are
+/// old, one is too old, one has no address, and many have an address that no server accepts.
 #[tokio::test(flavor = "multi_thread")]
 async fn mails_that_are_not_sent() {
     let system = System::start_mailing(&[]).await;

@@ -16,7 +16,8 @@ const FURTHER_LABELS: [&str; 5] = ["alertstate", "instance", "job", "le", "sever
 /// The series that Prometheus makes.
 const OF_PROMETHEUS: [&str; 2] = ["ALERTS", "up"];
 
-/// Every query of a dashboard, with the file and the panel. Of a variable: the series that it asks for.
+/// Every query of a dashboard, with the file and the panel. Of a variable: the series that it asks
+/// for.
 fn queries_of_dashboards() -> Vec<(String, String)> {
     let mut queries = vec![];
     for file in std::fs::read_dir(testbed::paths::root().join(DASHBOARDS)).unwrap() {
@@ -40,9 +41,9 @@ fn queries_of_dashboards() -> Vec<(String, String)> {
     queries
 }
 
-/// Each name is that of a series in the scrapes of a system that has worked. Series that only a fault
-/// makes are in a rule, and the fault tests show that the rule finds them. Each label is one that the
-/// program gives to one of the metrics.
+/// Each name is that of a series in the scrapes of a system that has worked. Series that only a
+/// fault makes are in a rule, and the fault tests show that the rule finds them. Each label is one
+/// that the program gives to one of the metrics.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_metric_of_a_dashboard_or_a_rule_exists() {
     let mut system = System::empty().await;

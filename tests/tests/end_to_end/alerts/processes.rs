@@ -7,9 +7,9 @@ use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, USER};
 
 use super::{record, until};
 
-/// I12: analytics is frozen, and the only process of the cache has died. The email service ends again
-/// and again. Another session holds the lock of the relays of `user`. Before that, while all is well,
-/// no alert fires.
+/// I12: analytics is frozen, and the only process of the cache has died. The email service ends
+/// again and again. Another session holds the lock of the relays of `user`. Before that, while all
+/// is well, no alert fires.
 #[tokio::test(flavor = "multi_thread")]
 async fn processes_that_are_missing_frozen_restarted_or_without_a_leader() {
     let mut system = System::start().await;

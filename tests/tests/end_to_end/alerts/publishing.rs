@@ -12,12 +12,14 @@ use crate::relay_blocks::{insert_keys, insert_large};
 
 const MISSING: &str = "no.such.topic";
 const SMALL: &str = "small.records";
-/// Events that are published while a session uses an old snapshot. Above the threshold of the alert.
+/// Events that are published while a session uses an old snapshot. Above the threshold of the
+/// alert.
 const DEAD_ROWS: usize = 60_000;
 
-/// I12: rows of a topic that does not exist, one of which is old; a record that is too large; keys whose
-/// partitions do not exist, because an operator has created a topic with too few; another topic that
-/// would delete facts; and a session whose snapshot keeps Postgres from vacuuming the outbox.
+/// I12: rows of a topic that does not exist, one of which is old; a record that is too large; keys
+/// whose partitions do not exist, because an operator has created a topic with too few; another
+/// topic that would delete facts; and a session whose snapshot keeps Postgres from vacuuming the
+/// outbox.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_that_are_not_published() {
     let system = System::start_only(&[USER]).await;

@@ -1,4 +1,4 @@
-//! Requests that are refused or fail, and traces that are lost.
+//! Requests that are refused or fail, traces that are lost, and a pause that an operator forgets.
 
 use reqwest::Method;
 use tests::alerts::SCRAPES;
@@ -8,15 +8,16 @@ use tokio::net::TcpStream;
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 use uuid::Uuid;
 
-use super::record;
+use super::{record, until};
 
 /// Requests to each service between two scrapes.
 const REQUESTS: usize = 10;
 
-/// I12: the cache has lost its Valkey, callers of analytics occupy all connections, one caller floods
-/// the email service, and the collector of traces is gone. Before that, while all is well, no alert fires.
+/// I12: the cache has lost its Valkey, callers of analytics occupy all connections, one caller
+/// floods the email service, whose consumers an operator has paused, and the collector of traces is
+/// gone. Before that, while all is well, no alert fires.
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_that_fail_and_traces_that_are_lost() {
+async fn requests_that_fail_traces_that_are_lost_and_consumers_that_are_paused() {
     let mut system = System::empty().await;
     let mut valkey = system.own_valkey().await;
     let otlp = Otlp::start().await;
@@ -45,6 +46,8 @@ async fn requests_that_fail_and_traces_that_are_lost() {
     for _ in 0..4 {
         occupied.push(TcpStream::connect(&address).await.unwrap());
     }
+    system.processes.run(EMAIL, &["pause-consumers", "--reason", "a test"]).await.unwrap();
+    until(&system, EMAIL, "consumer_paused", &[], 2.0).await;
     recording.fault_shows();
     for _ in 0..2 * SCRAPES {
         for _ in 0..REQUESTS {
@@ -58,6 +61,8 @@ async fn requests_that_fail_and_traces_that_are_lost() {
     recording.fault_ends();
 
     drop(occupied);
+    system.processes.run(EMAIL, &["resume-consumers"]).await.unwrap();
+    until(&system, EMAIL, "consumer_paused", &[], 0.0).await;
     valkey.component.restart().await.unwrap();
     let otlp = Otlp::start().await;
     system.processes.set_own(USER, &[("OTEL_EXPORTER_OTLP_ENDPOINT", otlp.url())]);
@@ -70,7 +75,7 @@ async fn requests_that_fail_and_traces_that_are_lost() {
         request(&system, CACHE, "/profiles").await;
         recording.scrapes(1).await;
     }
-    recording.check(&["CallersLimited", "ConnectionsRefused", "RequestsFail", "TracesLost"]);
+    recording.check(&["CallersLimited", "ConnectionsRefused", "ConsumerPaused", "RequestsFail", "TracesLost"]);
 }
 
 /// Asks for a user who does not exist. Any answer will do, and none.

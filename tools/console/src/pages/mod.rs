@@ -4,19 +4,25 @@
 
 mod diagram;
 mod events;
+mod letters;
 mod map;
 mod text;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use askama::Template;
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::{Router, routing};
+use shared::platform::secret::Secret;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use topology::Service;
 
+use crate::config::AdminToken;
 use crate::kafka::{Reader, Recent};
+use crate::system::{Operations, Survey};
 
 pub use map::{View, draw};
 
@@ -24,10 +30,25 @@ pub use map::{View, draw};
 #[derive(Clone)]
 pub struct App {
     pub views: watch::Receiver<Arc<View>>,
+    pub surveys: watch::Receiver<Arc<Survey>>,
     pub recent: Recent,
     pub reader: Reader,
+    pub operations: Operations,
+    /// The setting ADMIN_TOKEN.
+    pub admin_token: Option<Secret<AdminToken>>,
+    /// A form that changes something contains it. Only pages of this process know it.
+    pub page_token: Arc<str>,
     /// Ends the live updates: otherwise open pages would delay the end of the process.
     pub stop: CancellationToken,
+}
+
+impl App {
+    /// The admin port of a process of this service that answers.
+    fn address(&self, service: Service) -> Option<SocketAddr> {
+        let survey = self.surveys.borrow();
+        let of_service = survey.processes.iter().filter(|process| process.service == service.name);
+        of_service.filter(|process| process.answer.is_some()).map(|process| process.address).next()
+    }
 }
 
 pub fn routes(app: App) -> Router {
@@ -37,6 +58,8 @@ pub fn routes(app: App) -> Router {
         .route("/events", routing::get(events::page))
         .route("/live/events", routing::get(events::live))
         .route("/events/{topic}/{partition}/{offset}", routing::get(events::record))
+        .route("/dead-letters", routing::get(letters::page))
+        .route("/dead-letters/act", routing::post(letters::act))
         .route("/assets/look.css", asset("text/css", include_str!("../../assets/look.css")))
         .route("/assets/icon.svg", asset("image/svg+xml", include_str!("../../assets/icon.svg")))
         .route("/assets/map.js", asset("text/javascript", include_str!("../../assets/map.js")))

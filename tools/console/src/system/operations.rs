@@ -1,0 +1,140 @@
+//! Dead letters and the actions of operators, through the admin ports of the services. The console
+//! does nothing by itself: a service checks the operator's token, records the action, and does it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use reqwest::{Client, RequestBuilder};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// How long a service may take to read a page of letters, or to act on one letter.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of an answer. A record has at most 1 MiB, which JSON may escape.
+const SIZE_LIMIT: usize = 8 * 1024 * 1024;
+
+/// A page of the open letters of a group, as the admin port lists them.
+#[derive(Debug, Deserialize)]
+pub struct Page {
+    pub letters: Vec<Letter>,
+    /// The cursor of the next page.
+    pub next: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Letter {
+    pub group: String,
+    pub coordinates: String,
+    pub key: Option<String>,
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    pub reason: String,
+    pub attempts: u32,
+    pub parked: bool,
+    pub age_seconds: Option<i64>,
+}
+
+/// What an operator did.
+#[derive(Debug, Deserialize)]
+pub struct Acted {
+    pub action: String,
+    pub target: String,
+    pub operator: String,
+    pub reason: Option<String>,
+    pub begun: Option<String>,
+    pub outcome: Option<String>,
+    pub detail: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Actions {
+    actions: Vec<Acted>,
+}
+
+/// What to do with a letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Act {
+    Show,
+    Redrive,
+    Discard,
+}
+
+/// An order of an operator.
+pub struct Order<'a> {
+    pub act: Act,
+    pub group: &'a str,
+    pub coordinates: &'a str,
+    pub reason: &'a str,
+    /// The operator's token. Empty: the admin port asks for none.
+    pub token: &'a str,
+}
+
+/// Asks admin ports. Clones share connections.
+#[derive(Clone)]
+pub struct Operations(Client);
+
+impl Operations {
+    pub fn new() -> anyhow::Result<Self> {
+        Ok(Self(Client::builder().timeout(ANSWER_LIMIT).no_proxy().build()?))
+    }
+
+    /// A page of the letters of a group.
+    ///
+    /// # Errors
+    /// The service does not answer, or refuses.
+    pub async fn letters(&self, address: SocketAddr, query: &[(&str, &str)]) -> anyhow::Result<Page> {
+        let given: Vec<_> = query.iter().filter(|(_, value)| !value.is_empty()).collect();
+        let query = serde_urlencoded::to_string(given)?;
+        let request = self.0.get(format!("http://{address}/dead-letters?{query}"));
+        Ok(serde_json::from_str(&answer(request).await?)?)
+    }
+
+    /// The newest actions on any service.
+    ///
+    /// # Errors
+    /// The service does not answer, or refuses.
+    pub async fn actions(&self, address: SocketAddr, limit: usize) -> anyhow::Result<Vec<Acted>> {
+        let request = self.0.get(format!("http://{address}/actions?limit={limit}"));
+        let Actions { actions } = serde_json::from_str(&answer(request).await?)?;
+        Ok(actions)
+    }
+
+    /// Does what the operator asks for, and returns what the service answers: JSON, or lines of JSON.
+    ///
+    /// # Errors
+    /// The service does not answer, or refuses. It may have acted if it does not answer; the list of
+    /// actions says so.
+    pub async fn act(&self, address: SocketAddr, order: &Order<'_>) -> anyhow::Result<String> {
+        let Order { act, group, coordinates, reason, token } = order;
+        let (path, body) = match act {
+            Act::Show => ("show", json!({ "group": group, "coordinates": coordinates, "reason": reason })),
+            Act::Redrive => ("redrive", json!({ "group": group, "coordinates": [coordinates], "reason": reason })),
+            Act::Discard => ("discard", json!({ "group": group, "coordinates": coordinates, "reason": reason })),
+        };
+        let mut request = self.0.post(format!("http://{address}/dead-letters/{path}")).json(&body);
+        if !token.is_empty() {
+            request = request.bearer_auth(token);
+        }
+        answer(request).await
+    }
+}
+
+/// The body of a successful answer. A refusal is a problem document, whose detail becomes the error.
+async fn answer(request: RequestBuilder) -> anyhow::Result<String> {
+    let mut answer = request.send().await.context("the service does not answer")?;
+    let status = answer.status();
+    let mut body = vec![];
+    while let Some(chunk) = answer.chunk().await? {
+        ensure!(body.len() + chunk.len() <= SIZE_LIMIT, "the answer is too long");
+        body.extend_from_slice(&chunk);
+    }
+    let body = String::from_utf8_lossy(&body).into_owned();
+    if !status.is_success() {
+        let problem: Option<Value> = serde_json::from_str(&body).ok();
+        let detail = problem.as_ref().and_then(|problem| problem["detail"].as_str()).unwrap_or("no reason given");
+        bail!("the service refuses ({status}): {detail}");
+    }
+    Ok(body)
+}
