@@ -3,7 +3,9 @@
 //! name of the token is in the log.
 //!
 //! Without tokens, actions are accepted only on a loopback address, where only processes of the same
-//! machine reach the port.
+//! machine reach the port. A browser is one of them, and every website that it shows can send requests
+//! through it. So a request with an `Origin`, which browsers add to everything but GET and HEAD, needs
+//! a token on a loopback address, too.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -78,6 +80,7 @@ impl Guard {
     /// The name of the operator that may act.
     fn operator(&self, headers: &HeaderMap) -> Result<String, Refusal> {
         let tokens = match self {
+            Self::Loopback if headers.contains_key(header::ORIGIN) => return Err(Refusal::WebPage),
             Self::Loopback => return Ok(WITHOUT_TOKEN.to_owned()),
             Self::Disabled => return Err(Refusal::Disabled),
             Self::Tokens(tokens) => Arc::clone(tokens),
@@ -157,6 +160,8 @@ enum Refusal {
     NoToken,
     UnknownToken,
     Disabled,
+    /// A browser has sent the request for a page.
+    WebPage,
     Unusable(anyhow::Error),
 }
 
@@ -176,6 +181,11 @@ impl IntoResponse for Refusal {
             Self::Disabled => {
                 let detail = "the service has no ADMIN_TOKENS, and its ADMIN_ADDR is not a loopback address: set \
                               ADMIN_TOKENS_FILE and restart it";
+                problem(ADMIN_ACTIONS_DISABLED, detail).into_response()
+            }
+            Self::WebPage => {
+                let detail = "the service has no ADMIN_TOKENS, so a web page may not act on it: set ADMIN_TOKENS_FILE and \
+                              restart it, or send the request without Origin";
                 problem(ADMIN_ACTIONS_DISABLED, detail).into_response()
             }
             Self::Unusable(_) => {
@@ -213,6 +223,7 @@ async fn decide(State(guard): State<Guard>, mut request: Request, next: Next) ->
                 Refusal::NoToken => "it has no token".to_owned(),
                 Refusal::UnknownToken => "its token is unknown".to_owned(),
                 Refusal::Disabled => "there are no ADMIN_TOKENS".to_owned(),
+                Refusal::WebPage => "it comes from a web page, and there are no ADMIN_TOKENS".to_owned(),
                 Refusal::Unusable(error) => format!("{error:#}"),
             };
             tracing::warn!(route, reason, "refused an action on the admin port");
@@ -262,6 +273,8 @@ mod tests {
         for loopback in ["127.0.0.1:9080", "[::1]:9080"] {
             assert!(guard(loopback).operator(&HeaderMap::new()).is_ok(), "{loopback}");
         }
+        let page = HeaderMap::from_iter([(header::ORIGIN, HeaderValue::from_static("http://localhost:9080"))]);
+        assert!(matches!(guard("127.0.0.1:9080").operator(&page), Err(Refusal::WebPage)));
         for open in ["0.0.0.0:9080", "[::]:9080", "10.0.0.1:9080"] {
             assert!(matches!(guard(open).operator(&HeaderMap::new()), Err(Refusal::Disabled)), "{open}");
         }
