@@ -11,7 +11,7 @@ use uuid::Uuid;
 /// Text that a browser would run or draw if it became markup.
 const HOSTILE: &str = "<img src=x onerror=alert(1)>\"'&";
 
-/// The lag comes from Kafka, so it is shown although no process of the group runs.
+/// T103: the lag comes from Kafka, so it is shown although no process of the group runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_map_shows_what_works_and_what_is_down() {
     let mut system = System::start().await;
@@ -44,6 +44,7 @@ async fn the_map_shows_the_reason_of_each_replica() {
     console.until_shows("/", "class=\"pill wait\">database: ").await;
 }
 
+/// T102: states carry personal data, and facts do not.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_events_are_listed_as_they_arrive_and_hide_personal_data() {
     let system = System::start_only(&[USER]).await;
@@ -79,7 +80,7 @@ fn link(events: &str, topic: &str) -> String {
     events[from..].split('"').next().unwrap().to_owned()
 }
 
-/// Any client may write anything to a topic.
+/// T102: any client may write anything to a topic.
 #[tokio::test(flavor = "multi_thread")]
 async fn text_from_a_record_never_becomes_markup() {
     let system = System::start_only(&[USER]).await;
@@ -109,7 +110,7 @@ async fn text_from_a_record_never_becomes_markup() {
     assert_eq!(console.get(&format!("/events/{USER_EVENTS}/{partition}/{offset}")).await.status, StatusCode::OK);
 }
 
-/// Every website that a visitor opens can send requests to a page on localhost.
+/// T101: every website that a visitor opens can send requests to a page on localhost.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_website_reaches_nothing() {
     let system = System::empty().await;
@@ -175,7 +176,7 @@ async fn malformed(system: &System) -> (i32, i64) {
     system.kafka.write(USER_EVENTS, &fact).await
 }
 
-/// A website that the operator has open in the same browser sends the form by itself.
+/// T101: a website that the operator has open in the same browser sends the form by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hostile_page_cannot_act_on_letters() {
     let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
@@ -201,7 +202,7 @@ async fn a_hostile_page_cannot_act_on_letters() {
     assert!(page.contains(&coordinates) && !page.contains("hostile"), "{page}");
 }
 
-/// The console starts before everything else, waits, and continues.
+/// T103: the console starts before everything else, waits, and continues.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_console_needs_no_service_and_joins_no_group() {
     let mut system = System::empty().await;
