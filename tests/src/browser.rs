@@ -88,6 +88,11 @@ impl Browser {
         self.driver.cdp().send_raw("Emulation.setEmulatedMedia", media).await.unwrap();
     }
 
+    /// A picture of the window, as PNG.
+    pub async fn picture(&self) -> Vec<u8> {
+        self.driver.screenshot_as_png().await.unwrap()
+    }
+
     /// Fails if a page reported an error, or asked another origin for anything.
     pub async fn assert_clean(&self) {
         let log = self.driver.browser_log().await.unwrap();

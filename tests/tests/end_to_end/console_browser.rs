@@ -1,9 +1,10 @@
 //! The console in a real browser.
 
-use tests::System;
+use testbed::paths;
 use tests::browser::Browser;
 use tests::record::Draft;
 use tests::services::{ANALYTICS_USERS, EMAIL_WELCOME, USER_EVENTS};
+use tests::{System, eventually};
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
@@ -129,5 +130,38 @@ async fn the_pages_fit_a_telephone_and_follow_preferences() {
     browser.press("\u{e004}").await;
     assert_eq!(browser.evaluate("document.activeElement.className").await, "skip", "the first stop of the Tab key");
     browser.assert_clean().await;
+    browser.close().await;
+}
+
+/// The pictures of docs/console.md: events travel while the email service is down. `cargo xtask
+/// screenshots` lets this test write them.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pages_are_pictured() {
+    let mut system = System::start().await;
+    let console = system.console().await;
+    let Some(browser) = Browser::open(&console.url(""), 1280, 1000).await else { return };
+    system.users.register_many(20).await;
+    system.processes.kill(EMAIL);
+    system.users.register_many(40).await;
+    browser.goto("/").await;
+    browser.until_text("header [data-text=all]", "email does not answer").await;
+    browser.until_text(&format!("td.wait[data-text='lag:{EMAIL_WELCOME}']"), "").await;
+    let map = async {
+        eventually("records flow", async || {
+            browser.text("[data-text='topic:user.events.v1']").await.filter(|rate| rate != "0.0 /s")
+        })
+        .await;
+        browser.picture().await
+    };
+    let ((), map) = tokio::join!(async { drop(system.users.register_many(40).await) }, map);
+    browser.goto("/events").await;
+    browser.until_text("#records", "user.registered").await;
+    let events = browser.picture().await;
+    for (name, picture) in [("map", map), ("events", events)] {
+        assert!(picture.starts_with(b"\x89PNG"), "{name} is no picture");
+        if std::env::var_os("WAYBILL_WRITE_SCREENSHOTS").is_some() {
+            std::fs::write(paths::root().join(format!("docs/console/{name}.png")), picture).unwrap();
+        }
+    }
     browser.close().await;
 }

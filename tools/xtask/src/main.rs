@@ -107,6 +107,8 @@ enum Command {
     },
     /// Write docs/metrics.md from what the running services say about their metrics.
     Metrics,
+    /// Write the pictures of the console in docs/console. Needs Chromium.
+    Screenshots,
     /// Write docs/mistakes.md from the patches in tests/seeded.
     Mistakes,
     /// Update services/*/.sqlx, which describe the SQL queries so that the services compile without
@@ -155,6 +157,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Size => unless_terminated(commands::size::run()).await,
         Command::Bench { quick, jobs } => unless_terminated(commands::bench::run(&jobs, quick)).await,
         Command::Metrics => unless_terminated(commands::metrics::run()).await,
+        Command::Screenshots => unless_terminated(commands::screenshots::run()).await,
         Command::Mistakes => commands::mistakes::run(),
         Command::Prepare { check } => {
             let mode = if check { prepare::Mode::Check } else { prepare::Mode::Update };

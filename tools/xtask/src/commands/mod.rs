@@ -8,6 +8,7 @@ pub mod metrics;
 pub mod mistakes;
 pub mod prepare;
 mod report;
+pub mod screenshots;
 pub mod seeded;
 pub mod size;
 pub mod soak;
