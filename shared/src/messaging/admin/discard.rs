@@ -13,6 +13,7 @@ use serde_json::json;
 use super::client::{Token, act};
 use super::operations::{Body, INVALID_ACTION, Operations, Refused, parsed, reason};
 use super::show::coordinates;
+use crate::fault;
 use crate::messaging::actions::Intent;
 use crate::messaging::record::Coordinates;
 use crate::platform::admin::Operator;
@@ -67,7 +68,7 @@ async fn discard(
     let work = async move {
         let settled = group.letters.tombstone(&[record]).await;
         settled.map_err(|error| Refused::new(NOT_DISCARDED, format!("{error:#}")))?;
-        crate::fault::point("discard.after_tombstone");
+        fault::point("discard.after_tombstone");
         Ok((Discarded { group: group.name }, "discarded".to_owned()))
     };
     operations.act(intent, work).await.map(Json)

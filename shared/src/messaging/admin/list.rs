@@ -1,6 +1,8 @@
 //! `GET /dead-letters`: the open letters, in pages.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -125,7 +127,7 @@ async fn listed(operations: &Operations, parameters: Parameters, limit: usize) -
 }
 
 /// The group and the offset at which a page begins.
-fn place(groups: &[std::sync::Arc<Group>], cursor: Option<&str>) -> Result<(usize, i64), Refused> {
+fn place(groups: &[Arc<Group>], cursor: Option<&str>) -> Result<(usize, i64), Refused> {
     let Some(cursor) = cursor else { return Ok((0, 0)) };
     let parsed = cursor.rsplit_once(':').and_then(|(name, offset)| {
         let place = groups.iter().position(|group| group.name == name)?;
@@ -162,7 +164,7 @@ impl ListDeadLetters {
     pub(super) async fn run(self, admin_addr: SocketAddr) -> anyhow::Result<()> {
         let mut pages = Pages::new(admin_addr, self.group.clone(), self.filter.clone(), self.cursor.clone());
         let mut counts: Vec<(String, usize)> = vec![];
-        let mut parked = std::collections::BTreeMap::<String, usize>::new();
+        let mut parked: BTreeMap<String, usize> = BTreeMap::new();
         let mut printed = 0;
         while let Some(page) = pages.next(self.limit.map(|limit| limit.saturating_sub(printed))).await? {
             printed += page.letters.len();

@@ -8,7 +8,7 @@ use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::task::block_in_place;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -248,7 +248,7 @@ impl Operations {
     ///
     /// # Errors
     /// There are no groups, or the Kafka settings are invalid.
-    pub(super) async fn reader(&self) -> Result<(TopicReader, tokio::sync::SemaphorePermit<'_>), Refused> {
+    pub(super) async fn reader(&self) -> Result<(TopicReader, SemaphorePermit<'_>), Refused> {
         let group = Arc::clone(&self.groups()?[0]);
         let permit = self.0.reads.acquire().await.expect("the semaphore is never closed");
         let reader = TopicReader::new(self.kafka(), group.name).map_err(|error| Refused::unreadable(&error))?;

@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::task::block_in_place;
 
 use super::client::{Token, act, printable};
-use super::operations::{Body, INVALID_ACTION, Operations, Refused, parsed, reason};
+use super::operations::{Body, INVALID_ACTION, LETTER_NOT_OPEN, Operations, Refused, parsed, reason};
 use crate::events::Kind;
 use crate::messaging::actions::Intent;
 use crate::messaging::dead_letters::{DeadLetter, Line};
@@ -112,7 +112,7 @@ async fn show(
             anyhow::Ok(Some((letter, original)))
         });
         let Some((letter, original)) = read.map_err(|error| Refused::unreadable(&error))? else {
-            return Err(Refused::new(super::operations::LETTER_NOT_OPEN, format!("{record} was settled meanwhile")));
+            return Err(Refused::new(LETTER_NOT_OPEN, format!("{record} was settled meanwhile")));
         };
         let (from, record) = match original {
             None => ("copy", Some(copied(&letter))),

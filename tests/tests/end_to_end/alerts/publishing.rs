@@ -1,5 +1,7 @@
 //! Events that are not published, and topics that an operator has changed.
 
+use std::collections::BTreeMap;
+
 use sqlx::PgPool;
 use tests::System;
 use tests::alerts::SCRAPES;
@@ -45,13 +47,7 @@ async fn events_that_are_not_published() {
     system.kafka.create_topic(USER_STATE, 3, &[("cleanup.policy", "compact")]).await;
     system.users.register_many(20).await;
 
-    until(&system, USER, "outbox_blocked_topics", &[], 1.0).await;
-    until(&system, USER, "outbox_blocked_keys", &[], 1.0).await;
-    until(&system, USER, "outbox_blocked_partitions", &[], 3.0).await;
-    until(&system, USER, "topic_partitions_changed", &[], 1.0).await;
-    until_at_least(&system, USER, "topic_settings_changed", &[USER_EVENTS], 1.0).await;
-    until_at_least(&system, USER, "outbox_oldest_age_seconds", &[], 120.0).await;
-    until_at_least(&system, USER, "outbox_dead_rows", &[], 50_001.0).await;
+    until_shown(&system).await;
     recording.fault_shows();
     recording.scrapes(SCRAPES).await;
     recording.fault_ends();
@@ -59,11 +55,6 @@ async fn events_that_are_not_published() {
     snapshot.rollback().await.unwrap();
     let owner = PgPool::connect(system.stores.owner_url(USER)).await.unwrap();
     sqlx::raw_sql("vacuum outbox").execute(&owner).await.unwrap();
-    let as_before = |settings: &std::collections::BTreeMap<String, String>| -> Vec<(String, String)> {
-        settings.iter().map(|(name, value)| (name.clone(), value.clone())).collect()
-    };
-    let facts = as_before(&facts);
-    let states = as_before(&states);
     system.kafka.alter_topic(USER_EVENTS, &borrowed(&facts)).await;
     system.kafka.alter_topic(SMALL, &[("max.message.bytes", "100000")]).await;
     system.kafka.create_topic(MISSING, 1, &[]).await;
@@ -93,6 +84,17 @@ async fn events_that_are_not_published() {
     ]);
 }
 
+/// Waits until the metrics show all faults.
+async fn until_shown(system: &System) {
+    until(system, USER, "outbox_blocked_topics", &[], 1.0).await;
+    until(system, USER, "outbox_blocked_keys", &[], 1.0).await;
+    until(system, USER, "outbox_blocked_partitions", &[], 3.0).await;
+    until(system, USER, "topic_partitions_changed", &[], 1.0).await;
+    until_at_least(system, USER, "topic_settings_changed", &[USER_EVENTS], 1.0).await;
+    until_at_least(system, USER, "outbox_oldest_age_seconds", &[], 120.0).await;
+    until_at_least(system, USER, "outbox_dead_rows", &[], 50_001.0).await;
+}
+
 /// Inserts an event of two minutes ago for a topic that does not exist.
 async fn insert_old(db: &PgPool) {
     let insert = "insert into outbox
@@ -101,6 +103,6 @@ async fn insert_old(db: &PgPool) {
     sqlx::query(insert).bind(Uuid::now_v7()).bind(MISSING).execute(db).await.unwrap();
 }
 
-fn borrowed(settings: &[(String, String)]) -> Vec<(&str, &str)> {
+fn borrowed(settings: &BTreeMap<String, String>) -> Vec<(&str, &str)> {
     settings.iter().map(|(name, value)| (&**name, &**value)).collect()
 }
