@@ -96,11 +96,7 @@ impl TraceContext {
 ///
 /// # Errors
 /// A setting of the collector cannot be used, or RUST_LOG is not a valid filter.
-pub fn init(
-    service: &'static str,
-    config: &TelemetryConfig,
-    metrics: &Metrics,
-) -> anyhow::Result<SdkTracerProvider> {
+pub fn init(service: &'static str, config: &TelemetryConfig, metrics: &Metrics) -> anyhow::Result<SdkTracerProvider> {
     let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
     let mut provider = SdkTracerProvider::builder().with_resource(resource).with_sampler(config.sampling.sampler());
     if let Some(processor) = config.collector.processor(metrics)? {

@@ -15,8 +15,9 @@ use shared::messaging::Coordinates;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use super::answers::{failure, html};
+use super::app::App;
 use super::text::{clock, size};
-use super::{App, failure, html};
 use crate::kafka::{Content, Found, Seen, topics};
 
 /// Rows of the list.

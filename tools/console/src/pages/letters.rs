@@ -8,8 +8,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use topology::{Group, SERVICES, Service};
 
+use super::answers::{failure, html};
+use super::app::App;
 use super::text::duration;
-use super::{App, failure, html};
 use crate::safety;
 use crate::system::{Act, Acted, Letter, Order};
 
