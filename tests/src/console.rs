@@ -26,7 +26,7 @@ impl System {
     /// Starts the console of this system.
     pub async fn console(&self) -> Console {
         let programs = &testing::stack().programs;
-        let (environment, logs) = self.processes.for_console();
+        let (environment, logs) = self.for_console();
         let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
         Console { tool, client: Client::new() }
     }

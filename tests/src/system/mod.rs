@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use redis::Client;
 use testbed::postgres::Database;
 use testbed::process::Logs;
+use testbed::services;
 use testbed::stack::Ports;
 use testbed::testing;
 use topology::{EMAIL, Service, USER};
@@ -127,6 +128,16 @@ impl System {
             seed: seed(),
             own,
         }
+    }
+}
+
+impl System {
+    /// The variables with which the console finds this system, and where it logs.
+    pub(crate) fn for_console(&self) -> (Vec<(String, String)>, &Logs) {
+        let (mut environment, logs) = self.processes.for_console();
+        // On secured components it logs in as itself.
+        environment.extend(self.own.iter().flat_map(|own| services::environment_of_console(&own.stack)));
+        (environment, logs)
     }
 }
 

@@ -26,6 +26,8 @@ use crate::relay_leadership::a_leader_frozen_at;
 async fn everything_works_with_the_rights_that_the_topology_draws() {
     let mut system = System::empty_on_secured_components(&[]).await;
     system.processes.start_all().await;
+    let console = system.console().await;
+    console.until_shows("/", "all parts work").await;
     a_leader_frozen_at("relay.after_ack", &mut system).await;
     let users = system.users.register_many(3).await;
     for user in &users {
@@ -38,6 +40,7 @@ async fn everything_works_with_the_rights_that_the_topology_draws() {
     let gone = async || system.users.profile(users[0], Some(2)).await.unwrap().status.as_u16();
     eventually_eq("the status that the cache answers", 404, gone).await;
     assert_components_refuse_plaintext(&system).await;
+    console.until_shows("/events?type=user.deleted", "/events/user.events.v1/").await;
 
     let rebuilt = rebuild(&system, &[]).await.unwrap();
     assert!(!rebuilt.is_empty());
