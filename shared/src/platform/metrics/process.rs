@@ -46,7 +46,7 @@ impl Process {
             unit: "seconds",
             labels: &[],
             meaning: "CPU time of the process, user and system",
-            bad: "grows as fast as the process has cores: [A consumer lags](operations.md#a-consumer-lags)",
+            bad: "grows per second by the number of cores that the process has: [A consumer lags](operations.md#a-consumer-lags)",
         };
         registered.add(description, &self.cpu);
         let description = Description {
