@@ -180,7 +180,7 @@ impl Metrics {
             unit: "requests",
             labels: &["limit", "per"],
             meaning: "Requests that were refused because their caller had sent too many. The label limit is requests, or \
-                      registrations for their own limit. The label per is address or principal",
+                      the kind of request if that kind has a limit of its own. The label per is address or principal",
             bad: "grows fast: [Callers are answered with 429](operations.md#callers-are-answered-with-429)",
         };
         self.register(description, &self.http_requests_limited);
