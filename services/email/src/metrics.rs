@@ -84,8 +84,8 @@ impl DeliveryMetrics {
             name: "mail_age_seconds",
             unit: "seconds",
             labels: &[],
-            meaning: "Time from the request that caused a mail to the moment when the mail server accepted it. It is the \
-                      difference of the clocks of two services: for display only. With exemplars",
+            meaning: "Time from the request that caused a mail to the moment when the mail server accepted it. The \
+                      value is the difference between the clocks of two services, for display only. With exemplars",
             bad: "above a minute: [Mails are not sent](operations.md#mails-are-not-sent)",
         };
         let negative = Description {
@@ -94,7 +94,7 @@ impl DeliveryMetrics {
             labels: &[],
             meaning: "Mails whose mail_age_seconds was negative and counts as 0, because the clock of the publishing service \
                       is ahead of this one",
-            bad: "grows: the clocks differ, so `mail_age_seconds` is wrong. Correct them. Nothing else depends on them",
+            bad: "grows: the clocks differ, so `mail_age_seconds` is wrong. Correct the clocks. Nothing else depends on them",
         };
         metrics.register_ages(age, negative, &self.mail_age);
         let description = Description {

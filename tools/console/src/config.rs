@@ -34,14 +34,14 @@ pub struct Config {
     /// Address of the admin port: /livez, /readyz, /status, /metrics.
     #[arg(long, env, default_value = "127.0.0.1:9084")]
     pub admin_addr: SocketAddr,
-    /// The host names under which browsers reach the pages, separated by commas. Requests for any
-    /// other name are refused, so that a website cannot reach the console through a name of its own
+    /// Host names under which browsers reach the pages, separated by commas. The console refuses
+    /// requests for any other name, so that a website cannot reach it through a host name of its own
     /// that points to this machine.
     #[arg(long, env, value_delimiter = ',', default_value = "localhost,127.0.0.1")]
     pub console_hosts: Vec<String>,
-    /// The admin port of each service, as name=host:port, separated by commas. All addresses of a
-    /// host are asked, so that each replica is shown. A service that is not named is on its published
-    /// port of this machine.
+    /// The admin port of each service, as name=host:port, separated by commas. The console asks all
+    /// addresses of a host, so that it shows each replica. Default of each service: its published
+    /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
     pub admin_addresses: Vec<AdminAddress>,
     #[command(flatten)]

@@ -160,11 +160,11 @@ impl Metrics {
             name: "http_request_duration_seconds",
             unit: "seconds",
             labels: &["method", "route", "status"],
-            meaning: "Time to answer a request to the public port. The route has {id} instead of an id. It is none \
-                      for a path without a route, and for connections beyond HTTP_CONNECTIONS. With exemplars",
-            bad: "many answers above 0.1, or with the status 409 or 5xx: \
-                  [Requests are answered with 503 or 409](operations.md#requests-are-answered-with-503-or-409). With 401 \
-                  or 403: [401 or 403](operations.md#requests-are-answered-with-401-or-403)",
+            meaning: "Time to answer a request to the public port. The route has {id} instead of an id. The route is none \
+                      if no route has this path, and for connections beyond HTTP_CONNECTIONS. With exemplars",
+            bad: "many answers take more than 0.1 s, or have the status 409 or 5xx: \
+                  [Requests are answered with 503 or 409](operations.md#requests-are-answered-with-503-or-409). They have \
+                  401 or 403: [401 or 403](operations.md#requests-are-answered-with-401-or-403)",
         };
         self.register(description, &self.http_requests);
         let description = Description {
@@ -179,8 +179,8 @@ impl Metrics {
             name: "http_requests_limited",
             unit: "requests",
             labels: &["limit", "per"],
-            meaning: "Requests of callers that have sent too many. The limit is requests for all, or a kind of request \
-                      that has a limit of its own, per address or per principal",
+            meaning: "Requests that were refused because their caller had sent too many. The label limit is requests, or \
+                      the kind of request if that kind has a limit of its own. The label per is address or principal",
             bad: "grows fast: [Callers are answered with 429](operations.md#callers-are-answered-with-429)",
         };
         self.register(description, &self.http_requests_limited);
@@ -191,9 +191,9 @@ impl Metrics {
             name: "trace_spans_ended",
             unit: "spans",
             labels: &[],
-            meaning: "Spans that should be exported to the collector",
-            bad: "none by itself. Minus `trace_spans_exported_total` it is the number of spans that are lost or wait, at most \
-                  2,560 of them",
+            meaning: "Ended spans that are to be exported to the collector",
+            bad: "no value is bad by itself. This minus `trace_spans_exported_total` is the number of spans that are lost or \
+                  still wait. At most 2,560 wait",
         };
         self.register(description, &self.trace_spans_ended);
         let description = Description {
@@ -241,8 +241,8 @@ impl Metrics {
             name: "event_age_seconds",
             unit: "seconds",
             labels: &["group"],
-            meaning: "Time from an event to its effect. The time of an event of a user is that of the request. It is the \
-                      difference of the clocks of two services: for display only. With exemplars",
+            meaning: "Time from an event to its effect. An event about a user has the time of its request. The value is \
+                      the difference between the clocks of two services, for display only. With exemplars",
             bad: "above a second without a backlog: [A consumer lags](operations.md#a-consumer-lags)",
         };
         self.register(description, &self.event_age);
@@ -252,7 +252,7 @@ impl Metrics {
             labels: &["group"],
             meaning: "Records whose event_age_seconds was negative and counts as 0, because the clock of the publishing \
                       service is ahead of this one",
-            bad: "grows: the clocks differ, so `event_age_seconds` is wrong. Correct them. Nothing else depends on them",
+            bad: "grows: the clocks differ, so `event_age_seconds` is wrong. Correct the clocks. Nothing else depends on them",
         };
         self.register(description, &self.event_age_negative);
         let description = Description {
@@ -271,8 +271,8 @@ impl Metrics {
             name: "consumer_batch_records",
             unit: "records",
             labels: &["group"],
-            meaning: "Records of a batch that a consumer has finished",
-            bad: "none by itself. Many records show a backlog",
+            meaning: "Number of records in a batch that a consumer has finished",
+            bad: "no value is bad by itself. Large batches show a backlog",
         };
         self.register(description, &self.consumer_batch_records);
         let description = Description {
@@ -289,7 +289,7 @@ impl Metrics {
             name: "consumer_retries",
             unit: "batches",
             labels: &["group"],
-            meaning: "Batches that failed and are retried later, once for each failure",
+            meaning: "Failures of batches, which are then retried",
             bad: "grows for minutes: \
                   [A consumer waits for a dependency](operations.md#a-consumer-waits-for-a-dependency)",
         };
@@ -298,8 +298,8 @@ impl Metrics {
             name: "consumer_rebalances",
             unit: "changes",
             labels: &["group", "action"],
-            meaning: "Times that Kafka assigned partitions to a consumer of this process, or took them: assigned, revoked, or \
-                      lost (the group had given them to another consumer before this one knew)",
+            meaning: "Times that partitions were assigned to a consumer of this process (assigned), taken from it (revoked), \
+                      or had been given to another consumer before this one knew (lost)",
             bad: "grows without a deployment: processes join and leave, or do not reach Kafka in time. `lost` grows: the \
                   process did not poll or did not reach Kafka: [A consumer lags](operations.md#a-consumer-lags)",
         };
@@ -309,8 +309,8 @@ impl Metrics {
             unit: "partitions",
             labels: &["group"],
             meaning: "Partitions that the consumers of this process read",
-            bad: "the sum over all processes of a service is not the number of partitions of the topic (6) for a \
-                  minute: the others have no consumer: [A service waits](operations.md#a-service-waits)",
+            bad: "the sum over all processes of a service is below the number of partitions of the topic (6) for a \
+                  minute: some partitions have no consumer: [A service waits](operations.md#a-service-waits)",
         };
         self.register(description, &self.consumer_partitions);
     }
@@ -369,7 +369,8 @@ impl Metrics {
             unit: "consumers",
             labels: &["group"],
             meaning: "Consumers that an operator has paused",
-            bad: "above 0 for longer than the work that needs it: [A consumer is paused](operations.md#a-consumer-is-paused)",
+            bad: "above 0 after the end of the work that needed the pause: \
+                  [A consumer is paused](operations.md#a-consumer-is-paused)",
         };
         self.register(description, &self.consumer_paused);
     }
@@ -395,8 +396,7 @@ impl Metrics {
             unit: "0 or 1",
             labels: &[],
             meaning: "1 if this process publishes the outbox",
-            bad: "the sum over the replicas of a service is not 1 for a minute: \
-                  [Events are not published](operations.md#events-are-not-published)",
+            bad: "the sum over the replicas of a service is 0 for a minute: [No relay leads](operations.md#no-relay-leads)",
         };
         self.register(description, &self.relay_leader);
         let description = Description {

@@ -38,7 +38,8 @@ impl Process {
             unit: "seconds",
             labels: &[],
             meaning: "When the process started, in seconds since 1970",
-            bad: "changes several times within minutes: the process fails and its supervisor restarts it. Its log says why",
+            bad: "changes several times within minutes: \
+                  [A process restarts again and again](operations.md#a-process-restarts-again-and-again)",
         };
         registered.add(description, &self.start);
         let description = Description {
@@ -46,7 +47,8 @@ impl Process {
             unit: "seconds",
             labels: &[],
             meaning: "CPU time of the process, user and system",
-            bad: "grows as fast as the process has cores: [A consumer lags](operations.md#a-consumer-lags)",
+            bad: "grows per second by the number of cores that the process has: \
+                  [Memory and CPU](operations.md#a-process-uses-too-much-memory-or-cpu)",
         };
         registered.add(description, &self.cpu);
         let description = Description {
@@ -54,7 +56,8 @@ impl Process {
             unit: "bytes",
             labels: &[],
             meaning: "Memory of the process that is in RAM",
-            bad: "grows for hours, or is near the limit of the container",
+            bad: "grows for hours, or is near the limit of the container: \
+                  [Memory and CPU](operations.md#a-process-uses-too-much-memory-or-cpu)",
         };
         registered.add(description, &self.memory);
         let description = Description {

@@ -146,7 +146,7 @@ pub async fn act(State(app): State<App>, headers: HeaderMap, Form(wanted): Form<
         Ok(answer) => {
             let title = match act {
                 Act::Show => "The record of the letter",
-                Act::Redrive => "The letter was redriven",
+                Act::Redrive => "The redrive of the letter has ended",
                 Act::Discard => "The letter was discarded",
             };
             html(&Result { path: "/dead-letters", title, coordinates, group: group.name, answer: indented(&answer) })
