@@ -37,7 +37,7 @@ struct Page<'a> {
     letters: Vec<Letter>,
     next: Option<String>,
     actions: Vec<Acted>,
-    /// Services that could not be asked, and why.
+    /// Groups whose letters could not be listed, and why.
     failures: Vec<String>,
     page_token: &'a str,
 }
@@ -64,26 +64,24 @@ pub async fn page(State(app): State<App>, Query(filter): Query<Filter>) -> Respo
         failures: vec![],
         page_token: &app.page_token,
     };
-    let chosen = groups().filter(|(_, group)| filter.group.is_empty() || group.name == filter.group);
-    let services = SERVICES.into_iter().filter(|service| chosen.clone().any(|(owner, _)| owner == *service));
-    for service in services {
+    for (service, group) in groups().filter(|(_, group)| filter.group.is_empty() || group.name == filter.group) {
         let query = [
-            ("group", &*filter.group),
+            ("group", group.name),
             ("reason_contains", &filter.reason),
             ("cursor", &filter.cursor),
             ("limit", LETTERS),
         ];
         let listed = match app.address(service) {
             Some(address) => app.operations.letters(address, &query).await,
-            None => Err(anyhow::anyhow!("it does not answer")),
+            None => Err(anyhow::anyhow!("{} does not answer", service.name)),
         };
         match listed {
             Ok(listed) => {
                 page.letters.extend(listed.letters);
-                // A cursor belongs to one service, so the other pages are those of one group.
+                // A cursor belongs to one group.
                 page.next = listed.next.filter(|_| !filter.group.is_empty());
             }
-            Err(error) => page.failures.push(format!("{}: {error:#}", service.name)),
+            Err(error) => page.failures.push(format!("{}: {error:#}", group.name)),
         }
     }
     if let Some(address) =
@@ -97,7 +95,7 @@ pub async fn page(State(app): State<App>, Query(filter): Query<Filter>) -> Respo
     html(&page)
 }
 
-fn groups() -> impl Iterator<Item = (Service, &'static Group)> + Clone {
+fn groups() -> impl Iterator<Item = (Service, &'static Group)> {
     SERVICES.into_iter().flat_map(|service| service.groups.iter().map(move |group| (service, group)))
 }
 
