@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use crate::dead_letters::{add_bug, analytics_with, redrive, remove_bug};
 
-const SETTINGS: [(&str, &str); 2] = [("BREAKER_WINDOW", "20"), ("BREAKER_MINIMUM", "5")];
+/// One consumer, because each has a breaker of its own.
+const SETTINGS: [(&str, &str); 3] = [("BREAKER_WINDOW", "20"), ("BREAKER_MINIMUM", "5"), ("CONSUMERS", "1")];
 /// Letters that are written before the breaker opens, if every record is rejected. It opens at the
 /// fifth rejection, which gets no letter.
 const LETTERS: usize = 4;
