@@ -1,21 +1,32 @@
-//! A real browser, Chromium, if it is installed with its driver.
+//! A real browser, Chromium, if it is installed with its driver. The driver speaks WebDriver, which is
+//! JSON over HTTP. The client is written here, because the library for it makes `serde_json` keep the
+//! order of fields: in a test run cargo would build the services with that feature too, and they would
+//! write other JSON than in production.
 
 use std::time::Duration;
 
-use reqwest::Client;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use testbed::paths;
 use testbed::process::{self, Logs, Process};
 use testbed::testing::{free_port, prefix};
-use thirtyfour::{By, ChromiumLikeCapabilities, DesiredCapabilities, LoggingPrefsLogLevel, WebDriver};
 
 use crate::waiting::eventually;
 
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// The name of the field that has the id of an element (W3C WebDriver, section 12.1).
+const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
+/// What the Enter key and the Tab key are called in WebDriver (section 17.4.2).
+pub const ENTER: &str = "\u{e007}";
+pub const TAB: &str = "\u{e004}";
 
 /// An open window. The browser ends when this is dropped: it is in the process group of its driver.
 pub struct Browser {
-    driver: WebDriver,
+    client: Client,
+    /// The URL of the session at the driver.
+    session: String,
     origin: String,
     _process: Process,
 }
@@ -37,26 +48,29 @@ impl Browser {
         let client = Client::new();
         let answers = async || client.get(format!("{url}/status")).send().await.is_ok();
         process.until_ready(START_LIMIT, answers).await.unwrap();
-        let mut wanted = DesiredCapabilities::chrome();
-        wanted.set_binary(chromium.to_str().unwrap()).unwrap();
+        let mut browser = Self { client, session: url, origin: origin.to_owned(), _process: process };
         // Chromium has no sandbox for root, and /dev/shm is small in a container.
-        for argument in ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"] {
-            wanted.add_arg(argument).unwrap();
-        }
-        wanted.set_logging_prefs("browser", LoggingPrefsLogLevel::All).unwrap();
-        wanted.set_logging_prefs("performance", LoggingPrefsLogLevel::All).unwrap();
-        let driver = WebDriver::new(url, wanted).await.unwrap();
-        driver.set_window_rect(0, 0, width, height).await.unwrap();
-        Some(Self { driver, origin: origin.to_owned(), _process: process })
+        let arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"];
+        let wanted = json!({
+            "browserName": "chrome",
+            "goog:chromeOptions": { "binary": chromium, "args": arguments },
+            "goog:loggingPrefs": { "browser": "ALL", "performance": "ALL" },
+        });
+        let opened = browser.post("/session", json!({ "capabilities": { "alwaysMatch": wanted } })).await;
+        browser.session = format!("{}/session/{}", browser.session, opened["sessionId"].as_str().unwrap());
+        browser.post("/window/rect", json!({ "x": 0, "y": 0, "width": width, "height": height })).await;
+        Some(browser)
     }
 
     pub async fn goto(&self, path: &str) {
-        self.driver.goto(format!("{}{path}", self.origin)).await.unwrap();
+        self.post("/url", json!({ "url": format!("{}{path}", self.origin) })).await;
     }
 
     /// The text of the first element that this CSS selector finds.
     pub async fn text(&self, selector: &str) -> Option<String> {
-        self.driver.find(By::Css(selector)).await.ok()?.text().await.ok()
+        let element = self.element(selector).await?;
+        let text = self.ask(Method::GET, &format!("/element/{element}/text"), None).await.ok()?;
+        text.as_str().map(str::to_owned)
     }
 
     /// Waits until the first element that a CSS selector finds has a text that contains this one.
@@ -68,39 +82,42 @@ impl Browser {
     }
 
     pub async fn click(&self, selector: &str) {
-        self.driver.find(By::Css(selector)).await.unwrap().click().await.unwrap();
+        let element = self.element(selector).await.unwrap_or_else(|| panic!("no element {selector}"));
+        self.post(&format!("/element/{element}/click"), json!({})).await;
     }
 
     /// Presses a key, or types a text, where the focus is.
     pub async fn press(&self, keys: &str) {
-        self.driver.action_chain().send_keys(keys).perform().await.unwrap();
+        let pressed =
+            keys.chars().flat_map(|key| ["keyDown", "keyUp"].map(|kind| json!({ "type": kind, "value": key })));
+        let keyboard = json!({ "type": "key", "id": "keyboard", "actions": pressed.collect::<Vec<_>>() });
+        self.post("/actions", json!({ "actions": [keyboard] })).await;
     }
 
     /// The value of a JavaScript expression in the page.
     pub async fn evaluate(&self, expression: &str) -> Value {
-        let script = format!("return {expression};");
-        self.driver.execute(script, vec![]).await.unwrap().json().clone()
+        self.post("/execute/sync", json!({ "script": format!("return {expression};"), "args": [] })).await
     }
 
     /// Lets the pages see these preferences of the user, such as `prefers-color-scheme`.
     pub async fn prefer(&self, feature: &str, value: &str) {
         let media = json!({ "features": [{ "name": feature, "value": value }] });
-        self.driver.cdp().send_raw("Emulation.setEmulatedMedia", media).await.unwrap();
+        self.post("/goog/cdp/execute", json!({ "cmd": "Emulation.setEmulatedMedia", "params": media })).await;
     }
 
     /// A picture of the window, as PNG.
     pub async fn picture(&self) -> Vec<u8> {
-        self.driver.screenshot_as_png().await.unwrap()
+        let picture = self.ask(Method::GET, "/screenshot", None).await.unwrap();
+        BASE64_STANDARD.decode(picture.as_str().unwrap()).unwrap()
     }
 
     /// Fails if a page reported an error, or asked another origin for anything.
     pub async fn assert_clean(&self) {
-        let log = self.driver.browser_log().await.unwrap();
-        let errors: Vec<String> =
-            log.into_iter().filter(|entry| entry.level == "SEVERE").map(|entry| entry.message).collect();
+        let log = self.log("browser").await;
+        let errors: Vec<&Value> = log.iter().filter(|entry| entry["level"] == "SEVERE").collect();
         assert!(errors.is_empty(), "errors of the pages: {errors:#?}");
-        let events = self.driver.get_log("performance").await.unwrap();
-        let requested: Vec<String> = events.iter().filter_map(|entry| requested(&entry.message)).collect();
+        let events = self.log("performance").await;
+        let requested: Vec<String> = events.iter().filter_map(requested).collect();
         assert!(requested.iter().any(|url| url.starts_with(&self.origin)), "no request was recorded");
         let is_foreign = |url: &&String| !url.starts_with(&self.origin) && !url.starts_with("data:");
         let foreign: Vec<&String> = requested.iter().filter(is_foreign).collect();
@@ -109,13 +126,43 @@ impl Browser {
 
     /// Ends the session.
     pub async fn close(self) {
-        self.driver.clone().quit().await.unwrap();
+        self.ask(Method::DELETE, "", None).await.unwrap();
+    }
+
+    /// The entries of a log since it was last read.
+    async fn log(&self, name: &str) -> Vec<Value> {
+        self.post("/log", json!({ "type": name })).await.as_array().unwrap().clone()
+    }
+
+    /// The id of the first element that this CSS selector finds.
+    async fn element(&self, selector: &str) -> Option<String> {
+        let wanted = json!({ "using": "css selector", "value": selector });
+        let found = self.ask(Method::POST, "/element", Some(wanted)).await.ok()?;
+        Some(found[ELEMENT].as_str()?.to_owned())
+    }
+
+    async fn post(&self, path: &str, body: Value) -> Value {
+        self.ask(Method::POST, path, Some(body)).await.unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// # Errors
+    /// The driver refuses, for example because there is no such element.
+    async fn ask(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, Value> {
+        let mut request = self.client.request(method, format!("{}{path}", self.session));
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.unwrap();
+        let is_success = answer.status().is_success();
+        let mut answer: Value = answer.json().await.unwrap();
+        let value = answer["value"].take();
+        if is_success { Ok(value) } else { Err(value) }
     }
 }
 
 /// The URL of a request, from an entry of the performance log.
-fn requested(entry: &str) -> Option<String> {
-    let event: Value = serde_json::from_str(entry).ok()?;
+fn requested(entry: &Value) -> Option<String> {
+    let event: Value = serde_json::from_str(entry["message"].as_str()?).ok()?;
     let message = &event["message"];
     (message["method"] == "Network.requestWillBeSent")
         .then(|| message["params"]["request"]["url"].as_str().map(str::to_owned))?

@@ -1,7 +1,7 @@
 //! The console in a real browser.
 
 use testbed::paths;
-use tests::browser::Browser;
+use tests::browser::{Browser, ENTER, TAB};
 use tests::record::Draft;
 use tests::services::{ANALYTICS_USERS, EMAIL_WELCOME, USER_EVENTS};
 use tests::{System, eventually};
@@ -62,7 +62,7 @@ async fn records_appear_live_and_open_with_the_keyboard() {
 
     // To the first record and into it.
     browser.evaluate("document.querySelector('#records a').focus()").await;
-    browser.press("\u{e007}").await;
+    browser.press(ENTER).await;
     browser.until_text("h1", USER_EVENTS).await;
     browser.until_text("table", MARKUP).await;
     assert_ne!(browser.evaluate("document.title").await, "hacked");
@@ -127,7 +127,7 @@ async fn the_pages_fit_a_telephone_and_follow_preferences() {
     browser.prefer("prefers-reduced-motion", "reduce").await;
     browser.goto("/").await;
     assert_eq!(browser.evaluate("document.querySelector('svg.map').animationsPaused()").await, true);
-    browser.press("\u{e004}").await;
+    browser.press(TAB).await;
     assert_eq!(browser.evaluate("document.activeElement.className").await, "skip", "the first stop of the Tab key");
     browser.assert_clean().await;
     browser.close().await;
