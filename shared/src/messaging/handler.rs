@@ -4,6 +4,7 @@
 //! the highest version must win.
 
 use std::collections::HashSet;
+use std::mem;
 use std::ops::{AddAssign, Range};
 use std::panic::AssertUnwindSafe;
 
@@ -266,7 +267,8 @@ pub(super) async fn deliver_all<D: Delivery<Error = Failure>, H: Handler>(
 /// Hands records to a handler, all at once if possible. The SQL error of one record rolls back the
 /// whole transaction. So when a call is rejected, its records are halved until the rejected one is
 /// alone: one bad record among 2,000 costs about 22 calls and not 2,000. The first half comes first,
-/// so the order is kept. With [`Split`], records are also tried one by one.
+/// so the order is kept. With [`Split`], records are also tried one by one. A record counts as rejected
+/// after two rejected calls, the second one with it alone: a panic that happens once rejects nothing.
 ///
 /// A halved call takes about half as long, so all rejected calls before the first success take about
 /// as long as the first one. The caller's time limit for a split batch therefore leaves time for
@@ -286,12 +288,15 @@ pub(super) async fn deliver<D: Delivery>(
         Split::Failing => parts.extend(singles(0..records.len())),
         Split::Rejected | Split::Slow => parts.push(0..records.len()),
     }
+    let mut is_first_call = split != Split::Failing;
     while let Some(part) = parts.pop() {
         if part.is_empty() {
             continue;
         }
+        let was_first_call = mem::take(&mut is_first_call);
         let Err(failure) = delivery.attempt(&mut records[part.clone()]).await else { continue };
         match (failure.rejection(), part.len()) {
+            (Some(_), 1) if was_first_call => parts.push(part),
             (Some(reason), 1) => delivery.reject(&records[part.start], reason).await?,
             (Some(_), length) => {
                 let middle = part.start + length / 2;
@@ -324,6 +329,8 @@ mod tests {
     struct Scripted {
         rejects: Vec<i64>,
         slow: Vec<i64>,
+        /// Whether only the first call is rejected.
+        panics_once: bool,
         calls: usize,
         applied: Vec<i64>,
         rejected: Vec<i64>,
@@ -337,7 +344,7 @@ mod tests {
             self.calls += 1;
             let positions: Vec<i64> = records.iter().map(|record| record.envelope.version).collect();
             let has = |some: &[i64]| positions.iter().any(|position| some.contains(position));
-            if has(&self.rejects) {
+            if has(&self.rejects) || (self.panics_once && self.calls == 1) {
                 return Err(Failure::Reject("never"));
             }
             if positions.len() > 1 && has(&self.slow) {
@@ -390,6 +397,15 @@ mod tests {
         let delivery = delivered(delivery, 100, Split::Rejected).await.unwrap();
         assert_eq!((delivery.rejected, delivery.applied), (all, vec![]));
         assert_eq!(delivery.calls, 199);
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_rejected_once_rejects_no_record() {
+        for records in [1, 2, 7] {
+            let delivery = Scripted { panics_once: true, ..Scripted::default() };
+            let delivery = delivered(delivery, records, Split::Rejected).await.unwrap();
+            assert_eq!((delivery.applied.len(), delivery.rejected.len()), (records as usize, 0));
+        }
     }
 
     #[tokio::test]

@@ -99,7 +99,7 @@ async fn a_refused_action_changes_nothing() {
         assert!(answer.status.is_client_error(), "{path} {body}: {answer:?}");
         assert!(answer.body["detail"].as_str().unwrap().contains(field), "{path} {body}: {answer:?}");
     }
-    assert_eq!(paused_consumers(&system).await, None);
+    assert_eq!(paused_consumers(&system).await, Some(0.0));
     assert_eq!(actions(&system, ANALYTICS).await, Vec::<Value>::new());
     system.processes.until_nothing_reported(ANALYTICS).await;
 }
