@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use testbed::smtp_sink::{Behaviour, Fault, Mail as Accepted, SmtpSink};
 
+use crate::waiting::eventually_eq;
+
 pub struct Mail {
     sink: Arc<SmtpSink>,
 }
@@ -27,6 +29,11 @@ impl Mail {
     /// `Fault::times` says.
     pub fn fail(&self, fault: impl Into<Behaviour>) {
         self.sink.set(fault);
+    }
+
+    /// Waits until no sender is connected. A sender keeps its connection for some seconds after a mail.
+    pub async fn until_disconnected(&self) {
+        eventually_eq("connections to the mail server", 0, async || self.sink.connections()).await;
     }
 
     /// From now on the server works.

@@ -67,6 +67,11 @@ impl SmtpSink {
         self.shared.state().mails.len()
     }
 
+    /// How many clients are connected.
+    pub fn connections(&self) -> usize {
+        self.shared.state().connections
+    }
+
     pub fn clear(&self) {
         self.shared.state().mails.clear();
     }

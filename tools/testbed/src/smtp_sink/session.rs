@@ -14,9 +14,11 @@ use super::state::{Fault, Outcome, Shared, Stage};
 const MAX_MAIL: usize = 16 * 1024 * 1024;
 
 pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
-    let mut session = Session { stream: BufStream::new(stream), shared, from: None, to: Vec::new() };
+    shared.state().connections += 1;
+    let mut session = Session { stream: BufStream::new(stream), shared: shared.clone(), from: None, to: Vec::new() };
     // An error means that the client closed the connection or that a fault reset it.
     let _ = session.run().await;
+    shared.state().connections -= 1;
 }
 
 struct Session {

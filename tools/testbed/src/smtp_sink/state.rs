@@ -103,6 +103,8 @@ pub struct Shared(Mutex<State>);
 pub struct State {
     pub behaviour: Behaviour,
     pub mails: Vec<Mail>,
+    /// Open connections.
+    pub connections: usize,
 }
 
 impl Shared {
