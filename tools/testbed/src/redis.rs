@@ -13,6 +13,8 @@ use crate::process::{self, Logs, Process};
 use crate::secured::Secured;
 use crate::{ports, tls};
 
+/// How often a server is asked whether it loads its data. Each question may take a second.
+const QUESTIONS: usize = 5;
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Written by the command SAVE, and read by a server that starts.
@@ -162,8 +164,15 @@ fn spawn(fetched: &Fetched, folder: &Path, port: u16, flags: &[String], logs: &L
     Process::spawn("redis", command, logs)
 }
 
+/// A server that loads its data looks for commands only from time to time, and on a busy machine not
+/// before the question has timed out. So it is asked several times.
 async fn is_loading(port: u16) -> bool {
-    ports::ask(port, b"PING\r\n", 8).await.is_ok_and(|answer| answer == b"-LOADING")
+    for _ in 0..QUESTIONS {
+        if let Ok(answer) = ports::ask(port, b"PING\r\n", 8).await {
+            return answer == b"-LOADING";
+        }
+    }
+    false
 }
 
 async fn answers(port: u16, authority: Option<&Path>) -> bool {
