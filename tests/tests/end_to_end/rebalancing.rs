@@ -214,10 +214,10 @@ async fn records_that_were_polled_ahead_go_to_the_new_owner() {
     let end_of_stall = system.processes.file("end-of-stall");
     let stall = ("FAULT_AT", "inbox.before_commit:2:stall");
     let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
-    let settings = [("BATCH_RECORDS", "40"), ("OFFSET_COMMIT_MS", "60000"), stall, until];
+    let settings = [("BATCH_RECORDS", "40"), ("OFFSET_COMMIT_MS", "5000"), stall, until];
     system.processes.spawn_with(ANALYTICS, &settings);
     system.processes.until_logged(ANALYTICS, "fault point reached").await;
-    let mut other = system.processes.spawn_another_with(ANALYTICS, &[("OFFSET_COMMIT_MS", "60000")]);
+    let mut other = system.processes.spawn_another(ANALYTICS);
     // The Kafka client of the first one knows that partitions are taken from it. It reports that at its
     // next poll, when the next batch is in memory.
     let distributed = async || system.kafka.has_distributed(ANALYTICS_USERS, 2).then_some(());
@@ -225,11 +225,12 @@ async fn records_that_were_polled_ahead_go_to_the_new_owner() {
     std::fs::write(end_of_stall, "").unwrap();
     other.until_ready().await;
     until_registered(&system, registered).await;
+    // Both have handled everything that they will handle.
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
     let labels = [&*format!("group=\"{ANALYTICS_USERS}\""), "outcome=\"duplicate\""];
     let at_other = other.admin().metric("events_consumed_total", &labels).await;
     let at_first = system.processes.counted(ANALYTICS_USERS, "duplicate").await;
     assert_eq!((at_first, at_other.unwrap_or(0.0)), (0.0, 0.0), "records that were handled twice");
-    system.kafka.until_caught_up(ANALYTICS_USERS).await;
 }
 
 /// I9: the consumer has polled the last records of a partition, and its end, while the handler still
