@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset, TopicPartitionList};
 use shared::messaging::{KafkaConfig, headers};
@@ -109,15 +109,18 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
             }
             Some(Err(KafkaError::PartitionEOF(_))) | None => {}
             Some(Err(error)) => {
+                let error_code = error.rdkafka_error_code();
                 if logged.as_ref() != Some(&error) {
                     tracing::warn!(%error, "cannot read the topics; will retry");
                     logged = Some(error);
                 }
-                // A partition is not read any more if its next offset was deleted. So all are read
-                // again from shortly before their ends.
-                consumer.unassign()?;
-                missing = topics();
-                looked = Some(Instant::now());
+                // The client recovers from other errors by itself. It does not read a partition any more
+                // whose next offset was deleted. So all are read again from shortly before their ends.
+                if error_code == Some(RDKafkaErrorCode::AutoOffsetReset) {
+                    consumer.unassign()?;
+                    missing = topics();
+                    looked = Some(Instant::now());
+                }
             }
         }
     }
