@@ -11,6 +11,8 @@ use tests::{System, eventually, eventually_eq};
 use topology::USER;
 use uuid::Uuid;
 
+use crate::relay_blocks::insert_keys;
+
 /// Inserts an event into the outbox, as a command does.
 pub async fn insert_event(db: &mut PgConnection, topic: &str, key: Uuid, version: i64) {
     let insert = "insert into outbox
@@ -47,6 +49,36 @@ async fn the_relay_publishes_rows_that_commit_after_higher_ids() {
     insert_event(&mut third, USER_EVENTS, late, 3).await;
     judge.check(&mut system).await;
     assert_eq!(system.kafka.read(USER_EVENTS).len(), 5, "facts of both keys");
+}
+
+/// T06, I3, I4: the same within a backlog of several rounds, which the relay reads from the lowest id
+/// that may still exist. A transaction that began before the backlog commits when the relay has read
+/// two rounds. Its row has the lowest id of all, and is published before the next version of its user.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_commits_late_within_a_backlog_is_published_before_its_next_version() {
+    let mut system = System::start_only(&[USER]).await;
+    let judge = system.judge().await;
+    let db = system.stores.database(USER).await;
+    system.processes.stop(USER).await;
+    let late = Uuid::now_v7();
+    let mut transaction = db.begin().await.unwrap();
+    insert_event(&mut transaction, USER_EVENTS, late, 1).await;
+    insert_keys(&db, USER_EVENTS, 40_000).await;
+
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = ("FAULT_AT", "relay.after_read_ahead:3:stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    system.processes.spawn_with(USER, &[stall, until]);
+    system.processes.until_logged(USER, "fault point reached").await;
+    transaction.commit().await.unwrap();
+    let mut next = db.acquire().await.unwrap();
+    insert_event(&mut next, USER_EVENTS, late, 2).await;
+    std::fs::write(end_of_stall, "").unwrap();
+
+    system.stores.until_outbox_empty(USER).await;
+    let versions: Vec<i64> = system.kafka.read_key(USER_EVENTS, late).iter().map(|record| record.version()).collect();
+    assert_eq!(versions, [1, 2]);
+    judge.check(&mut system).await;
 }
 
 /// A round has a limit of some MiB, so a backlog of the largest rows does not become a round that

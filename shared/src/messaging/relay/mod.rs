@@ -19,6 +19,7 @@ mod rows;
 mod blocks;
 mod cluster;
 mod election;
+mod lower_bound;
 mod transaction;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,6 +48,7 @@ use crate::platform::telemetry::{self, TraceContext};
 use blocks::{Blocked, Blocks, Evidence, Excluded, Probe, Scope, scope};
 use cluster::{Cluster, TopicState};
 use election::{Election, Names};
+use lower_bound::LowerBound;
 use rows::{Batch, Row};
 use transaction::{Outgoing, Rejection, RoundError, Transactions};
 
@@ -117,6 +119,7 @@ struct Term<'a> {
     /// Rows per round. Reduced while an unexplained rejection is narrowed down, and by a round that
     /// ended the last term: it may have been too large for the network.
     round_rows: &'a mut usize,
+    lower_bound: LowerBound,
     measured_at: Instant,
     /// State topics whose number of partitions differs from their declaration. Each is reported
     /// once.
@@ -173,6 +176,7 @@ impl Relay {
             blocks: Blocks::default(),
             reported: Blocked::default(),
             round_rows,
+            lower_bound: LowerBound::new(),
             measured_at: Instant::now(),
             grown: BTreeSet::new(),
         };
@@ -251,7 +255,13 @@ impl Term<'_> {
     }
 
     fn outbox(&mut self) -> Outbox<'_> {
-        Outbox { relay: self.relay, runtime: &self.runtime, db: &mut self.db, round_rows: *self.round_rows }
+        Outbox {
+            relay: self.relay,
+            runtime: &self.runtime,
+            db: &mut self.db,
+            round_rows: *self.round_rows,
+            lower_bound: &mut self.lower_bound,
+        }
     }
 
     /// Looks up the topics again whose blocks by metadata are due.
@@ -386,8 +396,8 @@ impl Term<'_> {
         let ids: Vec<i64> = records.iter().map(|record| record.row).collect();
         let previous = std::mem::take(&mut pipeline.published);
         let excluded = self.blocks.excluded();
-        let Self { relay, runtime, db, transactions, round_rows, .. } = self;
-        let mut outbox = Outbox { relay, runtime, db, round_rows: **round_rows };
+        let Self { relay, runtime, db, transactions, round_rows, lower_bound, .. } = self;
+        let mut outbox = Outbox { relay, runtime, db, round_rows: **round_rows, lower_bound };
         let (published, next) = transactions.publish(&records, || {
             outbox.delete_published(&previous)?;
             if is_full { outbox.read_ahead(&excluded, &ids).map(Some) } else { Ok(None) }
@@ -542,6 +552,7 @@ struct Outbox<'a> {
     db: &'a mut PgConnection,
     /// Rows per round.
     round_rows: usize,
+    lower_bound: &'a mut LowerBound,
 }
 
 impl Outbox<'_> {
@@ -554,8 +565,12 @@ impl Outbox<'_> {
 
     fn read(&mut self, excluded: &Excluded, in_flight: &[i64]) -> anyhow::Result<Batch> {
         let limit = i64::try_from(self.round_rows)?;
-        let batch = bounded(rows::read(self.db, excluded, in_flight, limit));
-        self.runtime.block_on(batch).context("cannot read the outbox")
+        let has_excluded = !excluded.is_empty();
+        self.runtime.block_on(bounded(self.lower_bound.settle(self.db))).context("cannot observe the outbox")?;
+        let read = bounded(rows::read(self.db, excluded, self.lower_bound.first(), in_flight, limit));
+        let batch = self.runtime.block_on(read).context("cannot read the outbox")?;
+        self.lower_bound.note(&batch, in_flight, has_excluded);
+        Ok(batch)
     }
 
     /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is

@@ -99,32 +99,38 @@ impl Batch {
 }
 
 /// The oldest rows that are neither excluded nor `in_flight`, at most `limit` and within
-/// [`ROUND_BYTES`], but at least one.
+/// [`ROUND_BYTES`], but at least one. No row has a lower id than `first`.
 ///
 /// Ordered by id and without a cursor: a row whose transaction commits late has a low id and is
-/// read in the next round. Versions of one key are always in order, because the row lock on the
+/// read in the next round. `first` is no cursor: no such row can have a lower id. Versions of one key are always in order, because the row lock on the
 /// aggregate orders their transactions. So a row that becomes visible later has a higher id than all
 /// rows of its key that are in flight.
-pub async fn read(db: &mut PgConnection, excluded: &Excluded, in_flight: &[i64], limit: i64) -> sqlx::Result<Batch> {
+pub async fn read(
+    db: &mut PgConnection,
+    excluded: &Excluded,
+    first: i64,
+    in_flight: &[i64],
+    limit: i64,
+) -> sqlx::Result<Batch> {
     let rows = if excluded.is_empty() {
-        oldest(db, in_flight, limit).await
+        oldest(db, first, in_flight, limit).await
     } else {
         oldest_not_excluded(db, excluded, in_flight, limit).await
     };
     Ok(Batch::new(rows?, limit))
 }
 
-/// Reads the primary key from its beginning. Rows in flight are looked up in a hash table.
-async fn oldest(db: &mut PgConnection, in_flight: &[i64], limit: i64) -> sqlx::Result<Vec<Row>> {
+/// Reads the primary key from `first` on. Rows in flight are looked up in a hash table.
+async fn oldest(db: &mut PgConnection, first: i64, in_flight: &[i64], limit: i64) -> sqlx::Result<Vec<Row>> {
     let query = format!(
         "select {COLUMNS}
          from (select *, sum(octet_length(payload)) over (order by id rows between unbounded preceding and 1 preceding)
                    as bytes_before
-               from outbox where id not in (select unnest($1::bigint[]))
+               from outbox where id >= $4 and id not in (select unnest($1::bigint[]))
                order by id limit $2) as measured
          where coalesce(bytes_before, 0) < $3 order by id"
     );
-    sqlx::query_as(AssertSqlSafe(query)).bind(in_flight).bind(limit).bind(ROUND_BYTES).fetch_all(db).await
+    sqlx::query_as(AssertSqlSafe(query)).bind(in_flight).bind(limit).bind(ROUND_BYTES).bind(first).fetch_all(db).await
 }
 
 /// Each topic is read by its own index range: the recursive part lists the topics with one index
