@@ -1,6 +1,7 @@
 //! The console of a system: a browser without JavaScript.
 
-use reqwest::header::{CONTENT_TYPE, HOST, HeaderMap, ORIGIN};
+use reqwest::header::{CONTENT_TYPE, COOKIE, HOST, HeaderMap, ORIGIN};
+use reqwest::redirect::Policy;
 use reqwest::{Client, Method, StatusCode};
 use testbed::testing;
 use testbed::tools::RunningTool;
@@ -28,7 +29,9 @@ impl System {
         let programs = &testing::stack().programs;
         let (environment, logs) = self.for_console();
         let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
-        Console { tool, client: Client::new() }
+        // The answers that redirect are looked at, too.
+        let client = Client::builder().redirect(Policy::none()).build().unwrap();
+        Console { tool, client }
     }
 }
 
@@ -57,16 +60,22 @@ impl Console {
 
     /// Sends a form, as a page of this origin would.
     pub async fn post(&self, path: &str, origin: &str, fields: &[(&str, &str)]) -> Page {
+        self.post_with("", path, origin, fields).await
+    }
+
+    /// Sends a form with a cookie.
+    pub async fn post_with(&self, cookie: &str, path: &str, origin: &str, fields: &[(&str, &str)]) -> Page {
         let encode = |text: &str| text.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>();
         let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect();
-        let request = self.client.post(self.url(path)).header(ORIGIN, origin).body(fields.join("&"));
+        let request =
+            self.client.post(self.url(path)).header(ORIGIN, origin).header(COOKIE, cookie).body(fields.join("&"));
         let answer = request.header(CONTENT_TYPE, "application/x-www-form-urlencoded").send().await.unwrap();
         Page { status: answer.status(), headers: answer.headers().clone(), body: answer.text().await.unwrap() }
     }
 
-    /// The token that the forms of this console contain.
-    pub async fn page_token(&self) -> String {
-        let page = self.until_shows("/dead-letters", "name=\"page_token\" value=\"").await;
+    /// The token that the forms of a page contain.
+    pub async fn page_token(&self, path: &str) -> String {
+        let page = self.until_shows(path, "name=\"page_token\" value=\"").await;
         let (_, rest) = page.split_once("name=\"page_token\" value=\"").unwrap();
         rest.split('"').next().unwrap().to_owned()
     }

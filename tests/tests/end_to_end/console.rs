@@ -11,6 +11,8 @@ use uuid::Uuid;
 /// Text that a browser would run or draw if it became markup.
 const HOSTILE: &str = "<img src=x onerror=alert(1)>\"'&";
 
+const OPERATOR_TOKEN: &str = "on-call-0123456789abcdef0123456789";
+
 /// T103: the lag comes from Kafka, so it is shown although no process of the group runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_map_shows_what_works_and_what_is_down() {
@@ -71,6 +73,38 @@ async fn the_events_are_listed_as_they_arrive_and_hide_personal_data() {
     assert_eq!(nothing.status, StatusCode::NOT_FOUND);
     let unknown = console.get("/events/__consumer_offsets/0/0").await;
     assert!(!unknown.status.is_success(), "a topic that is not Waybill's was read");
+}
+
+/// I14: an operator sees the value of a state with a reason. A service shows it, and records the
+/// action. A foreign page cannot ask for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_value_of_a_state_is_shown_as_a_recorded_action() {
+    let system = System::start_only(&[USER, EMAIL]).await;
+    let console = system.console().await;
+    let email = address();
+    let user = system.users.register_as(&email).await;
+    let events = console.until_shows(&format!("/events?user={user}"), "/events/user.state.v1/").await;
+    let link = link(&events, "user.state.v1");
+    let coordinates = link.trim_start_matches("/events/").replace('/', "-");
+    let own = console.url("");
+    let token = console.page_token(&link).await;
+    let show = async |origin: &str, token: &str| {
+        let fields = [("coordinates", &*coordinates), ("reason", "ticket 4711"), ("page_token", token)];
+        console.post("/events/show", origin, &fields).await
+    };
+    for (origin, token) in [("http://evil.example", &*token), ("null", &token), (&own, "guessed"), (&own, "")] {
+        let refused = show(origin, token).await;
+        assert_eq!(refused.status, StatusCode::FORBIDDEN, "{origin} {token}");
+        assert!(!refused.body.contains(&email), "{}", refused.body);
+    }
+    let actions = console.get("/dead-letters").await.body;
+    assert!(!actions.contains("ticket 4711"), "a refused action was recorded: {actions}");
+
+    let shown = show(&own, &token).await;
+    assert!(shown.body.contains(&email), "{}", shown.body);
+    console.until_shows("/dead-letters", "ticket 4711").await;
+    let actions = console.get("/dead-letters").await.body;
+    assert!(actions.contains("show-record") && !actions.contains(&email), "{actions}");
 }
 
 /// The address of the first record of a topic in a list.
@@ -140,7 +174,7 @@ async fn letters_are_shown_redriven_and_discarded_with_a_reason() {
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[kept, discarded]).await;
     let [kept, discarded] = [kept, discarded].map(|record| system.kafka.letter_key(ANALYTICS_USERS, record));
     console.until_shows("/dead-letters", &kept).await;
-    let token = console.page_token().await;
+    let token = console.page_token("/dead-letters").await;
     let act = async |act: &str, coordinates: &str, reason: &str| {
         let fields = [
             ("act", act),
@@ -185,7 +219,7 @@ async fn a_hostile_page_cannot_act_on_letters() {
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[record]).await;
     let coordinates = system.kafka.letter_key(ANALYTICS_USERS, record);
     console.until_shows("/dead-letters", &coordinates).await;
-    let token = console.page_token().await;
+    let token = console.page_token("/dead-letters").await;
     let own = console.url("");
     for (origin, token) in [("http://evil.example", &*token), ("null", &token), (&own, "guessed"), (&own, "")] {
         let fields = [
@@ -200,6 +234,64 @@ async fn a_hostile_page_cannot_act_on_letters() {
     }
     let page = console.get("/dead-letters").await.body;
     assert!(page.contains(&coordinates) && !page.contains("hostile"), "{page}");
+}
+
+/// An operator logs in with a token of the services and acts under its name. A service that does not know
+/// the token any more refuses. After the logout the session is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_acts_under_the_name_of_a_token() {
+    let mut system = System::start_only(&[USER, EMAIL]).await;
+    let tokens = system.processes.file("admin-tokens");
+    std::fs::write(&tokens, format!("on-call:{OPERATOR_TOKEN}\n")).unwrap();
+    let setting = [("ADMIN_TOKENS_FILE", tokens.to_str().unwrap())];
+    system.processes.stop(EMAIL).await;
+    system.processes.start_with(EMAIL, &setting).await;
+    system.processes.start_with(ANALYTICS, &setting).await;
+    let console = system.console().await;
+    let record = malformed(&system).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[record]).await;
+    let coordinates = system.kafka.letter_key(ANALYTICS_USERS, record);
+    console.until_shows("/dead-letters", &coordinates).await;
+    let own = console.url("");
+    let page_token = console.page_token("/login").await;
+    let discard = async |cookie: &str, reason: &str| {
+        let fields = [
+            ("act", "discard"),
+            ("group", ANALYTICS_USERS),
+            ("coordinates", &*coordinates),
+            ("reason", reason),
+            ("page_token", &page_token),
+        ];
+        console.post_with(cookie, "/dead-letters/act", &own, &fields).await
+    };
+    let login = async |token: &str, page_token: &str| {
+        console.post("/login", &own, &[("operator_token", token), ("page_token", page_token)]).await
+    };
+    assert_eq!(login(OPERATOR_TOKEN, "guessed").await.status, StatusCode::FORBIDDEN);
+    let unknown = login("another-0123456789abcdef0123456789", &page_token).await;
+    assert!(unknown.body.contains("does not know this token"), "{}", unknown.body);
+    let begun = login(OPERATOR_TOKEN, &page_token).await;
+    assert_eq!(begun.status, StatusCode::SEE_OTHER, "{}", begun.body);
+    let cookie = begun.headers["set-cookie"].to_str().unwrap();
+    assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+    assert!(!cookie.contains(OPERATOR_TOKEN), "the token is in the cookie");
+    let cookie = cookie.split(';').next().unwrap();
+
+    let without = discard("", "without a login").await;
+    assert!(without.body.contains("needs a token"), "{}", without.body);
+    std::fs::write(&tokens, "other:0123456789abcdef0123456789abcdef\n").unwrap();
+    let removed = discard(cookie, "with a token that was removed").await;
+    assert!(removed.body.contains("does not know this token"), "{}", removed.body);
+    std::fs::write(&tokens, format!("on-call:{OPERATOR_TOKEN}\n")).unwrap();
+    let discarded = discard(cookie, "written by a test").await;
+    assert_eq!(discarded.status, StatusCode::OK, "{}", discarded.body);
+    let page = console.until_shows("/dead-letters", "written by a test").await;
+    assert!(page.contains("<td>on-call</td>"), "{page}");
+
+    let ended = console.post_with(cookie, "/logout", &own, &[("page_token", &page_token)]).await;
+    assert_eq!(ended.status, StatusCode::SEE_OTHER);
+    let after = discard(cookie, "after the logout").await;
+    assert!(after.body.contains("needs a token"), "{}", after.body);
 }
 
 /// T103: the console starts before everything else, waits, and continues.

@@ -75,6 +75,7 @@ async fn a_refused_action_changes_nothing() {
     for (path, body) in [
         ("/dead-letters", named.clone()),
         ("/dead-letters/show", named.clone()),
+        ("/records/show", named.clone()),
         ("/dead-letters/discard", named.clone()),
         ("/dead-letters/redrive", json!({ "group": ANALYTICS_USERS })),
         ("/consumers/pause", json!({ "reason": "a test" })),
@@ -90,6 +91,8 @@ async fn a_refused_action_changes_nothing() {
         ("/dead-letters/discard", json!({ "coordinates": "nonsense", "reason": "a" }), "coordinates"),
         ("/dead-letters/discard", json!({ "coordinates": record }), "reason"),
         ("/dead-letters/show", json!({ "coordinates": record, "reason": "" }), "reason"),
+        ("/records/show", json!({ "coordinates": record, "reason": "" }), "reason"),
+        ("/records/show", json!({ "coordinates": "nonsense", "reason": "a" }), "coordinates"),
         ("/dead-letters/redrive", json!({ "group": "email.welcome" }), "group"),
         ("/dead-letters/redrive", json!({ "group": ANALYTICS_USERS, "rate": 0 }), "rate"),
         ("/dead-letters/redrive", json!({ "group": ANALYTICS_USERS, "coordinates": ["x"] }), "coordinates"),

@@ -11,7 +11,8 @@ use testbed::process::{Logs, Process, Scratch, command};
 use testbed::services::{self, Instance, RunningService, SERVICES};
 use testbed::stack::{Access, Ports, Stack};
 use testbed::system::start_stack;
-use topology::Service;
+use testbed::tools::RunningTool;
+use topology::{CONSOLE, Service};
 
 use crate::disk::DiskProbe;
 use crate::meter::Meter;
@@ -58,6 +59,11 @@ impl Bed {
     pub fn meter(&self, services: &[&RunningService]) -> Result<Meter> {
         let pids: Vec<u32> = services.iter().map(|service| service.process.pid()).collect();
         Meter::start(self.components(), &pids)
+    }
+
+    /// As [`Bed::meter`], with another program in place of the services.
+    pub fn meter_of(&self, program: u32) -> Result<Meter> {
+        Meter::start(self.components(), &[program])
     }
 
     /// Whether each side gets a slice that does not count.
@@ -112,6 +118,13 @@ impl Lab<'_> {
         let mut environment = self.environment(service);
         environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         Instance::on_free_ports(service).spawn(&self.bed.services, &environment, &self.bed.logs)
+    }
+
+    /// Starts the console and waits until it serves.
+    pub async fn start_console(&self) -> Result<RunningTool> {
+        let mut environment = services::environment_of_console(&self.bed.stack);
+        environment.push(("TOPIC_PREFIX".to_owned(), self.prefixed("")));
+        RunningTool::start_on_free_ports(CONSOLE, &self.bed.services, &environment, &self.bed.logs).await
     }
 
     /// Creates the topics of all services, of which most do not run.

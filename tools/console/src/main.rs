@@ -10,6 +10,7 @@ mod kafka;
 mod pages;
 mod safety;
 mod server;
+mod sessions;
 mod system;
 
 use config::{Cli, Command};

@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::kafka::{Offsets, Reader, Recent, follow, watch_offsets};
 use crate::pages::{self, App, View, draw};
 use crate::safety;
+use crate::sessions::Sessions;
 use crate::system::{self, Operations, Survey};
 
 /// Open connections per port. Each open page has one for its live updates.
@@ -53,6 +54,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         recent: recent.clone(),
         reader: Reader::new(kafka.clone()),
         operations: Operations::new()?,
+        sessions: Sessions::default(),
         admin_token: config.admin_token.get().cloned(),
         page_token: Uuid::new_v4().to_string().into(),
         stop: stop.clone(),

@@ -106,6 +106,20 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
+/// Prints an answer, indented.
+///
+/// # Errors
+/// The answer is not JSON.
+#[expect(clippy::print_stdout, reason = "the output of the subcommands")]
+pub fn print_json(answer: &str) -> anyhow::Result<()> {
+    let answer: Value = serde_json::from_str(answer).context("the service answered in an unknown form")?;
+    // JSON escapes most control characters, but not those above 0x7f.
+    for line in serde_json::to_string_pretty(&answer)?.lines() {
+        println!("{}", printable(line));
+    }
+    Ok(())
+}
+
 /// Aligns all columns but the last, which may be long.
 pub fn aligned<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

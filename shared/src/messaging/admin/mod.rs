@@ -6,6 +6,7 @@ mod operations;
 mod client;
 mod list;
 mod show;
+mod show_record;
 mod redrive;
 mod discard;
 mod dead_letter;
@@ -14,16 +15,28 @@ mod log;
 
 use std::net::SocketAddr;
 
-use axum::Router;
+use axum::{Extension, Json, Router, routing};
 use clap::Subcommand;
+use serde_json::{Value, json};
+
+use crate::platform::admin::Operator;
 
 pub(crate) use operations::Operations;
 
 /// The routes of the admin port.
 pub(crate) fn routes(operations: Operations) -> Router {
     let routes = list::routes().merge(show::routes()).merge(redrive::routes()).merge(discard::routes());
-    let routes = routes.merge(dead_letter::routes()).merge(consumers::routes()).merge(log::routes());
-    routes.with_state(operations)
+    let routes = routes
+        .merge(show_record::routes())
+        .merge(dead_letter::routes())
+        .merge(consumers::routes())
+        .merge(log::routes());
+    routes.route("/operator", routing::post(operator)).with_state(operations)
+}
+
+/// The name of the token that came with the request. A client checks a token with it.
+async fn operator(Extension(Operator(operator)): Extension<Operator>) -> Json<Value> {
+    Json(json!({ "operator": operator }))
 }
 
 /// The subcommands of a service that consumes events. Each asks the running service at ADMIN_ADDR.
@@ -34,6 +47,9 @@ pub enum AdminCommand {
     /// Show one dead letter with the headers and the value of its record. This is an action, because
     /// the record may contain personal data.
     ShowDeadLetter(show::ShowDeadLetter),
+    /// Show one record of a topic that the service consumes, with its headers and its value. This is an
+    /// action, because the record may contain personal data.
+    ShowRecord(show_record::ShowRecord),
     /// Hand open dead letters to their handlers again.
     Redrive(redrive::Redrive),
     /// Settle a dead letter without an effect: its record is never handled.
@@ -57,6 +73,7 @@ impl AdminCommand {
         match self {
             Self::DeadLetters(command) => command.run(admin_addr).await,
             Self::ShowDeadLetter(command) => command.run(admin_addr).await,
+            Self::ShowRecord(command) => command.run(admin_addr).await,
             Self::Redrive(command) => command.run(admin_addr).await,
             Self::Discard(command) => command.run(admin_addr).await,
             Self::DeadLetter(command) => command.run(admin_addr).await,

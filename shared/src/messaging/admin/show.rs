@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::task::block_in_place;
 
-use super::client::{Token, act, printable};
+use super::client::{Token, act, print_json};
 use super::operations::{Body, INVALID_ACTION, LETTER_NOT_OPEN, Operations, Refused, parsed, reason};
 use crate::events::Kind;
 use crate::messaging::actions::Intent;
@@ -46,7 +46,7 @@ struct Shown {
 
 /// A record.
 #[derive(Serialize)]
-struct Content {
+pub(super) struct Content {
     key: Option<Bytes>,
     headers: Vec<Header>,
     value: Option<Bytes>,
@@ -132,7 +132,7 @@ fn copied(letter: &DeadLetter) -> Content {
     content
 }
 
-fn content(key: Option<&[u8]>, message: &OwnedMessage) -> Content {
+pub(super) fn content(key: Option<&[u8]>, message: &OwnedMessage) -> Content {
     let headers = headers(message).map(|header| match header {
         Ok(header) => Header { name: Some(header.key.to_owned()), value: header.value.map(Bytes::from) },
         Err(_) => Header { name: None, value: None },
@@ -163,17 +163,10 @@ pub struct ShowDeadLetter {
 }
 
 impl ShowDeadLetter {
-    #[expect(clippy::print_stdout, reason = "the output of the subcommand")]
     pub(super) async fn run(self, admin_addr: SocketAddr) -> anyhow::Result<()> {
         let Self { coordinates, group, reason, token } = self;
         let body = json!({ "coordinates": coordinates.to_string(), "group": group, "reason": reason });
-        let answer = act(admin_addr, "/dead-letters/show", &token, &body).await?;
-        let answer: serde_json::Value = serde_json::from_str(&answer)?;
-        // JSON escapes most control characters, but not those above 0x7f.
-        for line in serde_json::to_string_pretty(&answer)?.lines() {
-            println!("{}", printable(line));
-        }
-        Ok(())
+        print_json(&act(admin_addr, "/dead-letters/show", &token, &body).await?)
     }
 }
 

@@ -59,6 +59,33 @@ async fn an_operator_sees_a_record_and_leaves_an_action() {
     assert!(error.to_string().contains("/problems/letter-not-open"), "{error}");
 }
 
+/// I14: a record that is no letter is shown in the same way, by a service that reads its topic.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_sees_a_state_and_leaves_an_action() {
+    let mut system = System::start_only(&[USER, EMAIL]).await;
+    system.processes.start_with(EMAIL, &[("ADMIN_TOKENS", &format!("on-call:{TOKEN}"))]).await;
+    let email = address();
+    let state = Draft::user_state(Uuid::now_v7(), 1, Some(&email));
+    let (partition, offset) = system.kafka.write(USER_STATE, &state).await;
+    let topic = system.kafka.prefixed(USER_STATE);
+    let show = async |coordinates: &str| {
+        let arguments = ["show-record", coordinates, "--reason", "ticket 4711"];
+        system.processes.run_with(EMAIL, &arguments, &[("ADMIN_TOKEN", TOKEN)]).await
+    };
+    let key = format!("{topic}-{partition}-{offset}");
+    let shown: Value = serde_json::from_str(&show(&key).await.unwrap()).unwrap();
+    assert!(shown["value"].as_str().unwrap().contains(&email), "{shown}");
+    let done = actions(&system, EMAIL).await;
+    assert_eq!(summary(&done[0]), ("show-record".to_owned(), key, Some("done".to_owned())));
+    assert_eq!((&done[0]["operator"], &done[0]["reason"]), (&json!("on-call"), &json!("ticket 4711")));
+    assert!(!system.processes.log(EMAIL).contains(&email), "the record is in the log");
+
+    let beyond = show(&format!("{topic}-{partition}-{}", offset + 1_000)).await.unwrap_err();
+    assert!(beyond.to_string().contains("/problems/record-not-found"), "{beyond}");
+    let other = show(&format!("{topic}.other-0-0")).await.unwrap_err();
+    assert!(other.to_string().contains("/problems/topic-not-consumed"), "{other}");
+}
+
 /// I13: a letter about a state has no data, so the original record is read and shown.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pointer_is_resolved() {

@@ -1,5 +1,6 @@
 //! The jobs. Each has a file, which says what both sides do.
 
+mod console;
 mod consume;
 mod drain;
 mod idle;
@@ -42,10 +43,12 @@ pub enum Job {
     Drain,
     /// What the services need while nothing happens.
     Idle,
+    /// What the console needs, and what it costs the services.
+    Console,
 }
 
 impl Job {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Relay,
         Self::Latency,
         Self::Consume,
@@ -56,6 +59,7 @@ impl Job {
         Self::Read,
         Self::Drain,
         Self::Idle,
+        Self::Console,
     ];
 }
 
@@ -72,6 +76,7 @@ pub async fn run(job: Job, bed: &Bed) -> Result<Report> {
         Job::Read => read::run(bed).await?,
         Job::Drain => drain::run(bed).await?,
         Job::Idle => idle::run(bed).await?,
+        Job::Console => console::run(bed).await?,
     };
     Ok(report.with_disk(&bed.disk.take()))
 }

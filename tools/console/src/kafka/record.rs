@@ -53,6 +53,12 @@ impl Reader {
         Self { kafka, places: Arc::new(Semaphore::new(READS)) }
     }
 
+    /// The record's name on the broker, where topics may have a prefix.
+    pub fn name_on_broker(&self, Coordinates { topic, partition, offset }: &Coordinates) -> String {
+        let topic = self.kafka.prefixed(topic);
+        Coordinates { topic, partition: *partition, offset: *offset }.to_string()
+    }
+
     /// # Errors
     /// The topic is not one of Waybill's, or Kafka does not answer.
     pub async fn read(&self, coordinates: Coordinates) -> anyhow::Result<Found> {

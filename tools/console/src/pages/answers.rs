@@ -3,6 +3,7 @@
 use askama::Template;
 use axum::http::StatusCode;
 use axum::response::{Html, IntoResponse, Response};
+use serde_json::Value;
 
 pub fn html(page: &impl Template) -> Response {
     match page.render() {
@@ -12,6 +13,31 @@ pub fn html(page: &impl Template) -> Response {
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
     }
+}
+
+/// A request that changes something came from elsewhere, or from a page of an earlier process.
+pub const NOT_FROM_A_PAGE: &str = "This request did not come from a page of this console. Load the page again.";
+
+/// What a service answered to an operator.
+#[derive(Template)]
+#[template(path = "acted.html")]
+pub struct Acted<'a> {
+    /// The entry of the navigation that is marked, and the page to return to.
+    pub path: &'static str,
+    pub title: &'a str,
+    pub coordinates: &'a str,
+    /// The group or the service.
+    pub by: &'a str,
+    pub answer: String,
+}
+
+/// Each line of JSON, indented.
+pub fn indented(answer: &str) -> String {
+    let lines = answer.lines().map(|line| {
+        let json = serde_json::from_str::<Value>(line).ok();
+        json.and_then(|json| serde_json::to_string_pretty(&json).ok()).unwrap_or_else(|| line.to_owned())
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 #[derive(Template)]

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use axum::http::HeaderMap;
+use secrecy::ExposeSecret;
 use shared::platform::secret::Secret;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -11,6 +13,7 @@ use topology::Service;
 use super::view::View;
 use crate::config::AdminToken;
 use crate::kafka::{Reader, Recent};
+use crate::sessions::Sessions;
 use crate::system::{Operations, Survey};
 
 /// What the pages read.
@@ -21,6 +24,7 @@ pub struct App {
     pub recent: Recent,
     pub reader: Reader,
     pub operations: Operations,
+    pub sessions: Sessions,
     /// The setting ADMIN_TOKEN.
     pub admin_token: Option<Secret<AdminToken>>,
     /// A form that changes something contains it. Only pages of this process know it.
@@ -30,6 +34,20 @@ pub struct App {
 }
 
 impl App {
+    /// The token of an action: the operator's, or the setting. Empty: there is none.
+    pub fn token(&self, headers: &HeaderMap) -> String {
+        match (self.sessions.of(headers), &self.admin_token) {
+            (Some(session), _) => session.token.expose_secret().to_owned(),
+            (None, Some(token)) => token.expose().to_owned(),
+            (None, None) => String::new(),
+        }
+    }
+
+    /// The name of the operator who is logged in.
+    pub fn operator(&self, headers: &HeaderMap) -> Option<String> {
+        self.sessions.of(headers).map(|session| session.operator)
+    }
+
     /// The admin port of a process of this service that answers.
     pub fn address(&self, service: Service) -> Option<SocketAddr> {
         let survey = self.surveys.borrow();

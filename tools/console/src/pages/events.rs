@@ -1,24 +1,22 @@
-//! The events: the records of all topics as they arrive, and one record in full.
+//! The events: the records of all topics as they arrive.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use askama::Template;
-use axum::extract::{Path, Query, State};
-use axum::http::StatusCode;
+use axum::extract::{Query, State};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt, stream};
 use serde::{Deserialize, Serialize};
-use shared::messaging::Coordinates;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::answers::{failure, html};
+use super::answers::html;
 use super::app::App;
 use super::text::{clock, size};
-use crate::kafka::{Content, Found, Seen, topics};
+use crate::kafka::{Seen, topics};
 
 /// Rows of the list.
 const ROWS: usize = 100;
@@ -128,34 +126,6 @@ fn updates(app: App, filter: Filter) -> impl Stream<Item = Result<Event, Infalli
         }
     });
     updates.map(Ok).take_until(stop.cancelled_owned())
-}
-
-#[derive(Template)]
-#[template(path = "record.html")]
-struct RecordPage {
-    path: &'static str,
-    coordinates: Coordinates,
-    time: String,
-    content: Content,
-}
-
-pub async fn record(State(app): State<App>, Path((topic, partition, offset)): Path<(String, i32, i64)>) -> Response {
-    let coordinates = Coordinates { topic, partition, offset };
-    match app.reader.read(coordinates.clone()).await {
-        Ok(Found::Record(content)) => {
-            let time = content.time.and_then(clock).unwrap_or_default();
-            html(&RecordPage { path: "/events", coordinates, time, content })
-        }
-        Ok(Found::Nothing) => {
-            let text = "Kafka has no record here. Compaction or retention has deleted it, or the offset belongs to a \
-                        transaction marker.";
-            failure(StatusCode::NOT_FOUND, text)
-        }
-        Err(error) => {
-            tracing::warn!(%coordinates, error = %format!("{error:#}"), "cannot read a record");
-            failure(StatusCode::BAD_GATEWAY, &format!("The record cannot be read: {error:#}."))
-        }
-    }
 }
 
 #[cfg(test)]

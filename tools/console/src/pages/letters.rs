@@ -5,14 +5,13 @@ use axum::extract::{Form, Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use serde::Deserialize;
-use serde_json::Value;
 use topology::{Group, SERVICES, Service};
 
-use super::answers::{failure, html};
+use super::answers::{Acted, NOT_FROM_A_PAGE, failure, html, indented};
 use super::app::App;
 use super::text::duration;
 use crate::safety;
-use crate::system::{Act, Acted, Letter, Order};
+use crate::system::{self, Act, Letter, Order};
 
 /// Letters of a page.
 const LETTERS: &str = "50";
@@ -36,10 +35,11 @@ struct Page<'a> {
     groups: Vec<&'static str>,
     letters: Vec<Letter>,
     next: Option<String>,
-    actions: Vec<Acted>,
+    actions: Vec<system::Acted>,
     /// Groups whose letters could not be listed, and why.
     failures: Vec<String>,
     page_token: &'a str,
+    operator: Option<String>,
 }
 
 impl Page<'_> {
@@ -53,7 +53,7 @@ impl Page<'_> {
     }
 }
 
-pub async fn page(State(app): State<App>, Query(filter): Query<Filter>) -> Response {
+pub async fn page(State(app): State<App>, headers: HeaderMap, Query(filter): Query<Filter>) -> Response {
     let mut page = Page {
         path: "/dead-letters",
         filter: &filter,
@@ -63,6 +63,7 @@ pub async fn page(State(app): State<App>, Query(filter): Query<Filter>) -> Respo
         actions: vec![],
         failures: vec![],
         page_token: &app.page_token,
+        operator: app.operator(&headers),
     };
     for (service, group) in groups().filter(|(_, group)| filter.group.is_empty() || group.name == filter.group) {
         let query = [
@@ -107,27 +108,12 @@ pub struct Wanted {
     coordinates: String,
     reason: String,
     #[serde(default)]
-    operator_token: String,
-    #[serde(default)]
     page_token: String,
-}
-
-#[derive(Template)]
-#[template(path = "acted.html")]
-struct Result<'a> {
-    path: &'static str,
-    title: &'a str,
-    coordinates: &'a str,
-    group: &'a str,
-    answer: String,
 }
 
 pub async fn act(State(app): State<App>, headers: HeaderMap, Form(wanted): Form<Wanted>) -> Response {
     if !safety::may_change(&headers, &wanted.page_token, &app.page_token) {
-        return failure(
-            StatusCode::FORBIDDEN,
-            "This request did not come from a page of this console. Load the page again.",
-        );
+        return failure(StatusCode::FORBIDDEN, NOT_FROM_A_PAGE);
     }
     let Some((service, group)) = groups().find(|(_, group)| group.name == wanted.group) else {
         return failure(StatusCode::BAD_REQUEST, "No service has this consumer group.");
@@ -136,8 +122,7 @@ pub async fn act(State(app): State<App>, headers: HeaderMap, Form(wanted): Form<
         let text = format!("{} does not answer. Nothing was done.", service.name);
         return failure(StatusCode::BAD_GATEWAY, &text);
     };
-    let given = wanted.operator_token.trim();
-    let token = if given.is_empty() { app.admin_token.as_ref().map_or("", |token| token.expose()) } else { given };
+    let token = &app.token(&headers);
     let Wanted { act, coordinates, reason, .. } = &wanted;
     let order = Order { act: *act, group: group.name, coordinates, reason, token };
     match app.operations.act(address, &order).await {
@@ -147,20 +132,11 @@ pub async fn act(State(app): State<App>, headers: HeaderMap, Form(wanted): Form<
                 Act::Redrive => "The redrive of the letter has ended",
                 Act::Discard => "The letter was discarded",
             };
-            html(&Result { path: "/dead-letters", title, coordinates, group: group.name, answer: indented(&answer) })
+            html(&Acted { path: "/dead-letters", title, coordinates, by: group.name, answer: indented(&answer) })
         }
         Err(error) => {
             tracing::warn!(coordinates, group = group.name, error = %format!("{error:#}"), "an action was refused or failed");
             failure(StatusCode::BAD_GATEWAY, &format!("{error:#}."))
         }
     }
-}
-
-/// Each line of JSON, indented.
-fn indented(answer: &str) -> String {
-    let lines = answer.lines().map(|line| {
-        let json = serde_json::from_str::<Value>(line).ok();
-        json.and_then(|json| serde_json::to_string_pretty(&json).ok()).unwrap_or_else(|| line.to_owned())
-    });
-    lines.collect::<Vec<_>>().join("\n")
 }

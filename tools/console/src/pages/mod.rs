@@ -8,7 +8,9 @@ mod diagram;
 mod drawing;
 mod events;
 mod letters;
+mod login;
 mod map;
+mod record;
 mod text;
 mod view;
 
@@ -26,9 +28,12 @@ pub fn routes(app: App) -> Router {
         .route("/live/map", routing::get(map::live))
         .route("/events", routing::get(events::page))
         .route("/live/events", routing::get(events::live))
-        .route("/events/{topic}/{partition}/{offset}", routing::get(events::record))
+        .route("/events/{topic}/{partition}/{offset}", routing::get(record::page))
+        .route("/events/show", routing::post(record::show))
         .route("/dead-letters", routing::get(letters::page))
         .route("/dead-letters/act", routing::post(letters::act))
+        .route("/login", routing::get(login::page).post(login::begin))
+        .route("/logout", routing::post(login::end))
         .route("/assets/look.css", asset("text/css", include_str!("../../assets/look.css")))
         .route("/assets/icon.svg", asset("image/svg+xml", include_str!("../../assets/icon.svg")))
         .route("/assets/map.js", asset("text/javascript", include_str!("../../assets/map.js")))

@@ -7,6 +7,6 @@ mod watch;
 
 #[cfg(test)]
 pub use openmetrics::Samples;
-pub use operations::{Act, Acted, Letter, Operations, Order};
+pub use operations::{Act, Acted, Letter, Look, Operations, Order};
 pub use processes::{Answer, Process};
 pub use watch::{Survey, watch};

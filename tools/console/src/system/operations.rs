@@ -71,6 +71,15 @@ pub struct Order<'a> {
     pub token: &'a str,
 }
 
+/// An operator wants to see a record.
+pub struct Look<'a> {
+    /// With the name of the topic on the broker.
+    pub coordinates: &'a str,
+    pub reason: &'a str,
+    /// As for an [`Order`].
+    pub token: &'a str,
+}
+
 /// Asks admin ports. Clones share connections.
 #[derive(Clone)]
 pub struct Operations(Client);
@@ -113,7 +122,34 @@ impl Operations {
             Act::Redrive => ("redrive", json!({ "group": group, "coordinates": [coordinates], "reason": reason })),
             Act::Discard => ("discard", json!({ "group": group, "coordinates": coordinates, "reason": reason })),
         };
-        let mut request = self.0.post(format!("http://{address}/dead-letters/{path}")).json(&body);
+        self.post(address, &format!("/dead-letters/{path}"), token, &body).await
+    }
+
+    /// The name of a token.
+    ///
+    /// # Errors
+    /// The service does not know the token, or does not answer.
+    pub async fn operator(&self, address: SocketAddr, token: &str) -> anyhow::Result<String> {
+        #[derive(Deserialize)]
+        struct Named {
+            operator: String,
+        }
+        let answer = self.post(address, "/operator", token, &json!({})).await?;
+        Ok(serde_json::from_str::<Named>(&answer)?.operator)
+    }
+
+    /// Asks for a record with its value. The service records who has seen it, and why.
+    ///
+    /// # Errors
+    /// As for [`Operations::act`].
+    pub async fn show_record(&self, address: SocketAddr, look: &Look<'_>) -> anyhow::Result<String> {
+        let Look { coordinates, reason, token } = look;
+        let body = json!({ "coordinates": coordinates, "reason": reason });
+        self.post(address, "/records/show", token, &body).await
+    }
+
+    async fn post(&self, address: SocketAddr, path: &str, token: &str, body: &Value) -> anyhow::Result<String> {
+        let mut request = self.0.post(format!("http://{address}{path}")).json(body);
         if !token.is_empty() {
             request = request.bearer_auth(token);
         }
