@@ -51,10 +51,12 @@ pub async fn run(plan: Plan) -> Result<Results> {
     let capacity = capacity::measure(&plan).await?;
     let slowest = capacity.iter().map(|(_, rate)| *rate).fold(f64::INFINITY, f64::min);
     let slowest = plan.slowest.unwrap_or(slowest);
-    let measured = in_turn(&plan, plan.sides.iter().map(|side| runs::measure(*side, &plan, slowest))).await?;
-    let mut outcomes: Vec<Outcome> = measured.into_iter().flatten().collect();
+    let mut outcomes = vec![];
     let mut violations = vec![];
-    for (found, violated) in in_turn(&plan, plan.sides.iter().map(|side| runs::faults(*side, &plan, slowest))).await? {
+    for side in &plan.sides {
+        outcomes.extend(runs::measure(*side, &plan, slowest).await?);
+    }
+    for (found, violated) in faults(&plan, slowest).await? {
         outcomes.extend(found);
         violations.extend(violated);
     }
@@ -68,14 +70,15 @@ pub async fn run(plan: Plan) -> Result<Results> {
     Ok(results)
 }
 
-/// Runs the sides one after another, or at the same time if the plan says so.
-async fn in_turn<T>(plan: &Plan, sides: impl Iterator<Item = impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
+/// The faults of the sides, one side after another, or at the same time if the plan says so.
+async fn faults(plan: &Plan, slowest: f64) -> Result<Vec<(Vec<Outcome>, Vec<String>)>> {
+    let runs = plan.sides.iter().map(|side| runs::faults(*side, plan, slowest));
     if plan.side_by_side {
-        return futures::future::try_join_all(sides).await;
+        return futures::future::try_join_all(runs).await;
     }
     let mut results = vec![];
-    for side in sides {
-        results.push(side.await?);
+    for run in runs {
+        results.push(run.await?);
     }
     Ok(results)
 }

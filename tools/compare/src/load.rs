@@ -206,7 +206,7 @@ async fn post(client: &Client, users: &str, email: &str, key: &str) -> reqwest::
 }
 
 /// Milliseconds since 1970, as the mail server and Postgres note times on this machine.
-fn now() -> u64 {
+pub fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970");
     since.as_millis() as u64
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use compare::{Plan, Size};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use testbed::process;
 
 #[derive(Parser)]
@@ -28,6 +29,13 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> Result<()> {
+    raise_limit_of_files()?;
     let size = if arguments.quick { Size::Quick } else { Size::Full };
     compare::write(&compare::run(Plan::of(size)).await?)
+}
+
+/// A burst opens many connections: here, and in the programs, which inherit the limit.
+fn raise_limit_of_files() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }

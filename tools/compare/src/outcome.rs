@@ -37,7 +37,9 @@ pub struct Outcome {
     /// Users that lack an effect, by whether their client repeats requests or gives up.
     pub incomplete_of_repeating: usize,
     pub incomplete_of_giving_up: usize,
-    /// Seconds from the end of the fault (or of the load) until every effect existed. `None`: never.
+    /// Seconds from the end of the fault until the mail was sent to, and analytics had counted, every user
+    /// that was wanted before. Without a fault: seconds from the end of the load until every effect
+    /// existed. `None`: never.
     pub recovered: Option<f64>,
     pub retried: f64,
     /// Milliseconds from the answer until the effect. 0: before the answer.
@@ -84,20 +86,28 @@ pub struct Components {
 /// What a scenario has to say besides its requests.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// Seconds from the start of the load.
-    pub fault: Option<(f64, f64)>,
-    /// From the end of the load.
+    pub fault: Option<During>,
+    /// From the end of the load until every effect existed.
     pub settled: Option<Duration>,
-    /// From the end of the fault to the end of the load.
-    pub after_fault: Duration,
     pub retried: f64,
     pub cost: Option<Cost>,
 }
 
+/// A fault, or a burst.
+#[derive(Clone, Copy, Debug)]
+pub struct During {
+    /// Seconds from the start of the load.
+    pub begin: f64,
+    pub end: f64,
+    /// Its end, in milliseconds since 1970.
+    pub ended_at: u64,
+}
+
 impl Outcome {
     pub fn of(scenario: Scenario, side: Side, requests: &[Registration], tally: &Tally, facts: &Facts) -> Self {
-        let in_fault =
-            |request: &&Registration| facts.fault.is_some_and(|(begin, end)| (begin..end).contains(&request.intended));
+        let in_fault = |request: &&Registration| {
+            facts.fault.is_some_and(|fault| (fault.begin..fault.end).contains(&request.intended))
+        };
         let answered = |requests: &[&Registration]| {
             let answers = requests.iter().filter_map(|request| request.answered);
             spread(answers.map(|seconds| seconds * 1000.0))
@@ -130,7 +140,10 @@ impl Outcome {
             doubled_mails: tally.doubled_mails,
             incomplete_of_repeating: lacking(true),
             incomplete_of_giving_up: lacking(false),
-            recovered: facts.settled.map(|settled| (facts.after_fault + settled).as_secs_f64()),
+            recovered: match facts.fault {
+                Some(fault) => recovered(fault, requests, tally),
+                None => facts.settled.map(|settled| settled.as_secs_f64()),
+            },
             retried: facts.retried,
             mail_window: window(requests, &tally.mailed_at),
             count_window: window(requests, &tally.counted_at),
@@ -171,6 +184,22 @@ fn count(requests: &[&Registration]) -> usize {
 fn spread(values: impl Iterator<Item = f64>) -> Spread {
     let mut values = values.peekable();
     if values.peek().is_none() { Spread::default() } else { Spread::of(values) }
+}
+
+/// Seconds from the end of the fault until the users that were wanted before it had their mail and count.
+fn recovered(fault: During, requests: &[Registration], tally: &Tally) -> Option<f64> {
+    let incomplete = tally.incomplete();
+    let mut last = fault.ended_at;
+    for request in requests.iter().filter(|request| request.intended < fault.end) {
+        // A request that registered no user needs no effect.
+        let Some(user) = tally.users.get(&request.email) else { continue };
+        if incomplete.contains(user) {
+            return None;
+        }
+        let effects = [tally.mailed_at.get(user), tally.counted_at.get(user)].into_iter().flatten();
+        last = effects.copied().fold(last, u64::max);
+    }
+    Some((last - fault.ended_at) as f64 / 1000.0)
 }
 
 /// Milliseconds from the answer until the effect.

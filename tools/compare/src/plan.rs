@@ -12,6 +12,9 @@ pub const LIGHT: f64 = 0.3;
 pub const HEAVY: f64 = 0.8;
 /// Of the light load.
 pub const BURST: f64 = 5.0;
+/// Registrations per second while something fails, at most. Enough to count what is lost, and so few that
+/// the checker reads all of them in seconds.
+pub const FAULT_RATE: f64 = 100.0;
 /// How much slower the mail server is, in milliseconds.
 pub const SLOW_MS: u64 = 500;
 /// How long the mail server takes while the registering process is killed, in milliseconds, as a server
@@ -56,7 +59,7 @@ pub struct Plan {
     /// After the load, a scenario ends when every effect exists, or when no effect was added for so long.
     /// Longer than any retry of the two sides waits after the faults of this plan.
     pub quiet: Duration,
-    /// Whether the sides run at the same time. Then the times say nothing.
+    /// Whether the faults of all sides happen at the same time. Then their times say little.
     pub side_by_side: bool,
 }
 
@@ -89,6 +92,7 @@ impl Plan {
                 kills: 3,
                 between_kills: seconds(2),
                 quiet: seconds(8),
+                side_by_side: true,
                 ..Self { size, ..Self::of(Size::Full) }
             },
             Size::Smoke => Self {
@@ -100,7 +104,6 @@ impl Plan {
                 fault: seconds(3),
                 repeat: seconds(2),
                 quiet: seconds(6),
-                side_by_side: true,
                 ..Self::of(Size::Quick)
             },
         }

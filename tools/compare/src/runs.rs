@@ -8,8 +8,8 @@ use tests::load::Answers;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::load::{self, Registration};
-use crate::outcome::{Components, Cost, Facts, Outcome};
-use crate::plan::{BURST, HEAVY, LIGHT, Plan, SLOW_MS, USUAL_MS};
+use crate::outcome::{Components, Cost, During, Facts, Outcome};
+use crate::plan::{BURST, FAULT_RATE, HEAVY, LIGHT, Plan, SLOW_MS, USUAL_MS};
 use crate::scenario::Scenario;
 use crate::subject::{Side, Subject};
 use crate::tally::{settle, until_all_have_effects};
@@ -31,13 +31,12 @@ pub async fn measure(side: Side, plan: &Plan, slowest: f64) -> Result<Vec<Outcom
         let pids = subject.pids();
         let retried = subject.retried().await;
         let before = Usage::take(&pids)?;
-        let requests = load::start(subject.target(), &parts, plan.repeat).await?;
+        let requests = load::start(subject.target(), &parts, plan.repeat);
         let mut facts = Facts::default();
         if scenario == Scenario::Burst {
-            let begin = plan.before.as_secs_f64();
-            facts.fault = Some((begin, begin + plan.burst().as_secs_f64()));
-            facts.after_fault = plan.after;
+            facts.fault = Some(burst(plan).await);
         }
+        let requests = requests.await?;
         let ended = Instant::now();
         until_all_have_effects(&subject, plan.quiet).await;
         // Before every profile is read once.
@@ -50,6 +49,13 @@ pub async fn measure(side: Side, plan: &Plan, slowest: f64) -> Result<Vec<Outcom
     Ok(outcomes)
 }
 
+/// Waits until the burst is over.
+async fn burst(plan: &Plan) -> During {
+    sleep(plan.before + plan.burst()).await;
+    let begin = plan.before.as_secs_f64();
+    During { begin, end: begin + plan.burst().as_secs_f64(), ended_at: load::now() }
+}
+
 /// The scenarios with a fault, on one start of a side, and the violations that the checker of the fault
 /// tests finds afterwards.
 pub async fn faults(side: Side, plan: &Plan, slowest: f64) -> Result<(Vec<Outcome>, Vec<String>)> {
@@ -60,9 +66,8 @@ pub async fn faults(side: Side, plan: &Plan, slowest: f64) -> Result<(Vec<Outcom
     for scenario in faults.filter(|scenario| plan.has(*scenario)) {
         announce(scenario, side, plan);
         let retried = subject.retried().await;
-        let (requests, mut facts) = fault(scenario, &mut subject, plan, LIGHT * slowest).await?;
-        let (tally, settled) = settle(&subject, &requests, plan.quiet).await;
-        facts.settled = settled;
+        let (requests, mut facts) = fault(scenario, &mut subject, plan, (LIGHT * slowest).min(FAULT_RATE)).await?;
+        let (tally, _) = settle(&subject, &requests, plan.quiet).await;
         // A process that was killed has forgotten its own.
         facts.retried = (subject.retried().await - retried).max(0.0);
         outcomes.push(Outcome::of(scenario, side, &requests, &tally, &facts));
@@ -106,10 +111,9 @@ async fn fault(
         _ => kill(subject, plan, start + plan.before).await,
     }
     subject.mail().recover();
-    let healed = Instant::now();
+    let fault = During { begin: plan.before.as_secs_f64(), end: start.elapsed().as_secs_f64(), ended_at: load::now() };
     let requests = requests.await?;
-    let fault = Some((plan.before.as_secs_f64(), (healed - start).as_secs_f64()));
-    Ok((requests, Facts { fault, after_fault: healed.elapsed(), ..Facts::default() }))
+    Ok((requests, Facts { fault: Some(fault), ..Facts::default() }))
 }
 
 /// Kills the registering process at even intervals, and starts it again at once.

@@ -81,7 +81,9 @@ const ROWS: [(&str, Cell); 24] = [
     ("without profile at the end", |o| o.without_profile.to_string()),
     ("incomplete, of clients that repeat", |o| o.incomplete_of_repeating.to_string()),
     ("incomplete, of clients that give up", |o| o.incomplete_of_giving_up.to_string()),
-    ("complete, s after fault or load", |o| o.recovered.map_or("never".to_owned(), |seconds| format!("{seconds:.1}"))),
+    ("complete, s after the fault or the load", |o| {
+        o.recovered.map_or("never".to_owned(), |seconds| format!("{seconds:.1}"))
+    }),
     ("calls, batches and mails retried", |o| format!("{:.0}", o.retried)),
     ("answer to mail: p50 / p99 / most, ms", |o| spread(o.mail_window)),
     ("answer to count: p50 / p99 / most, ms", |o| spread(o.count_window)),
