@@ -12,9 +12,9 @@ pub const LIGHT: f64 = 0.3;
 pub const HEAVY: f64 = 0.8;
 /// Of the light load.
 pub const BURST: f64 = 5.0;
-/// Registrations per second while something fails, at most. Enough to count what is lost, and so few that
+/// Registrations per second while something fails, at most, of all sides that run at the same time. Enough to count what is lost, and so few that
 /// the checker reads all of them in seconds.
-pub const FAULT_RATE: f64 = 100.0;
+const FAULT_RATE: f64 = 100.0;
 /// How much slower the mail server is, in milliseconds.
 pub const SLOW_MS: u64 = 500;
 /// How long the mail server takes while the registering process is killed, in milliseconds, as a server
@@ -121,6 +121,12 @@ impl Plan {
             Scenario::StoreDown => format!("The store of the cache is down for {fault} s"),
             Scenario::Killed => format!("The registering process is killed {} times", self.kills),
         }
+    }
+
+    /// Registrations per second while something fails. `slowest` is what the slowest side can take.
+    pub fn fault_rate(&self, slowest: f64) -> f64 {
+        let at_once = if self.side_by_side { self.sides.len() } else { 1 };
+        (LIGHT * slowest).min(FAULT_RATE / at_once as f64)
     }
 
     pub fn burst(&self) -> Duration {

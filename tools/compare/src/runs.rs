@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::load::{self, Registration};
 use crate::outcome::{Components, Cost, During, Facts, Outcome};
-use crate::plan::{BURST, FAULT_RATE, HEAVY, LIGHT, Plan, SLOW_MS, USUAL_MS};
+use crate::plan::{BURST, HEAVY, LIGHT, Plan, SLOW_MS, USUAL_MS};
 use crate::scenario::Scenario;
 use crate::subject::{Side, Subject};
 use crate::tally::{settle, until_all_have_effects};
@@ -66,7 +66,7 @@ pub async fn faults(side: Side, plan: &Plan, slowest: f64) -> Result<(Vec<Outcom
     for scenario in faults.filter(|scenario| plan.has(*scenario)) {
         announce(scenario, side, plan);
         let retried = subject.retried().await;
-        let (requests, mut facts) = fault(scenario, &mut subject, plan, (LIGHT * slowest).min(FAULT_RATE)).await?;
+        let (requests, mut facts) = fault(scenario, &mut subject, plan, plan.fault_rate(slowest)).await?;
         let (tally, _) = settle(&subject, &requests, plan.quiet).await;
         // A process that was killed has forgotten its own.
         facts.retried = (subject.retried().await - retried).max(0.0);
