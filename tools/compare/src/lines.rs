@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(code("//! a\n\n/// b\nfn c() {\n    d(); // e\n}\n#[cfg(test)]\nmod tests {}\n", "//"), 3);
         assert_eq!(code("-- a\nselect 1;\n", "--"), 1);
         let changed = Changed::by(crate::added::SYNCHRONOUS_PATCH);
-        assert!(changed.new_files == 2 && changed.edited_files == 2, "{changed:?}");
+        assert!(changed.new_files == 2 && changed.edited_files == 3, "{changed:?}");
         assert!(of_synchronous() > 0 && of_waybill() > of_synchronous());
     }
 }

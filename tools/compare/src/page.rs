@@ -19,6 +19,9 @@ use crate::{lines, results::Results};
 /// Everything that does not depend on the results.
 const METHOD: &str = include_str!("method.md");
 
+/// Columns of the paragraphs that are made from results.
+const WIDTH: usize = 120;
+
 /// A chart: its file, its title, the scenario, the unit, and the value of each side.
 type Chart = (&'static str, &'static str, Scenario, &'static str, fn(&Outcome) -> f64);
 
@@ -79,7 +82,7 @@ fn text(results: &Results) -> Result<String> {
 fn answer(results: &Results) -> Result<String> {
     let mut text = String::new();
     for sentence in [what_calls_do_better, what_events_keep, what_callers_feel, balance] {
-        writeln!(text, "{}", sentence(results)?)?;
+        write!(text, "{} ", sentence(results)?)?;
     }
     writeln!(
         text,
@@ -95,7 +98,26 @@ fn answer(results: &Results) -> Result<String> {
         of(results, Scenario::Killed, Side::Resilient)?.incomplete(),
         of(results, Scenario::Killed, Side::Resilient)?.users,
     )?;
-    Ok(text)
+    Ok(wrapped(&text))
+}
+
+/// Breaks the lines of paragraphs at blanks, as the other documents do.
+fn wrapped(text: &str) -> String {
+    let mut wrapped = String::new();
+    let mut column = 0;
+    for word in text.split(' ') {
+        let length = word.split('\n').next().unwrap_or_default().len();
+        if column > 0 && column + 1 + length > WIDTH {
+            wrapped.push('\n');
+            column = 0;
+        } else if column > 0 {
+            wrapped.push(' ');
+            column += 1;
+        }
+        wrapped.push_str(word);
+        column = word.rsplit_once('\n').map_or(column + word.len(), |(_, last)| last.len());
+    }
+    wrapped
 }
 
 fn what_calls_do_better(results: &Results) -> Result<String> {
@@ -232,4 +254,15 @@ fn added(text: &mut String, results: &Results) -> Result<()> {
          with two of them behind a load balancer no registration would fail."
     )?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paragraphs_are_wrapped_and_stay_paragraphs() {
+        let word = "a".repeat(70);
+        assert_eq!(wrapped(&format!("{word} {word}\n\nb c")), format!("{word}\n{word}\n\nb c"));
+    }
 }

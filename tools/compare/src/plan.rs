@@ -17,8 +17,8 @@ pub const BURST: f64 = 5.0;
 const FAULT_RATE: f64 = 100.0;
 /// How much slower the mail server is, in milliseconds.
 pub const SLOW_MS: u64 = 500;
-/// How long the mail server takes while the registering process is killed, in milliseconds, as a server
-/// on the internet does. With one that answers at once, a kill would meet few requests.
+/// How long the mail server takes while the registering process is killed, in milliseconds. With a server
+/// that answers in one, most kills would meet no request.
 pub const USUAL_MS: u64 = 200;
 /// Registrations per second that debug programs take on any machine, on two sides at once.
 const SMOKE_RATE: f64 = 100.0;
@@ -75,12 +75,12 @@ impl Plan {
                 slowest: None,
                 healthy: seconds(15),
                 before: seconds(5),
-                after: seconds(10),
+                after: seconds(5),
                 fault: seconds(30),
                 kills: 10,
                 between_kills: seconds(3),
                 repeat: seconds(15),
-                quiet: seconds(20),
+                quiet: seconds(15),
                 side_by_side: false,
             },
             Size::Quick => Self {
@@ -101,7 +101,8 @@ impl Plan {
                 scenarios: Scenario::CLAIMED.to_vec(),
                 slowest: Some(SMOKE_RATE),
                 healthy: seconds(2),
-                fault: seconds(3),
+                fault: seconds(2),
+                between_kills: seconds(1),
                 repeat: seconds(2),
                 quiet: seconds(6),
                 ..Self::of(Size::Quick)
