@@ -34,6 +34,7 @@ pub mod record;
 pub mod services;
 pub mod soak;
 pub mod stores;
+pub mod synchronous;
 pub mod system;
 pub mod tap;
 pub mod users;

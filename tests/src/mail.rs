@@ -51,6 +51,17 @@ impl Mail {
         self.sink.mails()
     }
 
+    /// The number of mails that the server accepted, each copy.
+    pub fn count(&self) -> usize {
+        self.sink.count()
+    }
+
+    /// The recipient of each accepted mail, and when it was accepted, in milliseconds since 1970.
+    pub fn arrivals(&self) -> Vec<(String, u64)> {
+        let arrivals = self.sink.arrivals().into_iter();
+        arrivals.flat_map(|(to, at)| to.into_iter().map(move |to| (to, at))).collect()
+    }
+
     /// The mails to one address.
     pub fn to(&self, email: &str) -> Vec<Accepted> {
         self.sink.mails().into_iter().filter(|mail| mail.to == [email]).collect()

@@ -69,6 +69,11 @@ impl Processes {
         (environment, &self.logs)
     }
 
+    /// The variables with which every service is started, and where it logs.
+    pub fn environment(&self) -> (&[(String, String)], &Logs) {
+        (&self.environment, &self.logs)
+    }
+
     /// Sets a variable for every service that is started from now on.
     pub fn set(&mut self, name: &str, value: &str) {
         self.environment.retain(|(known, _)| known != name);

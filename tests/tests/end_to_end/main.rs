@@ -54,6 +54,7 @@ mod secured_valkey;
 mod sessions;
 mod settings;
 mod startup;
+mod synchronous;
 mod tokens;
 mod topics;
 mod tracing;

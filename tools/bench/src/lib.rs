@@ -21,7 +21,7 @@ mod report;
 mod rows;
 mod slices;
 mod statements;
-mod usage;
+pub mod usage;
 
 use std::path::{Path, PathBuf};
 
@@ -29,7 +29,7 @@ use anyhow::Result;
 
 use bed::Bed;
 pub use jobs::Job;
-pub use report::{Machine, Report};
+pub use report::{Bar, Machine, Report, Spread, bars};
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -167,6 +167,9 @@ pub fn environment_of_console(stack: &Stack) -> Vec<(String, String)> {
     settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
+/// The program and the package of the synchronous version in `tests/synchronous`.
+pub const SYNCHRONOUS: &str = "synchronous";
+
 /// Builds the services and the console and returns the folder with their programs. Cargo shows its progress on the
 /// terminal.
 pub async fn build(logs: &Logs) -> Result<PathBuf> {
@@ -180,13 +183,19 @@ pub async fn build_release(logs: &Logs) -> Result<PathBuf> {
     Ok(target().join("release"))
 }
 
-/// As [`build`], with fault points. The programs are copied to a folder of their own, because any
+/// As [`build_release`], with the synchronous version.
+pub async fn build_release_with_synchronous(logs: &Logs) -> Result<PathBuf> {
+    cargo_build(&["--release", "-p", SYNCHRONOUS], logs).await?;
+    Ok(target().join("release"))
+}
+
+/// As [`build`], with fault points and with the synchronous version. The programs are copied to a folder of their own, because any
 /// other `cargo build` replaces those in `target/debug`.
 pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
-    cargo_build(&["--features", &fault_points()], logs).await?;
+    cargo_build(&["-p", SYNCHRONOUS, "--features", &fault_points()], logs).await?;
     let folder = target().join("fault-points");
     std::fs::create_dir_all(&folder)?;
-    for name in SERVICES.map(|service| service.name).into_iter().chain([CONSOLE.name]) {
+    for name in SERVICES.map(|service| service.name).into_iter().chain([CONSOLE.name, SYNCHRONOUS]) {
         // Copied under another name and then renamed: the file of a running program cannot be
         // written.
         let copy = folder.join(format!("{name}.new"));

@@ -9,6 +9,7 @@
 mod commands;
 mod patches;
 mod signals;
+mod tree;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -105,6 +106,16 @@ enum Command {
         /// Jobs to run. Default: all.
         jobs: Vec<String>,
     },
+    /// Put Waybill and a version of it that calls its receivers synchronously under the same load and
+    /// the same faults.
+    ///
+    /// Prints a table for each scenario and writes target/compare/results.json, and docs/compared.md
+    /// after a full run, which takes about half an hour. Stop other programs first.
+    Compare {
+        /// Take a sixth of the time for each scenario.
+        #[arg(long)]
+        quick: bool,
+    },
     /// Write docs/metrics.md from what the running services say about their metrics.
     Metrics,
     /// Write the pictures of the console in docs/console. Needs Chromium.
@@ -156,6 +167,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
         Command::Size => unless_terminated(commands::size::run()).await,
         Command::Bench { quick, jobs } => unless_terminated(commands::bench::run(&jobs, quick)).await,
+        Command::Compare { quick } => unless_terminated(commands::compare::run(quick)).await,
         Command::Metrics => unless_terminated(commands::metrics::run()).await,
         Command::Screenshots => unless_terminated(commands::screenshots::run()).await,
         Command::Mistakes => commands::mistakes::run(),

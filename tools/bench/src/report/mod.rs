@@ -6,6 +6,7 @@ mod files;
 mod outcome;
 mod page;
 
-pub use figures::Figure;
+pub use chart::{Bar, bars};
+pub use figures::{Figure, Spread};
 pub use files::write;
 pub use outcome::{Bound, Machine, Report};

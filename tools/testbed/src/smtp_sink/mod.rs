@@ -67,6 +67,12 @@ impl SmtpSink {
         self.shared.state().mails.len()
     }
 
+    /// The recipients of each mail and when it was received, in milliseconds since 1970, without
+    /// copying the mails.
+    pub fn arrivals(&self) -> Vec<(Vec<String>, u64)> {
+        self.shared.state().mails.iter().map(|mail| (mail.to.clone(), mail.received_at_ms)).collect()
+    }
+
     /// How many clients are connected.
     pub fn connections(&self) -> usize {
         self.shared.state().connections

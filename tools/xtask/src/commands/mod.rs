@@ -1,6 +1,7 @@
 pub mod acls;
 pub mod bench;
 pub mod check;
+pub mod compare;
 pub mod credentials;
 pub mod demo;
 pub mod full;

@@ -1,0 +1,142 @@
+//! The role `user`: registers users, and calls the receivers within the request.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router, routing};
+use prometheus_client::registry::Registry;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use shared::events::check_address;
+use shared::platform::database;
+use shared::platform::secret::{Secret, SecretSetting};
+use sqlx::PgPool;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::calls::{Calls, CallsConfig};
+use crate::problem::Error;
+use crate::registrations::{self, Hasher, Key, User};
+use crate::server;
+
+const DISPLAY_NAME_MAX: usize = 100;
+const IDEMPOTENCY_KEY_MAX: usize = 255;
+
+#[derive(clap::Args)]
+pub struct Config {
+    #[command(flatten)]
+    database_url: Secret<DatabaseUrl>,
+    #[command(flatten)]
+    idempotency_secret: Secret<IdempotencySecret>,
+    #[command(flatten)]
+    calls: CallsConfig,
+}
+
+struct DatabaseUrl;
+
+impl SecretSetting for DatabaseUrl {
+    const NAME: &'static str = "USER_DATABASE_URL";
+    const HELP: &'static str = "The role's own database, as the role that owns its tables.";
+}
+
+struct IdempotencySecret;
+
+impl SecretSetting for IdempotencySecret {
+    const NAME: &'static str = "IDEMPOTENCY_SECRET";
+    const HELP: &'static str = "The key of the hashes of idempotent requests: at least 32 random characters.";
+}
+
+#[derive(Clone)]
+struct App {
+    db: PgPool,
+    hasher: Hasher,
+    calls: Arc<Calls>,
+    /// Registrations in progress. They continue when the caller hangs up.
+    tasks: TaskTracker,
+}
+
+pub async fn serve(addr: SocketAddr, config: Config) -> anyhow::Result<()> {
+    let db = database::pool(database::options(config.database_url.expose())?);
+    sqlx::migrate!("./migrations/user").run(&db).await?;
+    let mut metrics = Registry::default();
+    let calls = Arc::new(Calls::new(&config.calls, &mut metrics)?);
+    let hasher = Hasher::new(config.idempotency_secret.expose())?;
+    let app = App { db, hasher, calls, tasks: TaskTracker::new() };
+    let tasks = app.tasks.clone();
+    let routes =
+        Router::new().route("/users", routing::post(register)).route("/users/{id}", routing::get(show)).with_state(app);
+    server::serve(addr, routes, metrics, tasks).await
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Registration {
+    email: String,
+    display_name: String,
+}
+
+/// Inserts the user, makes the calls, and answers 201 with the receivers that it could not reach.
+async fn register(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Result<Json<Registration>, JsonRejection>,
+) -> Result<Response, Error> {
+    let Json(registration) = body.map_err(Error::Malformed)?;
+    let request = serde_json::to_vec(&registration).map_err(anyhow::Error::new)?;
+    let email = valid_email(&registration.email)?;
+    let display_name = valid_display_name(&registration.display_name)?;
+    let key = idempotency_key(&headers)?.map(|text| Key { text, request });
+    let tasks = app.tasks.clone();
+    let work = async move {
+        let begun = registrations::begin(&app.db, &app.hasher, key, email, display_name).await?;
+        let missing = app.calls.make(&begun.user, &begun.missing).await;
+        // The user and all effects exist. If the note fails, a repeated request repeats the calls.
+        if !begun.missing.is_empty()
+            && let Err(error) = registrations::finish(&app.db, &begun, &missing).await
+        {
+            tracing::warn!(user.id = %begun.user.id, %error, "cannot note the calls that were made");
+        }
+        let User { id, version, .. } = begun.user;
+        let missing: Vec<&str> = missing.iter().map(|receiver| receiver.name()).collect();
+        let location = [(header::LOCATION, format!("/users/{id}"))];
+        Ok((StatusCode::CREATED, location, Json(json!({ "id": id, "version": version, "missing": missing })))
+            .into_response())
+    };
+    tasks.spawn(work).await.map_err(anyhow::Error::new)?
+}
+
+async fn show(State(app): State<App>, Path(id): Path<Uuid>) -> Result<Response, Error> {
+    let User { id, version, email, display_name } = registrations::find(&mut *app.db.acquire().await?, id).await?;
+    let user = json!({ "id": id, "version": version, "email": email, "display_name": display_name });
+    Ok(Json(user).into_response())
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let rule = "1 to 255 printable ASCII characters, for example a UUID";
+    let invalid = Error::Invalid { field: "Idempotency-Key", rule };
+    match value.to_str() {
+        Ok(key) if (1..=IDEMPOTENCY_KEY_MAX).contains(&key.len()) => Ok(Some(key.to_owned())),
+        _ => Err(invalid),
+    }
+}
+
+fn valid_email(email: &str) -> Result<String, Error> {
+    let email = email.trim();
+    check_address(email).map_err(|rule| Error::Invalid { field: "email", rule })?;
+    Ok(email.to_owned())
+}
+
+fn valid_display_name(name: &str) -> Result<String, Error> {
+    let name = name.trim();
+    match name.chars().count() {
+        0 => Err(Error::Invalid { field: "display_name", rule: "must not be empty" }),
+        1..=DISPLAY_NAME_MAX if !name.contains(char::is_control) => Ok(name.to_owned()),
+        1..=DISPLAY_NAME_MAX => Err(Error::Invalid { field: "display_name", rule: "no control characters" }),
+        _ => Err(Error::Invalid { field: "display_name", rule: "at most 100 characters" }),
+    }
+}

@@ -1,0 +1,118 @@
+//! One table for each scenario, on the terminal and on the page.
+
+use bench::Spread;
+use testbed::say::say;
+
+use crate::added::Added;
+use crate::outcome::{Components, Outcome, Reads};
+use crate::scenario::Scenario;
+use crate::{results::Results, subject::Side};
+
+/// A row: what it says, and the cell of each side.
+pub type Row = (&'static str, Vec<String>);
+
+pub fn print(results: &Results) {
+    for scenario in &results.plan.scenarios {
+        let (sides, rows) = table(results, *scenario);
+        say(format_args!("\n{}", results.plan.title(*scenario)));
+        let line = |first: &str, cells: Vec<String>| {
+            let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:>22}")).collect();
+            say(format_args!("  {first:<44}{}", cells.join("")));
+        };
+        line("", sides.iter().map(|side| side.name().to_owned()).collect());
+        for (what, cells) in rows {
+            line(what, cells);
+        }
+    }
+    for Added {
+        side,
+        changed,
+        restarted,
+        wanted,
+        refused,
+        earlier,
+        earlier_in_index,
+        later,
+        later_without_entry,
+        took,
+    } in &results.added
+    {
+        say(format_args!(
+            "\nA fourth receiver for {}: {} new files with {} lines, {} edited files with {} lines, {restarted} processes \
+             restarted, {refused} of {wanted} registrations never answered, {earlier_in_index} of {earlier} earlier users \
+             and all but {later_without_entry} of {later} later ones in the index, after {took:.1} s",
+            side.name(),
+            changed.new_files,
+            changed.new_lines,
+            changed.edited_files,
+            changed.edited_lines,
+        ));
+    }
+    for violation in &results.violations {
+        say(format_args!("{violation}"));
+    }
+    say(format_args!("\nInvariants of Waybill that the faults violated: {}", results.violations.len()));
+}
+
+/// The sides that a scenario was run with, and its rows. Rows without any value are left out.
+pub fn table(results: &Results, scenario: Scenario) -> (Vec<Side>, Vec<Row>) {
+    let outcomes: Vec<&Outcome> = results.plan.sides.iter().filter_map(|side| results.of(scenario, *side)).collect();
+    let rows =
+        ROWS.iter().map(|(what, cell)| (*what, outcomes.iter().map(|outcome| cell(outcome)).collect::<Vec<_>>()));
+    let rows = rows.filter(|(_, cells)| cells.iter().any(|cell| !cell.is_empty()));
+    (outcomes.iter().map(|outcome| outcome.side).collect(), rows.collect())
+}
+
+type Cell = fn(&Outcome) -> String;
+
+const ROWS: [(&str, Cell); 24] = [
+    ("registrations wanted", |o| o.wanted.to_string()),
+    ("answered 201", |o| o.answered.to_string()),
+    ("answered of those wanted in the fault", |o| {
+        in_fault(o, &format!("{} of {}", o.answered_in_fault, o.wanted_in_fault))
+    }),
+    ("answers that name a missing effect", |o| o.told_missing.to_string()),
+    ("answer: p50 / p99 / most, ms", |o| spread(o.answer)),
+    ("the same in the fault", |o| in_fault(o, &spread(o.answer_in_fault))),
+    ("users that exist", |o| o.users.to_string()),
+    ("without mail at the end", |o| o.without_mail.to_string()),
+    ("second copies of mails", |o| o.doubled_mails.to_string()),
+    ("without count at the end", |o| o.without_count.to_string()),
+    ("without profile at the end", |o| o.without_profile.to_string()),
+    ("incomplete, of clients that repeat", |o| o.incomplete_of_repeating.to_string()),
+    ("incomplete, of clients that give up", |o| o.incomplete_of_giving_up.to_string()),
+    ("complete, s after the fault or the load", |o| {
+        o.recovered.map_or("never".to_owned(), |seconds| format!("{seconds:.1}"))
+    }),
+    ("calls, batches and mails retried", |o| format!("{:.0}", o.retried)),
+    ("answer to mail: p50 / p99 / most, ms", |o| spread(o.mail_window)),
+    ("answer to count: p50 / p99 / most, ms", |o| spread(o.count_window)),
+    ("answer to profile: p50 / p99 / most, ms", |o| spread(o.profile_window)),
+    ("profile found by the first read", |o| reads(o.reads)),
+    ("the same with min_version", |o| reads(o.reads_with_version)),
+    ("CPU per registration, services, ms", |o| o.cost.map(|cost| format!("{:.2}", cost.services)).unwrap_or_default()),
+    ("the same, Postgres / Kafka / Redis", |o| {
+        let components = o.cost.and_then(|cost| cost.components);
+        let text = |c: Components| format!("{:.2} / {:.2} / {:.2}", c.postgres, c.kafka, c.redis);
+        components.map(text).unwrap_or_default()
+    }),
+    ("processes of the services, their memory, MB", |o| {
+        o.cost.map(|cost| format!("{}, {:.0}", cost.processes, cost.memory)).unwrap_or_default()
+    }),
+    ("memory of Kafka, MB", |o| {
+        let components = o.cost.and_then(|cost| cost.components).filter(|_| o.side == Side::Waybill);
+        components.map(|components| format!("{:.0}", components.kafka_memory)).unwrap_or_default()
+    }),
+];
+
+fn in_fault(outcome: &Outcome, text: &str) -> String {
+    if outcome.wanted_in_fault == 0 { String::new() } else { text.to_owned() }
+}
+
+fn spread(spread: Spread) -> String {
+    format!("{:.0} / {:.0} / {:.0}", spread.median, spread.p99, spread.most)
+}
+
+fn reads(reads: Reads) -> String {
+    format!("{} of {}", reads.found_at_once, reads.all)
+}
