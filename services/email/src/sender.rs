@@ -210,11 +210,14 @@ impl Sender {
         // Nothing here has an effect that matters, so the process can stop at any time.
         let ready = async {
             connection.prepare(&self.server, &to).await.map_err(Attempt::Ended)?;
+            telemetry::note("the mail server accepts the recipient");
             fault::point("email.before_check");
             if !self.batches.check(claim).await && !self.renew(claim, lease).await {
                 return Err(Attempt::Superseded);
             }
+            telemetry::note("the delivery is still claimed, and the recipient is not erased");
             connection.announce().await.map_err(Attempt::Ended)?;
+            telemetry::note("the mail server waits for the mail");
             // The server may have taken minutes.
             if lease.has_ended() { Err(Attempt::Superseded) } else { Ok(()) }
         };
@@ -230,7 +233,9 @@ impl Sender {
             self.stop.cancelled().await;
             sleep(self.last_answer).await;
         };
-        Attempt::Ended(connection.send(&message, give_up).await)
+        let ending = connection.send(&message, give_up).await;
+        telemetry::note("the dialogue about the mail has ended");
+        Attempt::Ended(ending)
     }
 
     async fn record(&self, claim: &Claim, attempt: &Attempt) -> sqlx::Result<()> {

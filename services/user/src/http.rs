@@ -16,6 +16,7 @@ use shared::messaging::Wake;
 use shared::platform::access::{Caller, PublicRoutes, Rates};
 use shared::platform::preconditions::{self, Preconditions};
 use shared::platform::problem::IntoProblem;
+use shared::platform::telemetry;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -26,6 +27,9 @@ use crate::turns::{Target, Turn, Turns};
 
 const DISPLAY_NAME_MAX: usize = 100;
 const IDEMPOTENCY_KEY_MAX: usize = 255;
+/// What the trace of a command notes.
+const TRANSACTION_BEGUN: &str = "transaction begun";
+const TRANSACTION_COMMITTED: &str = "transaction committed";
 
 #[derive(Clone)]
 pub struct App {
@@ -128,6 +132,7 @@ enum Beginning {
 async fn begin(app: &App, head: &Head, body: impl Serialize) -> Result<Beginning, Error> {
     let key = head.key.as_ref().map(|key| Target::Key(format!("{}\n{}", key.scope, key.text)));
     let mut turn = app.turns.take(head.user.map(Target::User).into_iter().chain(key).collect()).await?;
+    telemetry::note(TRANSACTION_BEGUN);
     let mut claim = None;
     if let Some(key) = &head.key {
         let request = serde_json::to_vec(&(&head.target, body)).map_err(anyhow::Error::new)?;
@@ -149,6 +154,7 @@ impl Begun {
         }
         fault::point("user.before_commit");
         self.turn.commit().await?;
+        telemetry::note(TRANSACTION_COMMITTED);
         fault::point("user.after_commit");
         self.wake.notify();
         Ok(answer(status, accepted))

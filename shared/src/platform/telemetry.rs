@@ -3,6 +3,7 @@
 //! [`continue_from`].
 
 use std::collections::HashMap;
+use std::panic::Location;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
@@ -148,6 +149,16 @@ pub fn current() -> TraceContext {
         traceparent: Some(traceparent),
         tracestate: Some(span.trace_state().header()).filter(|state| !state.is_empty()),
     }
+}
+
+/// Adds an event to the current span, with the place of the caller in the code. Unlike a log line it
+/// is seen in the trace only. `what` is a fixed text, so it contains no data.
+#[track_caller]
+pub fn note(what: &'static str) {
+    let place = Location::caller();
+    let attributes =
+        vec![KeyValue::new("code.file.path", place.file()), KeyValue::new("code.line.number", i64::from(place.line()))];
+    Span::current().add_event(what, attributes);
 }
 
 /// Makes `span` a child of the span that `origin` names, which may be in another process. Records

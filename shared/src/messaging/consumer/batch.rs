@@ -6,17 +6,19 @@ use std::mem;
 use std::rc::Rc;
 use std::time::Instant;
 
+use opentelemetry::trace::Status;
 use rdkafka::message::{BorrowedMessage, Message};
 use tokio::task::yield_now;
 use tracing::{Instrument, Level, Span, enabled, field::Empty};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::breaker::Breaker;
 use super::reading::Unhandled;
 use super::start::ConsumerSetup;
-use crate::events::{self, DecodeError, Event};
+use crate::events::{self, DecodeError, Envelope, Event};
 use crate::messaging::dead_letters::{DeadLetter, DeadLetterWriter};
 use crate::messaging::handler::{self, Delivery, Failure, Handler, OneByOneTooLong, Outcome, Split};
-use crate::messaging::record::{Coordinates, Record};
+use crate::messaging::record::{Coordinates, Record, headers};
 use crate::platform::telemetry::{self, TraceContext};
 
 /// The default of the setting BATCH_RECORDS. A transaction has a cost of its own, which is shared by
@@ -327,9 +329,13 @@ impl<H: Handler> BatchDelivery<'_, H> {
             return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
         }
         let coordinates = Coordinates::of(message);
+        let span = letter_span::<H>(message, &coordinates);
         let letter = DeadLetter { coordinates, reason, attempts: 1, since: None, message: message.detach() };
-        self.context.dead_letters.write(&letter).await.map_err(Halt::Unwritten)?;
-        tracing::error!(group = H::GROUP, coordinates = %letter.coordinates, reason = letter.reason, "record dead-lettered");
+        let written = self.context.dead_letters.write(&letter).instrument(span.clone()).await;
+        written.map_err(Halt::Unwritten)?;
+        span.in_scope(|| {
+            tracing::error!(group = H::GROUP, coordinates = %letter.coordinates, reason = letter.reason, "record dead-lettered");
+        });
         self.counts.dead_lettered += 1;
         self.finish_rejected(partition_offset(message));
         Ok(())
@@ -373,6 +379,9 @@ impl<H: Handler> BatchDelivery<'_, H> {
         );
         let origin = TraceContext::of(&record.envelope);
         telemetry::continue_from(&span, &origin);
+        if self.context.setup.exports_spans && is_sampled(&record.envelope) {
+            describe_place(&span, &record.coordinates);
+        }
         telemetry::link(&span, &origin);
         telemetry::link_to(&span, &self.span);
         span
@@ -407,11 +416,18 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
         let called = Instant::now();
         let handled = handler::call(&setup.handler, records, limit).instrument(span.clone()).await;
         setup.group_metrics.handler_duration.observe(called.elapsed().as_secs_f64());
-        let outcome = handled.inspect_err(|_| {
+        let outcome = handled.inspect_err(|failure| {
+            if setup.exports_spans {
+                spans.iter().for_each(|span| span.set_status(Status::error(failure.describe())));
+            }
             self.split_since.get_or_insert_with(Instant::now);
         })?;
         *self.context.next_offsets = next_offsets;
         self.counts.outcome += outcome;
+        if setup.exports_spans {
+            let sampled = records.iter().zip(&spans).filter(|(record, _)| is_sampled(&record.envelope));
+            sampled.for_each(|(_, span)| describe_outcome(span, records.len(), outcome));
+        }
         self.observe_ages(records, &spans);
         for Record { coordinates, .. } in records.iter() {
             self.finish_accepted((coordinates.partition, coordinates.offset));
@@ -436,6 +452,50 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
     fn is_finished(&self, record: &Record<H::Event>) -> bool {
         self.finished.contains(&(record.coordinates.partition, record.coordinates.offset))
     }
+}
+
+/// A span for the dead letter of a record, in the trace of the record's producer. The record may be
+/// one that cannot be decoded.
+fn letter_span<H: Handler>(message: &BorrowedMessage<'_>, coordinates: &Coordinates) -> Span {
+    let span = tracing::error_span!(
+        parent: None,
+        "dead-letter",
+        messaging.consumer.group.name = H::GROUP,
+        messaging.destination.name = coordinates.topic,
+        trace.id = Empty,
+    );
+    let header = |name: &str| {
+        let found = headers(message).filter_map(Result::ok).find(|header| header.key == name);
+        found.and_then(|header| str::from_utf8(header.value?).ok())
+    };
+    let (traceparent, tracestate) = events::trace_context(header("traceparent"), header("tracestate"));
+    let origin =
+        TraceContext { traceparent: traceparent.map(str::to_owned), tracestate: tracestate.map(str::to_owned) };
+    telemetry::continue_from(&span, &origin);
+    describe_place(&span, coordinates);
+    span
+}
+
+/// Where the record of a span is. Not fields of the span: the log layer would format them.
+fn describe_place(span: &Span, coordinates: &Coordinates) {
+    span.set_attribute("messaging.destination.partition.id", coordinates.partition.to_string());
+    span.set_attribute("messaging.kafka.offset", coordinates.offset);
+}
+
+/// What the handler did with the records of a call. It counts them together, so the span of one of
+/// several records has the counts of all.
+fn describe_outcome(span: &Span, records: usize, Outcome { applied, duplicate, stale }: Outcome) {
+    span.set_attribute("messaging.batch.message_count", records as i64);
+    for (name, count) in [("records.applied", applied), ("records.duplicate", duplicate), ("records.stale", stale)] {
+        if count > 0 {
+            span.set_attribute(name, count as i64);
+        }
+    }
+}
+
+/// Whether the trace of a record is exported. The last field of a `traceparent` says so.
+fn is_sampled(envelope: &Envelope) -> bool {
+    envelope.traceparent.as_ref().is_some_and(|traceparent| traceparent.ends_with('1'))
 }
 
 /// Logs each event, in the trace of its record.
