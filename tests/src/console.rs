@@ -26,8 +26,14 @@ pub struct Page {
 impl System {
     /// Starts the console of this system.
     pub async fn console(&self) -> Console {
+        self.console_with(&[]).await
+    }
+
+    /// As [`System::console`], with further settings.
+    pub async fn console_with(&self, settings: &[(&str, &str)]) -> Console {
         let programs = &testing::stack().programs;
-        let (environment, logs) = self.for_console();
+        let (mut environment, logs) = self.for_console();
+        environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
         // The answers that redirect are looked at, too.
         let client = Client::builder().redirect(Policy::none()).build().unwrap();
@@ -38,6 +44,16 @@ impl System {
 impl Console {
     pub fn url(&self, path: &str) -> String {
         format!("{}{path}", self.tool.url())
+    }
+
+    /// Where services export their traces to this console.
+    pub fn otlp_url(&self) -> String {
+        self.tool.otlp_url()
+    }
+
+    /// Sends SIGTERM and waits for the exit.
+    pub async fn stop(&mut self) {
+        self.tool.stop().await;
     }
 
     pub fn pid(&self) -> u32 {

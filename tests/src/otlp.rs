@@ -2,9 +2,11 @@
 //! because a gRPC server would enable features of the services' dependencies, and everything would
 //! be compiled twice.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use anyhow::Context;
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
@@ -51,6 +53,35 @@ impl Exports {
         }
         accepted
     }
+}
+
+/// Sends a request to a receiver without TLS, and returns the code of gRPC with which it answers.
+///
+/// # Errors
+/// The receiver does not answer.
+pub async fn send(url: &str, request: &[u8]) -> anyhow::Result<String> {
+    const PATH: &str = "/opentelemetry.proto.collector.trace.v1.TraceService/Export";
+    let address = url.strip_prefix("http://").unwrap();
+    let (client, connection) = h2::client::handshake(TcpStream::connect(address).await?).await?;
+    let connection = tokio::spawn(connection);
+    let head = http::Request::post(format!("{url}{PATH}")).header("content-type", "application/grpc");
+    let (answer, mut body) = client.ready().await?.send_request(head.body(())?, false)?;
+    let mut message = Bytes::from([&[0], &u32::try_from(request.len())?.to_be_bytes()[..], request].concat());
+    while !message.is_empty() {
+        body.reserve_capacity(message.len());
+        // A receiver that refuses the request does not read all of it.
+        let Some(Ok(room)) = poll_fn(|context| body.poll_capacity(context)).await else { break };
+        let part = message.split_to(room.min(message.len()));
+        body.send_data(part, message.is_empty())?;
+    }
+    let (head, mut body) = answer.await?.into_parts();
+    while let Some(chunk) = body.data().await {
+        body.flow_control().release_capacity(chunk?.len())?;
+    }
+    let trailers = body.trailers().await?.unwrap_or_default();
+    let code = trailers.get("grpc-status").or_else(|| head.headers.get("grpc-status")).cloned();
+    connection.abort();
+    Ok(code.context("an answer without a code of gRPC")?.to_str()?.to_owned())
 }
 
 /// Receives until it is dropped.

@@ -84,9 +84,11 @@ fn the_topology_has_the_ports_of_the_services_and_of_the_compose_file() {
 fn the_console_of_the_compose_file_asks_every_service() {
     let stanza = stanza(&read("docker-compose.yml"), CONSOLE.name).expect("docker-compose.yml has the console");
     let addresses = SERVICES.map(|Service { name, admin, .. }| format!("{name}={name}:{admin}")).join(",");
+    let public = SERVICES.map(|Service { name, http, .. }| format!("{name}={name}:{http}")).join(",");
     let Tool { http, admin, .. } = CONSOLE;
     for line in [
         format!("ADMIN_ADDRESSES: {addresses}"),
+        format!("PUBLIC_ADDRESSES: {public}"),
         format!("HTTP_ADDR: 0.0.0.0:{http}"),
         format!("ADMIN_ADDR: 0.0.0.0:{admin}"),
         format!("ports: [\"127.0.0.1:{http}:{http}\", \"127.0.0.1:{admin}:{admin}\"]"),

@@ -9,6 +9,9 @@ use shared::platform::secret::{OptionalSecret, SecretSetting};
 use shared::platform::telemetry::TelemetryConfig;
 use topology::SERVICES;
 
+use crate::source::SourceUrl;
+use crate::traces::TracesConfig;
+
 /// Shows where events are, what waits, and the records as they arrive.
 #[derive(Parser)]
 pub struct Cli {
@@ -43,11 +46,22 @@ pub struct Config {
     /// addresses of a host, so that it shows each replica. Default of each service: its published
     /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
-    pub admin_addresses: Vec<AdminAddress>,
+    pub admin_addresses: Vec<ServiceAddress>,
+    /// The public API of each service, as name=host:port, separated by commas. The page of a story
+    /// registers and erases users there. Default of each service: its published port on this machine.
+    #[arg(long, env, value_delimiter = ',')]
+    pub public_addresses: Vec<ServiceAddress>,
+    /// The address of a line of code, with {file} and {line} in it, for example
+    /// https://git.example.com/waybill/blob/main/{file}#L{line}. With it the steps of a story have
+    /// links to the code.
+    #[arg(long, env)]
+    pub source_url: Option<SourceUrl>,
     #[command(flatten)]
     pub admin_token: OptionalSecret<AdminToken>,
     #[command(flatten)]
     pub kafka: KafkaConfig,
+    #[command(flatten)]
+    pub traces: TracesConfig,
     #[command(flatten)]
     pub telemetry: TelemetryConfig,
 }
@@ -57,23 +71,42 @@ impl Config {
     ///
     /// # Errors
     /// ADMIN_ADDRESSES names a service that does not exist.
-    pub fn services(&self) -> anyhow::Result<Vec<AdminAddress>> {
-        for AdminAddress { service, .. } in &self.admin_addresses {
-            let names = SERVICES.map(|service| service.name);
-            anyhow::ensure!(
-                names.contains(&service.as_str()),
-                "ADMIN_ADDRESSES names the service {service}, which does not exist: the services are {}",
-                names.join(", ")
-            );
-        }
-        let given = |name: &str| self.admin_addresses.iter().find(|address| address.service == name).cloned();
-        let published = |service: topology::Service| AdminAddress {
+    pub fn services(&self) -> anyhow::Result<Vec<ServiceAddress>> {
+        addresses("ADMIN_ADDRESSES", &self.admin_addresses, |service| service.admin)
+    }
+
+    /// The public API of each service.
+    ///
+    /// # Errors
+    /// PUBLIC_ADDRESSES names a service that does not exist.
+    pub fn public_services(&self) -> anyhow::Result<Vec<ServiceAddress>> {
+        addresses("PUBLIC_ADDRESSES", &self.public_addresses, |service| service.http)
+    }
+}
+
+/// The address of each service: the given one, or the published port on this machine.
+fn addresses(
+    setting: &str,
+    given: &[ServiceAddress],
+    published: impl Fn(topology::Service) -> u16,
+) -> anyhow::Result<Vec<ServiceAddress>> {
+    for ServiceAddress { service, .. } in given {
+        let names = SERVICES.map(|service| service.name);
+        anyhow::ensure!(
+            names.contains(&service.as_str()),
+            "{setting} names the service {service}, which does not exist: the services are {}",
+            names.join(", ")
+        );
+    }
+    let addresses = SERVICES.map(|service| {
+        let address = given.iter().find(|address| address.service == service.name).cloned();
+        address.unwrap_or_else(|| ServiceAddress {
             service: service.name.to_owned(),
             host: "127.0.0.1".to_owned(),
-            port: service.admin,
-        };
-        Ok(SERVICES.map(|service| given(service.name).unwrap_or_else(|| published(service))).into())
-    }
+            port: published(service),
+        })
+    });
+    Ok(addresses.into())
 }
 
 /// The token of operators who give none.
@@ -87,15 +120,15 @@ impl SecretSetting for AdminToken {
                                 only. Without it each operator types a token of their own.";
 }
 
-/// Where the admin port of a service is.
+/// Where a port of a service is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AdminAddress {
+pub struct ServiceAddress {
     pub service: String,
     pub host: String,
     pub port: u16,
 }
 
-impl FromStr for AdminAddress {
+impl FromStr for ServiceAddress {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -117,11 +150,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_admin_address_is_a_name_a_host_and_a_port() {
-        let address = AdminAddress { service: "user".to_owned(), host: "user.internal".to_owned(), port: 9080 };
+    fn an_address_is_a_name_a_host_and_a_port() {
+        let address = ServiceAddress { service: "user".to_owned(), host: "user.internal".to_owned(), port: 9080 };
         assert_eq!("user=user.internal:9080".parse(), Ok(address));
         for wrong in ["", "user", "user=", "user=host", "user=host:x", "=host:1", "user=:1"] {
-            assert!(wrong.parse::<AdminAddress>().is_err(), "{wrong}");
+            assert!(wrong.parse::<ServiceAddress>().is_err(), "{wrong}");
         }
     }
 }

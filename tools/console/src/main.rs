@@ -11,7 +11,9 @@ mod pages;
 mod safety;
 mod server;
 mod sessions;
+mod source;
 mod system;
+mod traces;
 
 use config::{Cli, Command};
 use shared::platform::health::healthcheck;

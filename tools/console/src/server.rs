@@ -1,5 +1,6 @@
 //! Starts the watchers and serves the pages, until SIGTERM or SIGINT.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -21,7 +22,8 @@ use crate::kafka::{Offsets, Reader, Recent, follow, watch_offsets};
 use crate::pages::{self, App, View, draw};
 use crate::safety;
 use crate::sessions::Sessions;
-use crate::system::{self, Operations, Survey};
+use crate::system::{self, Operations, Survey, Users};
+use crate::traces::{Forward, Receiver, Traces, TracesConfig, forward, receive};
 
 /// Open connections per port. Each open page has one for its live updates.
 const CONNECTIONS: usize = 64;
@@ -40,7 +42,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     kafka.kafka_client_id.get_or_insert_with(|| "waybill-console".to_owned());
     // No span of the console has an exemplar.
     let metrics = Metrics::new(false);
-    let traces = telemetry::init("console", &config.telemetry, &metrics)?;
+    let own_traces = telemetry::init("console", &config.telemetry, &metrics)?;
     let stop = CancellationToken::new();
     let mut tasks = Tasks::new();
 
@@ -48,13 +50,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let offsets = watch::Sender::new(Arc::new(Offsets::default()));
     let views = watch::Sender::new(Arc::new(View::default()));
     let recent = Recent::default();
+    let Receiver { traces, forward } = start_receiver(&config.traces, &mut tasks, &stop).await?;
     let app = App {
         views: views.subscribe(),
         surveys: surveys.subscribe(),
+        offsets: offsets.subscribe(),
         recent: recent.clone(),
         reader: Reader::new(kafka.clone()),
         operations: Operations::new()?,
         sessions: Sessions::default(),
+        users: Users::new(config.public_services()?)?,
+        traces,
+        forward,
+        source: config.source_url.clone().map(Arc::new),
+        prefix: kafka.prefixed("").into(),
         admin_token: config.admin_token.get().cloned(),
         page_token: Uuid::new_v4().to_string().into(),
         stop: stop.clone(),
@@ -76,9 +85,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     for (name, setting, address, routes) in
         [("pages", "HTTP_ADDR", config.http_addr, routes), ("admin port", "ADMIN_ADDR", config.admin_addr, admin)]
     {
-        let listener = TcpListener::bind(address).await;
-        let listener =
-            listener.with_context(|| format!("cannot listen on {address}: set {setting} to a free address"))?;
+        let listener = listen(address, setting).await?;
         let server = server(routes);
         let stop = stop.clone();
         tasks.spawn(async move { (name, server.run(listener, stop).await) });
@@ -88,8 +95,32 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let ended = wait(&mut tasks).await;
     stop.cancel();
     while tasks.join_next().await.is_some() {}
-    let _ = traces.shutdown_with_timeout(SHUTDOWN);
+    let _ = own_traces.shutdown_with_timeout(SHUTDOWN);
     ended
+}
+
+/// Starts to receive traces, and to pass them on if there is another collector.
+async fn start_receiver(
+    config: &TracesConfig,
+    tasks: &mut Tasks,
+    stop: &CancellationToken,
+) -> anyhow::Result<Receiver> {
+    let forward = config.target()?.map(|target| {
+        let (sender, queue) = Forward::new();
+        spawn(tasks, stop, "forwarding of traces", forward(queue, target));
+        sender
+    });
+    let receiver = Receiver { traces: Traces::default(), forward };
+    let tls = config.tls()?;
+    let listener = listen(config.otlp_addr, "OTLP_ADDR").await?;
+    let receiving = receive(listener, tls, receiver.clone(), stop.clone());
+    tasks.spawn(async move { ("receiver of traces", receiving.await) });
+    Ok(receiver)
+}
+
+async fn listen(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).await;
+    listener.with_context(|| format!("cannot listen on {address}: set {setting} to a free address"))
 }
 
 fn server(routes: Router) -> Server {

@@ -25,7 +25,7 @@ pub const MAIL_USER: &str = "waybill";
 const VIEWER: &str = "kafka-ui";
 
 /// The components with a certificate. Each has the host name of its container.
-const COMPONENTS: [&str; 5] = ["kafka", "postgres", "valkey", "mailpit", "jaeger"];
+const COMPONENTS: [&str; 6] = ["kafka", "postgres", "valkey", "mailpit", "console", "jaeger"];
 
 /// Writes all files. Keeps the certificates and the passwords that are in the folder already.
 pub fn write(folder: &Path) -> Result<()> {

@@ -167,6 +167,18 @@ pub fn environment_of_console(stack: &Stack) -> Vec<(String, String)> {
     settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
+/// The settings with which services send all their traces to the console, without a delay that a
+/// visitor would notice. Those of the user are not changed.
+pub fn traced(console: Tool) -> Vec<(String, String)> {
+    let settings = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://127.0.0.1:{}", console.otlp)),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.0".to_owned()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "500".to_owned()),
+    ];
+    let not_given = settings.into_iter().filter(|(name, _)| std::env::var_os(name).is_none());
+    not_given.map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 /// The program and the package of the synchronous version in `tests/synchronous`.
 pub const SYNCHRONOUS: &str = "synchronous";
 

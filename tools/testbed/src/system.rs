@@ -22,6 +22,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Fields are dropped in this order: the services before the components that they use.
 pub struct System {
     services: Vec<RunningService>,
+    /// Further settings of every service.
+    settings: Vec<(String, String)>,
     pub stack: Stack,
 }
 
@@ -31,15 +33,18 @@ impl System {
         stack: Stack,
         fetched: &Fetched,
         instances: &[Instance],
+        settings: Vec<(String, String)>,
         programs: &Path,
         logs: &Logs,
     ) -> Result<Self> {
         services::migrate(programs, &stack, logs).await?;
         services::prepare_kafka(programs, &stack, fetched, logs).await?;
-        let spawn =
-            |instance: &Instance| instance.spawn(programs, &services::environment(&stack, instance.service), logs);
+        let spawn = |instance: &Instance| {
+            let environment = [services::environment(&stack, instance.service), settings.clone()].concat();
+            instance.spawn(programs, &environment, logs)
+        };
         let services = instances.iter().map(spawn).collect::<Result<_>>()?;
-        let mut system = Self { services, stack };
+        let mut system = Self { services, settings, stack };
         // All are started before any is waited for, because services wait for each other's topics.
         // The first failure ends the wait.
         let ready = try_join_all(system.services.iter_mut().map(RunningService::until_ready));
@@ -72,6 +77,7 @@ impl System {
             for running in &mut self.services {
                 if has_ended(running.instance.service.name, &mut running.process) {
                     let environment = services::environment(&self.stack, running.instance.service);
+                    let environment = [environment, self.settings.clone()].concat();
                     *running = running.instance.spawn(programs, &environment, logs)?;
                 }
             }

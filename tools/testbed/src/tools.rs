@@ -20,6 +20,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(8);
 pub struct RunningTool {
     http: u16,
     admin: u16,
+    otlp: u16,
     pub process: Process,
 }
 
@@ -27,12 +28,13 @@ impl RunningTool {
     /// Fails when another program listens on one of the published ports.
     pub fn require_free_ports(tool: Tool) -> Result<()> {
         ports::require_free(tool.http, &format!("the tool {}", tool.name))?;
-        ports::require_free(tool.admin, &format!("the admin port of the tool {}", tool.name))
+        ports::require_free(tool.admin, &format!("the admin port of the tool {}", tool.name))?;
+        ports::require_free(tool.otlp, &format!("the receiver of traces of the tool {}", tool.name))
     }
 
     /// Starts a tool on its published ports. `programs` is the folder that `services::build` returns.
     pub async fn start(tool: Tool, programs: &Path, environment: &[(String, String)], logs: &Logs) -> Result<Self> {
-        Self::start_on(tool, (tool.http, tool.admin), programs, environment, logs).await
+        Self::start_on(tool, (tool.http, tool.admin, tool.otlp), programs, environment, logs).await
     }
 
     /// As [`RunningTool::start`], on free ports.
@@ -42,12 +44,12 @@ impl RunningTool {
         environment: &[(String, String)],
         logs: &Logs,
     ) -> Result<Self> {
-        Self::start_on(tool, (ports::free(), ports::free()), programs, environment, logs).await
+        Self::start_on(tool, (ports::free(), ports::free(), ports::free()), programs, environment, logs).await
     }
 
     async fn start_on(
         tool: Tool,
-        (http, admin): (u16, u16),
+        (http, admin, otlp): (u16, u16, u16),
         programs: &Path,
         environment: &[(String, String)],
         logs: &Logs,
@@ -55,11 +57,12 @@ impl RunningTool {
         let mut command = process::command(programs.join(tool.name));
         command.env("HTTP_ADDR", format!("127.0.0.1:{http}"));
         command.env("ADMIN_ADDR", format!("127.0.0.1:{admin}"));
+        command.env("OTLP_ADDR", format!("127.0.0.1:{otlp}"));
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         if logs.on_terminal() && std::env::var_os("LOG_FORMAT").is_none() {
             command.env("LOG_FORMAT", "pretty");
         }
-        let mut tool = Self { http, admin, process: Process::spawn(tool.name, command, logs)? };
+        let mut tool = Self { http, admin, otlp, process: Process::spawn(tool.name, command, logs)? };
         let client = Client::new();
         let url = format!("{}/livez", tool.admin_url());
         let serves = async || client.get(&url).send().await.is_ok_and(|answer| answer.status().is_success());
@@ -75,15 +78,26 @@ impl RunningTool {
         format!("http://127.0.0.1:{}", self.admin)
     }
 
+    /// Where it receives traces without TLS.
+    pub fn otlp_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.otlp)
+    }
+
     /// Sends SIGTERM and waits for the exit.
     pub async fn stop(&mut self) {
         self.process.stop(Signal::SIGTERM, STOP_LIMIT).await;
     }
 }
 
-/// The value of ADMIN_ADDRESSES for services on these instances.
-pub fn admin_addresses<'a>(instances: impl IntoIterator<Item = &'a Instance>) -> String {
-    let addresses =
-        instances.into_iter().map(|instance| format!("{}=127.0.0.1:{}", instance.service.name, instance.admin));
-    addresses.collect::<Vec<_>>().join(",")
+/// ADMIN_ADDRESSES and PUBLIC_ADDRESSES for services on these instances.
+pub fn addresses<'a>(instances: impl Iterator<Item = &'a Instance> + Clone) -> [(String, String); 2] {
+    let list = |port: fn(&Instance) -> u16| {
+        let addresses =
+            instances.clone().map(|instance| format!("{}=127.0.0.1:{}", instance.service.name, port(instance)));
+        addresses.collect::<Vec<_>>().join(",")
+    };
+    [
+        ("ADMIN_ADDRESSES".to_owned(), list(|instance| instance.admin)),
+        ("PUBLIC_ADDRESSES".to_owned(), list(|instance| instance.http)),
+    ]
 }

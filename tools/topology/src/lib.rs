@@ -98,10 +98,13 @@ pub struct Tool {
     pub http: u16,
     /// The port of `/livez`, `/readyz`, `/status` and `/metrics`.
     pub admin: u16,
+    /// The port on which it receives traces, by OTLP over gRPC. Not the usual 4317, where a collector
+    /// of this machine may be.
+    pub otlp: u16,
 }
 
 /// The live page.
-pub const CONSOLE: Tool = Tool { name: "console", http: 8084, admin: 9084 };
+pub const CONSOLE: Tool = Tool { name: "console", http: 8084, admin: 9084, otlp: 14_317 };
 
 impl Tool {
     /// The name of its package.
@@ -154,7 +157,7 @@ mod tests {
     fn services_have_distinct_names_and_ports() {
         let names: BTreeSet<&str> = SERVICES.iter().map(|service| service.name).collect();
         let ports = SERVICES.iter().flat_map(|service| [service.http, service.admin]);
-        let ports: BTreeSet<u16> = ports.chain([CONSOLE.http, CONSOLE.admin]).collect();
+        let ports: BTreeSet<u16> = ports.chain([CONSOLE.http, CONSOLE.admin, CONSOLE.otlp]).collect();
         assert_eq!(names.len(), SERVICES.len());
         assert_eq!(ports.len(), 2 * SERVICES.len() + 2);
     }

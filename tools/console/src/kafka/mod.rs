@@ -3,15 +3,17 @@
 mod offsets;
 mod record;
 mod tail;
+mod history;
 
 use std::time::Duration;
 
 use shared::messaging::KafkaConfig;
 use topology::SERVICES;
 
+pub use history::LOOKED_BACK;
 pub use offsets::{Offsets, watch_offsets};
 pub use record::{Content, Found, Reader};
-pub use tail::{Recent, Seen, follow};
+pub use tail::{KEPT, Recent, Seen, follow};
 
 /// The group id of the console's readers. librdkafka requires one. The console never joins the
 /// group.

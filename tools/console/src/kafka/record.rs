@@ -24,8 +24,8 @@ const SHOWN_BYTES: usize = 64 * 1024;
 /// Reads single records. Clones share the limit.
 #[derive(Clone)]
 pub struct Reader {
-    kafka: KafkaConfig,
-    places: Arc<Semaphore>,
+    pub(super) kafka: KafkaConfig,
+    pub(super) places: Arc<Semaphore>,
 }
 
 /// What is at some coordinates.

@@ -14,9 +14,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{ANSWER_LIMIT, GROUP, logical, topics};
+use crate::traces::{TraceId, trace_of};
 
-/// How many records are kept: some pages of the list.
-const KEPT: usize = 500;
+/// How many records are kept, without their values: about 4 MB. The list of events shows some pages of
+/// them, and the stories find the records of a user among them.
+pub const KEPT: usize = 10_000;
 /// How many records of each partition are read at the start, so that the list is not empty.
 const READ_AT_START: i64 = 20;
 /// Characters of a type or a version that are kept. Any client may write longer ones.
@@ -44,6 +46,12 @@ pub struct Seen {
     pub version: String,
     /// Bytes of key and value.
     pub size: usize,
+    /// The header `ce_id`. Copies of a record have the same.
+    pub event: Option<Uuid>,
+    /// The trace that the header `traceparent` names.
+    pub trace: Option<TraceId>,
+    /// Whether the record has no value.
+    pub is_tombstone: bool,
 }
 
 /// The last records, and how many there were per topic. Clones share them.
@@ -153,7 +161,8 @@ fn start(consumer: &BaseConsumer, topic: &str, partition: i32) -> anyhow::Result
     Ok(Offset::Offset((next - READ_AT_START).max(first)))
 }
 
-fn seen(kafka: &KafkaConfig, message: &BorrowedMessage<'_>) -> Option<Seen> {
+/// A record without its value. `None`: the topic is not one of Waybill's.
+pub fn seen(kafka: &KafkaConfig, message: &BorrowedMessage<'_>) -> Option<Seen> {
     let header = |name: &str| {
         let found = headers(message).filter_map(Result::ok).find(|header| header.key == name);
         let text = found.and_then(|header| header.value).map(|value| String::from_utf8_lossy(value).into_owned());
@@ -169,6 +178,9 @@ fn seen(kafka: &KafkaConfig, message: &BorrowedMessage<'_>) -> Option<Seen> {
         kind: header("ce_type"),
         version: header("ce_sequence").trim_start_matches('0').to_owned(),
         size: message.payload_len() + message.key_len(),
+        event: Uuid::try_parse(&header("ce_id")).ok(),
+        trace: trace_of(&header("traceparent")),
+        is_tombstone: message.payload().is_none(),
     })
 }
 
@@ -187,6 +199,9 @@ mod tests {
             kind: kind.to_owned(),
             version: String::new(),
             size: 0,
+            event: None,
+            trace: None,
+            is_tombstone: false,
         }
     }
 
@@ -194,16 +209,16 @@ mod tests {
     fn the_list_is_bounded_and_the_newest_record_comes_first() {
         let recent = Recent::default();
         assert_eq!(recent.last(), None);
-        for offset in 0..2_000 {
+        for offset in 0..20_000 {
             recent.push(record(offset, if offset % 2 == 0 { "even" } else { "odd" }));
         }
         let offsets = |number, limit| -> Vec<i64> {
             recent.after(number, limit, |seen| seen.kind == "even").iter().map(|seen| seen.offset).collect()
         };
-        assert_eq!(offsets(None, 3), [1_998, 1_996, 1_994]);
-        assert_eq!(offsets(Some(1_995), 10), [1_998, 1_996]);
-        assert_eq!(offsets(None, 10_000).len(), KEPT / 2);
-        assert_eq!(recent.counts()["user.events.v1"], 2_000);
-        assert_eq!(recent.last(), Some(1_999));
+        assert_eq!(offsets(None, 3), [19_998, 19_996, 19_994]);
+        assert_eq!(offsets(Some(19_995), 10), [19_998, 19_996]);
+        assert_eq!(offsets(None, 20_000).len(), KEPT / 2);
+        assert_eq!(recent.counts()["user.events.v1"], 20_000);
+        assert_eq!(recent.last(), Some(19_999));
     }
 }

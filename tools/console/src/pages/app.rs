@@ -12,19 +12,30 @@ use topology::Service;
 
 use super::view::View;
 use crate::config::AdminToken;
-use crate::kafka::{Reader, Recent};
+use crate::kafka::{Offsets, Reader, Recent};
 use crate::sessions::Sessions;
-use crate::system::{Operations, Survey};
+use crate::source::SourceUrl;
+use crate::system::{Operations, Survey, Users};
+use crate::traces::{Forward, Traces};
 
 /// What the pages read.
 #[derive(Clone)]
 pub struct App {
     pub views: watch::Receiver<Arc<View>>,
     pub surveys: watch::Receiver<Arc<Survey>>,
+    pub offsets: watch::Receiver<Arc<Offsets>>,
     pub recent: Recent,
     pub reader: Reader,
     pub operations: Operations,
     pub sessions: Sessions,
+    pub users: Users,
+    pub traces: Traces,
+    /// The setting FORWARD_OTLP.
+    pub forward: Option<Forward>,
+    /// The setting SOURCE_URL.
+    pub source: Option<Arc<SourceUrl>>,
+    /// The setting TOPIC_PREFIX.
+    pub prefix: Arc<str>,
     /// The setting ADMIN_TOKEN.
     pub admin_token: Option<Secret<AdminToken>>,
     /// A form that changes something contains it. Only pages of this process know it.

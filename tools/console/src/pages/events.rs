@@ -145,6 +145,9 @@ mod tests {
             kind: "user.registered".to_owned(),
             version: "1".to_owned(),
             size: 10,
+            event: None,
+            trace: None,
+            is_tombstone: false,
         };
         let passes = |topic: &str, kind: &str, user: &str| {
             Filter { topic: topic.to_owned(), kind: kind.to_owned(), user: user.to_owned() }.passes(&seen)

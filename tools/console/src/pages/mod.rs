@@ -11,6 +11,7 @@ mod letters;
 mod login;
 mod map;
 mod record;
+mod story;
 mod text;
 mod view;
 
@@ -34,10 +35,15 @@ pub fn routes(app: App) -> Router {
         .route("/dead-letters/act", routing::post(letters::act))
         .route("/login", routing::get(login::page).post(login::begin))
         .route("/logout", routing::post(login::end))
+        .route("/story", routing::get(story::page))
+        .route("/live/story", routing::get(story::live))
+        .route("/story/register", routing::post(story::register))
+        .route("/story/erase", routing::post(story::erase))
         .route("/assets/look.css", asset("text/css", include_str!("../../assets/look.css")))
         .route("/assets/icon.svg", asset("image/svg+xml", include_str!("../../assets/icon.svg")))
         .route("/assets/map.js", asset("text/javascript", include_str!("../../assets/map.js")))
         .route("/assets/events.js", asset("text/javascript", include_str!("../../assets/events.js")))
+        .route("/assets/story.js", asset("text/javascript", include_str!("../../assets/story.js")))
         .fallback(async || failure(StatusCode::NOT_FOUND, "The console has no such page."))
         .with_state(app)
 }

@@ -158,7 +158,7 @@ impl Operations {
 }
 
 /// The body of a successful answer. A refusal is a problem document, whose detail becomes the error.
-async fn answer(request: RequestBuilder) -> anyhow::Result<String> {
+pub(super) async fn answer(request: RequestBuilder) -> anyhow::Result<String> {
     let mut answer = request.send().await.context("the service does not answer")?;
     let status = answer.status();
     let mut body = vec![];

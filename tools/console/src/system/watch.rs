@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::processes::{Process, ask, client};
-use crate::config::AdminAddress;
+use crate::config::ServiceAddress;
 
 /// How often the processes are asked.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -26,7 +26,7 @@ pub struct Survey {
 }
 
 /// Sends the survey of each second. Never ends.
-pub async fn watch(services: Vec<AdminAddress>, surveys: watch::Sender<Arc<Survey>>) -> anyhow::Result<()> {
+pub async fn watch(services: Vec<ServiceAddress>, surveys: watch::Sender<Arc<Survey>>) -> anyhow::Result<()> {
     let client = client()?;
     let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -39,8 +39,8 @@ pub async fn watch(services: Vec<AdminAddress>, surveys: watch::Sender<Arc<Surve
 
 /// Asks all processes behind the name of a service. If the name has no address, the service is shown
 /// as one process that does not answer.
-async fn replicas(client: &Client, service: &AdminAddress) -> Vec<Process> {
-    let AdminAddress { service, host, port } = service;
+async fn replicas(client: &Client, service: &ServiceAddress) -> Vec<Process> {
+    let ServiceAddress { service, host, port } = service;
     let found = lookup_host((host.as_str(), *port)).await;
     let mut addresses: Vec<SocketAddr> = found.map(Iterator::collect).unwrap_or_default();
     addresses.sort();

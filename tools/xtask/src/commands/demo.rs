@@ -34,7 +34,7 @@ pub async fn run() -> Result<ExitCode> {
     let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, Access::Open, &logs).await;
     let stack = stack.with_context(failed)?;
     let instances = SERVICES.map(Instance::on_free_ports);
-    let system = System::start(stack, &fetched, &instances, &programs, &logs).await.with_context(failed)?;
+    let system = System::start(stack, &fetched, &instances, vec![], &programs, &logs).await.with_context(failed)?;
     let demo = Demo { client: Client::new(), system };
     demo.journeys().await.with_context(failed)?;
     say("\nStopping everything …");

@@ -89,7 +89,7 @@ async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<(System, Ru
     };
     let access = secured.as_ref().map_or(Access::Open, Access::Secured);
     let stack = start_stack(&fetched, &folder, ports, Durability::Disk, access, logs).await?;
-    let system = System::start(stack, &fetched, &instances, &programs, logs).await?;
+    let system = System::start(stack, &fetched, &instances, services::traced(CONSOLE), &programs, logs).await?;
     let console =
         RunningTool::start(CONSOLE, &programs, &services::environment_of_console(&system.stack), logs).await?;
     Ok((system, console, programs))
