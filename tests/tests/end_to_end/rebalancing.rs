@@ -1,7 +1,6 @@
 //! Partitions move between consumers: in a rolling restart, during an outage, or because a consumer
 //! hangs. The new owner continues after the last record that took effect.
 
-use serde_json::json;
 use std::time::Duration;
 
 use testbed::smtp_sink::Fault;
@@ -219,7 +218,7 @@ async fn records_that_were_polled_ahead_go_to_the_new_owner() {
     let mut written = 2 * BACKLOG;
 
     system.processes.spawn_with(ANALYTICS, &SETTINGS);
-    let mut other = system.processes.spawn_another_with(ANALYTICS, &SETTINGS);
+    let other = system.processes.spawn_another_with(ANALYTICS, &SETTINGS);
     let labels = |outcome: &str| [format!("group=\"{ANALYTICS_USERS}\""), format!("outcome=\"{outcome}\"")];
     let at_other = async |outcome: &str| {
         let [group, outcome] = labels(outcome);
