@@ -65,7 +65,7 @@ impl Processes {
     /// The variables with which the console finds this system, and where it logs.
     pub(crate) fn for_console(&self) -> (Vec<(String, String)>, &Logs) {
         let mut environment = self.environment.clone();
-        environment.push(("ADMIN_ADDRESSES".to_owned(), self.addresses.for_console()));
+        environment.extend(self.addresses.for_console());
         (environment, &self.logs)
     }
 

@@ -35,9 +35,9 @@ impl Addresses {
         Admin::new(self.0[service.name].admin_url())
     }
 
-    /// The setting of the console that says where the services are.
-    pub(super) fn for_console(&self) -> String {
-        testbed::tools::admin_addresses(self.0.values())
+    /// The settings of the console that say where the services are.
+    pub(super) fn for_console(&self) -> [(String, String); 2] {
+        testbed::tools::addresses(self.0.values())
     }
 }
 

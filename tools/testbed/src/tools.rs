@@ -81,9 +81,15 @@ impl RunningTool {
     }
 }
 
-/// The value of ADMIN_ADDRESSES for services on these instances.
-pub fn admin_addresses<'a>(instances: impl IntoIterator<Item = &'a Instance>) -> String {
-    let addresses =
-        instances.into_iter().map(|instance| format!("{}=127.0.0.1:{}", instance.service.name, instance.admin));
-    addresses.collect::<Vec<_>>().join(",")
+/// ADMIN_ADDRESSES and PUBLIC_ADDRESSES for services on these instances.
+pub fn addresses<'a>(instances: impl Iterator<Item = &'a Instance> + Clone) -> [(String, String); 2] {
+    let list = |port: fn(&Instance) -> u16| {
+        let addresses =
+            instances.clone().map(|instance| format!("{}=127.0.0.1:{}", instance.service.name, port(instance)));
+        addresses.collect::<Vec<_>>().join(",")
+    };
+    [
+        ("ADMIN_ADDRESSES".to_owned(), list(|instance| instance.admin)),
+        ("PUBLIC_ADDRESSES".to_owned(), list(|instance| instance.http)),
+    ]
 }

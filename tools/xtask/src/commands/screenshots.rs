@@ -1,5 +1,5 @@
-//! `cargo xtask screenshots`: writes the pictures of the console in `docs/console`. A test that opens
-//! the pages in Chromium takes them.
+//! `cargo xtask screenshots`: writes the pictures of the console in `docs/console`. Tests that open
+//! the pages in Chromium take them.
 
 use std::process::ExitCode;
 
@@ -7,11 +7,12 @@ use anyhow::Result;
 
 use super::test::run_with;
 
-/// Makes the test write the pictures.
+/// Makes the tests write the pictures.
 const WRITE: &str = "WAYBILL_WRITE_SCREENSHOTS";
-const TEST: &str = "console_browser::the_pages_are_pictured";
+/// A part of the names of the tests.
+const TESTS: &str = "pictured";
 
 pub async fn run() -> Result<ExitCode> {
-    let arguments = ["--test", "end_to_end", "--", TEST].map(str::to_owned);
+    let arguments = ["--test", "end_to_end", "--", TESTS].map(str::to_owned);
     run_with(&arguments, &[(WRITE, "true".to_owned())], None).await
 }
