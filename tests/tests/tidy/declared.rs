@@ -84,9 +84,11 @@ fn the_topology_has_the_ports_of_the_services_and_of_the_compose_file() {
 fn the_console_of_the_compose_file_asks_every_service() {
     let stanza = stanza(&read("docker-compose.yml"), CONSOLE.name).expect("docker-compose.yml has the console");
     let addresses = SERVICES.map(|Service { name, admin, .. }| format!("{name}={name}:{admin}")).join(",");
+    let public = SERVICES.map(|Service { name, http, .. }| format!("{name}={name}:{http}")).join(",");
     let Tool { http, admin, .. } = CONSOLE;
     for line in [
         format!("ADMIN_ADDRESSES: {addresses}"),
+        format!("PUBLIC_ADDRESSES: {public}"),
         format!("HTTP_ADDR: 0.0.0.0:{http}"),
         format!("ADMIN_ADDR: 0.0.0.0:{admin}"),
         format!("ports: [\"127.0.0.1:{http}:{http}\", \"127.0.0.1:{admin}:{admin}\"]"),
@@ -94,7 +96,24 @@ fn the_console_of_the_compose_file_asks_every_service() {
         assert!(stanza.contains(&line), "docker-compose.yml, console: no {line}");
     }
     let secured = read("compose.secure.yaml");
+    assert!(secured.contains("LABORATORY: !reset null"), "compose.secure.yaml: the laboratory is on");
     assert!(secured.contains(&format!("KAFKA_USER: {}", CONSOLE.kafka_user())), "compose.secure.yaml: no console");
+}
+
+/// The laboratory shows commands for these containers, and for one more process of each service.
+#[test]
+fn the_compose_files_have_the_containers_that_the_laboratory_names() {
+    let compose = read("docker-compose.yml");
+    let scaled = read("deploy/compose.scale.yml");
+    for name in ["kafka", "postgres", "valkey", "mailpit"].into_iter().chain(SERVICES.map(|service| service.name)) {
+        assert!(stanza(&compose, name).is_some(), "docker-compose.yml has no {name}");
+    }
+    for service in SERVICES {
+        assert!(stanza(&scaled, service.name).is_some(), "deploy/compose.scale.yml has no {}", service.name);
+    }
+    let kafka = stanza(&compose, "kafka").unwrap();
+    assert!(kafka.contains("HOST://localhost:9092"), "a tool in the container of Kafka does not reach it");
+    assert!(compose.contains("MP_ENABLE_CHAOS: \"true\""), "Mailpit cannot refuse mails");
 }
 
 /// The console is a client. Its folder, its entry in the topology and its stanza in the compose file

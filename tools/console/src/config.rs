@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 use shared::messaging::KafkaConfig;
-use shared::platform::secret::{OptionalSecret, SecretSetting};
+use shared::platform::secret::{OptionalSecret, Secret, SecretSetting};
 use shared::platform::telemetry::TelemetryConfig;
 use topology::SERVICES;
 
@@ -43,9 +43,15 @@ pub struct Config {
     /// addresses of a host, so that it shows each replica. Default of each service: its published
     /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
-    pub admin_addresses: Vec<AdminAddress>,
+    pub admin_addresses: Vec<ServiceAddress>,
+    /// The public API of each service, as name=host:port, separated by commas. The Laboratory registers
+    /// users there and looks for the effects. Default of each service: its published port on this machine.
+    #[arg(long, env, value_delimiter = ',')]
+    pub public_addresses: Vec<ServiceAddress>,
     #[command(flatten)]
     pub admin_token: OptionalSecret<AdminToken>,
+    #[command(flatten)]
+    pub laboratory: LaboratoryConfig,
     #[command(flatten)]
     pub kafka: KafkaConfig,
     #[command(flatten)]
@@ -57,23 +63,89 @@ impl Config {
     ///
     /// # Errors
     /// ADMIN_ADDRESSES names a service that does not exist.
-    pub fn services(&self) -> anyhow::Result<Vec<AdminAddress>> {
-        for AdminAddress { service, .. } in &self.admin_addresses {
-            let names = SERVICES.map(|service| service.name);
-            anyhow::ensure!(
-                names.contains(&service.as_str()),
-                "ADMIN_ADDRESSES names the service {service}, which does not exist: the services are {}",
-                names.join(", ")
-            );
-        }
-        let given = |name: &str| self.admin_addresses.iter().find(|address| address.service == name).cloned();
-        let published = |service: topology::Service| AdminAddress {
+    pub fn services(&self) -> anyhow::Result<Vec<ServiceAddress>> {
+        addresses("ADMIN_ADDRESSES", &self.admin_addresses, |service| service.admin)
+    }
+
+    /// The public API of each service.
+    ///
+    /// # Errors
+    /// PUBLIC_ADDRESSES names a service that does not exist.
+    pub fn public_services(&self) -> anyhow::Result<Vec<ServiceAddress>> {
+        addresses("PUBLIC_ADDRESSES", &self.public_addresses, |service| service.http)
+    }
+}
+
+/// The address of each service: the given one, or the published port on this machine.
+fn addresses(
+    setting: &str,
+    given: &[ServiceAddress],
+    published: impl Fn(topology::Service) -> u16,
+) -> anyhow::Result<Vec<ServiceAddress>> {
+    for ServiceAddress { service, .. } in given {
+        let names = SERVICES.map(|service| service.name);
+        anyhow::ensure!(
+            names.contains(&service.as_str()),
+            "{setting} names the service {service}, which does not exist: the services are {}",
+            names.join(", ")
+        );
+    }
+    let addresses = SERVICES.map(|service| {
+        let address = given.iter().find(|address| address.service == service.name).cloned();
+        address.unwrap_or_else(|| ServiceAddress {
             service: service.name.to_owned(),
             host: "127.0.0.1".to_owned(),
-            port: service.admin,
-        };
-        Ok(SERVICES.map(|service| given(service.name).unwrap_or_else(|| published(service))).into())
+            port: published(service),
+        })
+    });
+    Ok(addresses.into())
+}
+
+/// The page that breaks parts of the system, for development.
+#[derive(Args)]
+pub struct LaboratoryConfig {
+    /// Offer the page Laboratory, which breaks parts of the system on purpose and registers users. Only
+    /// for development: every visitor may use it.
+    #[arg(long, env)]
+    pub laboratory: bool,
+    /// The control port of `cargo xtask up`, through which the Laboratory acts. Without it the page shows
+    /// the commands of Docker Compose.
+    #[arg(long, env)]
+    pub control_addr: Option<SocketAddr>,
+    #[command(flatten)]
+    pub control_token: OptionalSecret<ControlToken>,
+    /// URL of Mailpit, for example http://localhost:8025. The Laboratory lets it refuse mails, and counts
+    /// the copies of a mail. Mailpit must run with MP_ENABLE_CHAOS=true.
+    #[arg(long, env)]
+    pub mailpit_url: Option<String>,
+}
+
+impl LaboratoryConfig {
+    /// The control port and its token.
+    ///
+    /// # Errors
+    /// One of both is missing, or the port is not on loopback.
+    pub fn control(&self) -> anyhow::Result<Option<(SocketAddr, Secret<ControlToken>)>> {
+        match (self.control_addr, self.control_token.get()) {
+            (None, None) => Ok(None),
+            (Some(address), Some(token)) => {
+                anyhow::ensure!(address.ip().is_loopback(), "CONTROL_ADDR must be on loopback, as the control port is");
+                Ok(Some((address, token.clone())))
+            }
+            (Some(_), None) => anyhow::bail!("CONTROL_TOKEN is missing: `cargo xtask up` sets it with CONTROL_ADDR"),
+            (None, Some(_)) => anyhow::bail!("CONTROL_ADDR is missing: `cargo xtask up` sets it with CONTROL_TOKEN"),
+        }
     }
+}
+
+/// The token of the control port.
+#[derive(Clone)]
+pub struct ControlToken;
+
+impl SecretSetting for ControlToken {
+    const NAME: &'static str = "CONTROL_TOKEN";
+    const HELP: &'static str = "The token of the control port. `cargo xtask up` makes one at its start. It never reaches \
+                                a browser.";
 }
 
 /// The token of operators who give none.
@@ -87,15 +159,15 @@ impl SecretSetting for AdminToken {
                                 only. Without it each operator types a token of their own.";
 }
 
-/// Where the admin port of a service is.
+/// Where a port of a service is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AdminAddress {
+pub struct ServiceAddress {
     pub service: String,
     pub host: String,
     pub port: u16,
 }
 
-impl FromStr for AdminAddress {
+impl FromStr for ServiceAddress {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -117,11 +189,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_admin_address_is_a_name_a_host_and_a_port() {
-        let address = AdminAddress { service: "user".to_owned(), host: "user.internal".to_owned(), port: 9080 };
+    fn an_address_is_a_name_a_host_and_a_port() {
+        let address = ServiceAddress { service: "user".to_owned(), host: "user.internal".to_owned(), port: 9080 };
         assert_eq!("user=user.internal:9080".parse(), Ok(address));
         for wrong in ["", "user", "user=", "user=host", "user=host:x", "=host:1", "user=:1"] {
-            assert!(wrong.parse::<AdminAddress>().is_err(), "{wrong}");
+            assert!(wrong.parse::<ServiceAddress>().is_err(), "{wrong}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Starts the watchers and serves the pages, until SIGTERM or SIGINT.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -16,8 +17,9 @@ use tokio::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::config::Config;
+use crate::config::{Config, ServiceAddress};
 use crate::kafka::{Offsets, Reader, Recent, follow, watch_offsets};
+use crate::laboratory::{self, Laboratory, Sources};
 use crate::pages::{self, App, View, draw};
 use crate::safety;
 use crate::sessions::Sessions;
@@ -48,19 +50,28 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let offsets = watch::Sender::new(Arc::new(Offsets::default()));
     let views = watch::Sender::new(Arc::new(View::default()));
     let recent = Recent::default();
+    let operations = Operations::new()?;
+    let sources = Sources {
+        surveys: surveys.subscribe(),
+        offsets: offsets.subscribe(),
+        recent: recent.clone(),
+        operations: operations.clone(),
+    };
+    let (laboratory, further) = start_laboratory(&mut tasks, &stop, &config, sources)?;
     let app = App {
         views: views.subscribe(),
         surveys: surveys.subscribe(),
         recent: recent.clone(),
         reader: Reader::new(kafka.clone()),
-        operations: Operations::new()?,
+        operations,
         sessions: Sessions::default(),
         admin_token: config.admin_token.get().cloned(),
         page_token: Uuid::new_v4().to_string().into(),
+        laboratory,
         stop: stop.clone(),
     };
     spawn(&mut tasks, &stop, "drawing", draw(surveys.subscribe(), offsets.subscribe(), recent.clone(), views));
-    spawn(&mut tasks, &stop, "survey", system::watch(services, surveys));
+    spawn(&mut tasks, &stop, "survey", system::watch(services, further, surveys));
     thread(&mut tasks, "offsets", {
         let (kafka, stop) = (kafka.clone(), stop.clone());
         move || watch_offsets(&kafka, &offsets, &stop)
@@ -76,9 +87,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     for (name, setting, address, routes) in
         [("pages", "HTTP_ADDR", config.http_addr, routes), ("admin port", "ADMIN_ADDR", config.admin_addr, admin)]
     {
-        let listener = TcpListener::bind(address).await;
-        let listener =
-            listener.with_context(|| format!("cannot listen on {address}: set {setting} to a free address"))?;
+        let listener = listen(address, setting).await?;
         let server = server(routes);
         let stop = stop.clone();
         tasks.spawn(async move { (name, server.run(listener, stop).await) });
@@ -90,6 +99,28 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     while tasks.join_next().await.is_some() {}
     let _ = traces.shutdown_with_timeout(SHUTDOWN);
     ended
+}
+
+/// Starts the tasks of the Laboratory, if it is on. Returns it with the processes that it has started.
+fn start_laboratory(
+    tasks: &mut Tasks,
+    stop: &CancellationToken,
+    config: &Config,
+    sources: Sources,
+) -> anyhow::Result<(Option<Laboratory>, watch::Receiver<Vec<ServiceAddress>>)> {
+    let (sender, further) = watch::channel(vec![]);
+    if !config.laboratory.laboratory {
+        return Ok((None, further));
+    }
+    let (laboratory, ends) = Laboratory::new(&config.laboratory, config.public_services()?)?;
+    spawn(tasks, stop, "jobs of the laboratory", laboratory::run_jobs(laboratory.clone(), ends.jobs));
+    spawn(tasks, stop, "laboratory", laboratory::watch(laboratory.clone(), sources, sender, ends.findings));
+    Ok((Some(laboratory), further))
+}
+
+async fn listen(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).await;
+    listener.with_context(|| format!("cannot listen on {address}: set {setting} to a free address"))
 }
 
 fn server(routes: Router) -> Server {
