@@ -12,7 +12,9 @@ use crate::waiting::eventually;
 
 /// A running console. It is killed when it is dropped.
 pub struct Console {
-    tool: RunningTool,
+    url: String,
+    /// `None`: another program has started it.
+    tool: Option<RunningTool>,
     client: Client,
 }
 
@@ -26,22 +28,31 @@ pub struct Page {
 impl System {
     /// Starts the console of this system.
     pub async fn console(&self) -> Console {
+        self.console_with(&[]).await
+    }
+
+    /// As [`System::console`], with further settings.
+    pub async fn console_with(&self, settings: &[(&str, &str)]) -> Console {
         let programs = &testing::stack().programs;
-        let (environment, logs) = self.for_console();
+        let (mut environment, logs) = self.for_console();
+        environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
-        // The answers that redirect are looked at, too.
-        let client = Client::builder().redirect(Policy::none()).build().unwrap();
-        Console { tool, client }
+        Console { url: tool.url(), tool: Some(tool), client: client() }
     }
 }
 
 impl Console {
+    /// A console that another program has started.
+    pub fn at(url: &str) -> Self {
+        Self { url: url.to_owned(), tool: None, client: client() }
+    }
+
     pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.tool.url())
+        format!("{}{path}", self.url)
     }
 
     pub fn pid(&self) -> u32 {
-        self.tool.process.pid()
+        self.tool.as_ref().expect("the test has started it").process.pid()
     }
 
     pub async fn get(&self, path: &str) -> Page {
@@ -102,4 +113,9 @@ impl Console {
         let limited = tokio::time::timeout(crate::DEADLINE, contains).await;
         limited.unwrap_or_else(|_| panic!("{path} did not send {text:?}"));
     }
+}
+
+/// The answers that redirect are looked at, too.
+fn client() -> Client {
+    Client::builder().redirect(Policy::none()).build().unwrap()
 }
