@@ -10,9 +10,13 @@ use topology::CONSOLE;
 use crate::System;
 use crate::waiting::eventually;
 
+const STARTED: &str = "the test has started it";
+
 /// A running console. It is killed when it is dropped.
 pub struct Console {
-    tool: RunningTool,
+    url: String,
+    /// `None`: another program has started it.
+    tool: Option<RunningTool>,
     client: Client,
 }
 
@@ -35,29 +39,32 @@ impl System {
         let (mut environment, logs) = self.for_console();
         environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
-        // The answers that redirect are looked at, too.
-        let client = Client::builder().redirect(Policy::none()).build().unwrap();
-        Console { tool, client }
+        Console { url: tool.url(), tool: Some(tool), client: client() }
     }
 }
 
 impl Console {
+    /// A console that another program has started.
+    pub fn at(url: &str) -> Self {
+        Self { url: url.to_owned(), tool: None, client: client() }
+    }
+
     pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.tool.url())
+        format!("{}{path}", self.url)
     }
 
     /// Where services export their traces to this console.
     pub fn otlp_url(&self) -> String {
-        self.tool.otlp_url()
+        self.tool.as_ref().expect(STARTED).otlp_url()
     }
 
     /// Sends SIGTERM and waits for the exit.
     pub async fn stop(&mut self) {
-        self.tool.stop().await;
+        self.tool.as_mut().expect(STARTED).stop().await;
     }
 
     pub fn pid(&self) -> u32 {
-        self.tool.process.pid()
+        self.tool.as_ref().expect(STARTED).process.pid()
     }
 
     pub async fn get(&self, path: &str) -> Page {
@@ -118,4 +125,9 @@ impl Console {
         let limited = tokio::time::timeout(crate::DEADLINE, contains).await;
         limited.unwrap_or_else(|_| panic!("{path} did not send {text:?}"));
     }
+}
+
+/// The answers that redirect are looked at, too.
+fn client() -> Client {
+    Client::builder().redirect(Policy::none()).build().unwrap()
 }

@@ -37,6 +37,7 @@ pub mod stores;
 pub mod synchronous;
 pub mod system;
 pub mod tap;
+pub mod up;
 pub mod users;
 pub mod web;
 mod waiting;

@@ -75,7 +75,7 @@ fn children(parents: &BTreeSet<u32>) -> Vec<u32> {
 
 /// Pid and start time of all children of a process, of their children, and so on. Postgres has
 /// many.
-fn descendants(of: u32) -> Vec<(u32, u64)> {
+pub fn descendants(of: u32) -> Vec<(u32, u64)> {
     let mut family = BTreeSet::from([of]);
     loop {
         let before = family.len();
@@ -89,7 +89,7 @@ fn descendants(of: u32) -> Vec<(u32, u64)> {
 }
 
 /// The names of those processes that still run.
-fn still_running(processes: &[(u32, u64)]) -> Vec<String> {
+pub fn still_running(processes: &[(u32, u64)]) -> Vec<String> {
     let same = |(pid, start): &(u32, u64)| stat(*pid).filter(|stat| stat.start == *start);
     processes.iter().filter_map(same).map(|stat| stat.name).collect()
 }

@@ -96,7 +96,24 @@ fn the_console_of_the_compose_file_asks_every_service() {
         assert!(stanza.contains(&line), "docker-compose.yml, console: no {line}");
     }
     let secured = read("compose.secure.yaml");
+    assert!(secured.contains("LABORATORY: !reset null"), "compose.secure.yaml: the laboratory is on");
     assert!(secured.contains(&format!("KAFKA_USER: {}", CONSOLE.kafka_user())), "compose.secure.yaml: no console");
+}
+
+/// The laboratory shows commands for these containers, and for one more process of each service.
+#[test]
+fn the_compose_files_have_the_containers_that_the_laboratory_names() {
+    let compose = read("docker-compose.yml");
+    let scaled = read("deploy/compose.scale.yml");
+    for name in ["kafka", "postgres", "valkey", "mailpit"].into_iter().chain(SERVICES.map(|service| service.name)) {
+        assert!(stanza(&compose, name).is_some(), "docker-compose.yml has no {name}");
+    }
+    for service in SERVICES {
+        assert!(stanza(&scaled, service.name).is_some(), "deploy/compose.scale.yml has no {}", service.name);
+    }
+    let kafka = stanza(&compose, "kafka").unwrap();
+    assert!(kafka.contains("HOST://localhost:9092"), "a tool in the container of Kafka does not reach it");
+    assert!(compose.contains("MP_ENABLE_CHAOS: \"true\""), "Mailpit cannot refuse mails");
 }
 
 /// The console is a client. Its folder, its entry in the topology and its stanza in the compose file

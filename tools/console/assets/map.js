@@ -1,30 +1,11 @@
 // Puts the live view into the elements that the server has drawn. The server formats every text.
 
-const byKey = (attribute) => {
-  const elements = new Map();
-  for (const element of document.querySelectorAll(`[${attribute}]`)) {
-    const key = element.getAttribute(attribute);
-    elements.set(key, [...(elements.get(key) ?? []), element]);
-  }
-  return elements;
-};
+import { byKey, each, setState, showText } from "/assets/live.js";
 
 const texts = byKey("data-text");
 const states = byKey("data-state");
 const bars = byKey("data-bar");
 const flows = byKey("data-flow");
-const STATES = ["good", "wait", "bad"];
-
-const each = (elements, values, change) => {
-  for (const [key, value] of Object.entries(values)) {
-    for (const element of elements.get(key) ?? []) change(element, value);
-  }
-};
-
-const setState = (element, state) => {
-  element.classList.remove(...STATES);
-  if (state) element.classList.add(state);
-};
 
 const setWidth = (element, width) => {
   element.setAttribute("width", width);
@@ -43,9 +24,7 @@ const showProcesses = (processes) => {
 };
 
 const show = (view) => {
-  each(texts, view.texts, (element, text) => {
-    if (element.textContent !== text) element.textContent = text;
-  });
+  each(texts, view.texts, showText);
   each(states, view.states, setState);
   each(bars, view.widths, setWidth);
   each(flows, view.flows, (element, flowing) => element.classList.toggle("flows", flowing));

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 use shared::messaging::KafkaConfig;
-use shared::platform::secret::{OptionalSecret, SecretSetting};
+use shared::platform::secret::{OptionalSecret, Secret, SecretSetting};
 use shared::platform::telemetry::TelemetryConfig;
 use topology::SERVICES;
 
@@ -47,8 +47,9 @@ pub struct Config {
     /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
     pub admin_addresses: Vec<ServiceAddress>,
-    /// The public API of each service, as name=host:port, separated by commas. The page of a story
-    /// registers and erases users there. Default of each service: its published port on this machine.
+    /// The public API of each service, as name=host:port, separated by commas. The pages
+    /// register and erase users there, and look for the effects. Default of each service: its published
+    /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
     pub public_addresses: Vec<ServiceAddress>,
     /// The address of a line of code, with {file} and {line} in it, for example
@@ -58,6 +59,8 @@ pub struct Config {
     pub source_url: Option<SourceUrl>,
     #[command(flatten)]
     pub admin_token: OptionalSecret<AdminToken>,
+    #[command(flatten)]
+    pub laboratory: LaboratoryConfig,
     #[command(flatten)]
     pub kafka: KafkaConfig,
     #[command(flatten)]
@@ -107,6 +110,53 @@ fn addresses(
         })
     });
     Ok(addresses.into())
+}
+
+/// The page that breaks parts of the system, for development.
+#[derive(Args)]
+pub struct LaboratoryConfig {
+    /// Offer the page Laboratory, which breaks parts of the system on purpose and registers users. Only
+    /// for development: every visitor may use it.
+    #[arg(long, env)]
+    pub laboratory: bool,
+    /// The control port of `cargo xtask up`, through which the Laboratory acts. Without it the page shows
+    /// the commands of Docker Compose.
+    #[arg(long, env)]
+    pub control_addr: Option<SocketAddr>,
+    #[command(flatten)]
+    pub control_token: OptionalSecret<ControlToken>,
+    /// URL of Mailpit, for example http://localhost:8025. The Laboratory lets it refuse mails, and counts
+    /// the copies of a mail. Mailpit must run with MP_ENABLE_CHAOS=true.
+    #[arg(long, env)]
+    pub mailpit_url: Option<String>,
+}
+
+impl LaboratoryConfig {
+    /// The control port and its token.
+    ///
+    /// # Errors
+    /// One of both is missing, or the port is not on loopback.
+    pub fn control(&self) -> anyhow::Result<Option<(SocketAddr, Secret<ControlToken>)>> {
+        match (self.control_addr, self.control_token.get()) {
+            (None, None) => Ok(None),
+            (Some(address), Some(token)) => {
+                anyhow::ensure!(address.ip().is_loopback(), "CONTROL_ADDR must be on loopback, as the control port is");
+                Ok(Some((address, token.clone())))
+            }
+            (Some(_), None) => anyhow::bail!("CONTROL_TOKEN is missing: `cargo xtask up` sets it with CONTROL_ADDR"),
+            (None, Some(_)) => anyhow::bail!("CONTROL_ADDR is missing: `cargo xtask up` sets it with CONTROL_TOKEN"),
+        }
+    }
+}
+
+/// The token of the control port.
+#[derive(Clone)]
+pub struct ControlToken;
+
+impl SecretSetting for ControlToken {
+    const NAME: &'static str = "CONTROL_TOKEN";
+    const HELP: &'static str = "The token of the control port. `cargo xtask up` makes one at its start. It never reaches \
+                                a browser.";
 }
 
 /// The token of operators who give none.

@@ -7,6 +7,7 @@
 
 mod config;
 mod kafka;
+mod laboratory;
 mod pages;
 mod safety;
 mod server;

@@ -17,8 +17,9 @@ use tokio::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::config::Config;
+use crate::config::{Config, ServiceAddress};
 use crate::kafka::{Offsets, Reader, Recent, follow, watch_offsets};
+use crate::laboratory::{self, Laboratory, Sources};
 use crate::pages::{self, App, View, draw};
 use crate::safety;
 use crate::sessions::Sessions;
@@ -51,13 +52,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let views = watch::Sender::new(Arc::new(View::default()));
     let recent = Recent::default();
     let Receiver { traces, forward } = start_receiver(&config.traces, &mut tasks, &stop).await?;
+    let operations = Operations::new()?;
+    let sources = Sources {
+        surveys: surveys.subscribe(),
+        offsets: offsets.subscribe(),
+        recent: recent.clone(),
+        operations: operations.clone(),
+    };
+    let (laboratory, further) = start_laboratory(&mut tasks, &stop, &config, sources)?;
     let app = App {
         views: views.subscribe(),
         surveys: surveys.subscribe(),
         offsets: offsets.subscribe(),
         recent: recent.clone(),
         reader: Reader::new(kafka.clone()),
-        operations: Operations::new()?,
+        operations,
         sessions: Sessions::default(),
         users: Users::new(config.public_services()?)?,
         traces,
@@ -66,10 +75,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         prefix: kafka.prefixed("").into(),
         admin_token: config.admin_token.get().cloned(),
         page_token: Uuid::new_v4().to_string().into(),
+        laboratory,
         stop: stop.clone(),
     };
     spawn(&mut tasks, &stop, "drawing", draw(surveys.subscribe(), offsets.subscribe(), recent.clone(), views));
-    spawn(&mut tasks, &stop, "survey", system::watch(services, surveys));
+    spawn(&mut tasks, &stop, "survey", system::watch(services, further, surveys));
     thread(&mut tasks, "offsets", {
         let (kafka, stop) = (kafka.clone(), stop.clone());
         move || watch_offsets(&kafka, &offsets, &stop)
@@ -79,6 +89,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         move || follow(&kafka, &recent, &stop)
     });
 
+    serve(&mut tasks, &stop, &config, app, metrics).await?;
+    tracing::info!(address = %config.http_addr, "started");
+
+    let ended = wait(&mut tasks).await;
+    stop.cancel();
+    while tasks.join_next().await.is_some() {}
+    let _ = own_traces.shutdown_with_timeout(SHUTDOWN);
+    ended
+}
+
+/// Starts to serve the pages and the admin port.
+async fn serve(
+    tasks: &mut Tasks,
+    stop: &CancellationToken,
+    config: &Config,
+    app: App,
+    metrics: Metrics,
+) -> anyhow::Result<()> {
     let hosts: Arc<[String]> = config.console_hosts.clone().into();
     let routes = pages::routes(app).layer(middleware::from_fn_with_state(hosts, safety::guarded));
     let admin = health::router(Health::default(), metrics);
@@ -90,13 +118,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         let stop = stop.clone();
         tasks.spawn(async move { (name, server.run(listener, stop).await) });
     }
-    tracing::info!(address = %config.http_addr, "started");
-
-    let ended = wait(&mut tasks).await;
-    stop.cancel();
-    while tasks.join_next().await.is_some() {}
-    let _ = own_traces.shutdown_with_timeout(SHUTDOWN);
-    ended
+    Ok(())
 }
 
 /// Starts to receive traces, and to pass them on if there is another collector.
@@ -116,6 +138,23 @@ async fn start_receiver(
     let receiving = receive(listener, tls, receiver.clone(), stop.clone());
     tasks.spawn(async move { ("receiver of traces", receiving.await) });
     Ok(receiver)
+}
+
+/// Starts the tasks of the Laboratory, if it is on. Returns it with the processes that it has started.
+fn start_laboratory(
+    tasks: &mut Tasks,
+    stop: &CancellationToken,
+    config: &Config,
+    sources: Sources,
+) -> anyhow::Result<(Option<Laboratory>, watch::Receiver<Vec<ServiceAddress>>)> {
+    let (sender, further) = watch::channel(vec![]);
+    if !config.laboratory.laboratory {
+        return Ok((None, further));
+    }
+    let (laboratory, ends) = Laboratory::new(&config.laboratory, config.public_services()?)?;
+    spawn(tasks, stop, "jobs of the laboratory", laboratory::run_jobs(laboratory.clone(), ends.jobs));
+    spawn(tasks, stop, "laboratory", laboratory::watch(laboratory.clone(), sources, sender, ends.findings));
+    Ok((Some(laboratory), further))
 }
 
 async fn listen(address: SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {

@@ -4,7 +4,7 @@
 //! knows the services only as programs with environment variables and ports.
 //!
 //! Reading order: `process` (children that end with us), `fetch`, one file per component, `stack`,
-//! `services`, `system`, `testing`.
+//! `services`, `system`, `laboratory`, `testing`.
 
 #![allow(
     clippy::disallowed_methods,
@@ -13,6 +13,7 @@
 
 pub mod fetch;
 pub mod kafka;
+pub mod laboratory;
 pub mod mail_front;
 pub mod paths;
 pub mod ports;

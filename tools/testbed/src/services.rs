@@ -63,8 +63,18 @@ impl Instance {
     /// Starts the program and returns at once, before it is ready. `programs` is the folder that
     /// `build` returns. `environment` holds the service's settings, see [`environment`].
     pub fn spawn(&self, programs: &Path, environment: &[(String, String)], logs: &Logs) -> Result<RunningService> {
-        let name = self.service.name;
-        let mut command = process::command(programs.join(name));
+        self.spawn_as(self.service.name, programs, environment, logs)
+    }
+
+    /// As [`Instance::spawn`], for a further process of the service. `name` is that of its log.
+    pub fn spawn_as(
+        &self,
+        name: &str,
+        programs: &Path,
+        environment: &[(String, String)],
+        logs: &Logs,
+    ) -> Result<RunningService> {
+        let mut command = process::command(programs.join(self.service.name));
         command.env("HTTP_ADDR", format!("127.0.0.1:{}", self.http));
         command.env("ADMIN_ADDR", format!("127.0.0.1:{}", self.admin));
         // No load balancer is in front of the service.
@@ -73,13 +83,17 @@ impl Instance {
         if logs.on_terminal() && std::env::var_os("LOG_FORMAT").is_none() {
             command.env("LOG_FORMAT", "pretty");
         }
-        Ok(RunningService { instance: *self, process: Process::spawn(name, command, logs)? })
+        let process = Process::spawn(name, command, logs)?;
+        Ok(RunningService { instance: *self, name: name.to_owned(), is_frozen: false, process })
     }
 }
 
 /// An instance and its process.
 pub struct RunningService {
     pub instance: Instance,
+    /// The name of its log: that of the service, with a number if it is a further process.
+    pub name: String,
+    pub is_frozen: bool,
     pub process: Process,
 }
 

@@ -32,28 +32,9 @@ impl RunningTool {
         ports::require_free(tool.otlp, &format!("the receiver of traces of the tool {}", tool.name))
     }
 
-    /// Starts a tool on its published ports. `programs` is the folder that `services::build` returns.
+    /// Starts a tool on its ports. `programs` is the folder that `services::build` returns.
     pub async fn start(tool: Tool, programs: &Path, environment: &[(String, String)], logs: &Logs) -> Result<Self> {
-        Self::start_on(tool, (tool.http, tool.admin, tool.otlp), programs, environment, logs).await
-    }
-
-    /// As [`RunningTool::start`], on free ports.
-    pub async fn start_on_free_ports(
-        tool: Tool,
-        programs: &Path,
-        environment: &[(String, String)],
-        logs: &Logs,
-    ) -> Result<Self> {
-        Self::start_on(tool, (ports::free(), ports::free(), ports::free()), programs, environment, logs).await
-    }
-
-    async fn start_on(
-        tool: Tool,
-        (http, admin, otlp): (u16, u16, u16),
-        programs: &Path,
-        environment: &[(String, String)],
-        logs: &Logs,
-    ) -> Result<Self> {
+        let Tool { http, admin, otlp, .. } = tool;
         let mut command = process::command(programs.join(tool.name));
         command.env("HTTP_ADDR", format!("127.0.0.1:{http}"));
         command.env("ADMIN_ADDR", format!("127.0.0.1:{admin}"));
@@ -68,6 +49,16 @@ impl RunningTool {
         let serves = async || client.get(&url).send().await.is_ok_and(|answer| answer.status().is_success());
         tool.process.until_ready(READY_LIMIT, serves).await?;
         Ok(tool)
+    }
+
+    /// As [`RunningTool::start`], on free ports.
+    pub async fn start_on_free_ports(
+        tool: Tool,
+        programs: &Path,
+        environment: &[(String, String)],
+        logs: &Logs,
+    ) -> Result<Self> {
+        Self::start(on_free_ports(tool), programs, environment, logs).await
     }
 
     pub fn url(&self) -> String {
@@ -87,6 +78,11 @@ impl RunningTool {
     pub async fn stop(&mut self) {
         self.process.stop(Signal::SIGTERM, STOP_LIMIT).await;
     }
+}
+
+/// The tool on other ports, which no program uses.
+pub fn on_free_ports(tool: Tool) -> Tool {
+    Tool { http: ports::free(), admin: ports::free(), otlp: ports::free(), ..tool }
 }
 
 /// ADMIN_ADDRESSES and PUBLIC_ADDRESSES for services on these instances.

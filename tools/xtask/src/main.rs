@@ -40,7 +40,8 @@ struct Arguments {
 enum Command {
     /// Start the whole system on its published ports and keep it running until Ctrl-C.
     ///
-    /// A process that ends is restarted. The data is kept from run to run.
+    /// A process that ends is restarted. The data is kept from run to run. The console has a laboratory
+    /// that breaks parts of the system.
     Up {
         /// Delete the data of earlier runs first.
         #[arg(long)]
@@ -53,6 +54,10 @@ enum Command {
         /// `cargo xtask acls --table` lists. Has its own data, certificates and passwords.
         #[arg(long, conflicts_with = "brokers")]
         secure: bool,
+        /// Use free ports, so that it disturbs no system that is already running, and delete the data
+        /// at the end.
+        #[arg(long, conflicts_with_all = ["brokers", "secure", "fresh"])]
+        temporary: bool,
     },
     /// Show or grant what each service may do on Kafka. It follows from tools/topology.
     Acls(Acls),
@@ -157,7 +162,9 @@ async fn run(command: Command) -> Result<ExitCode> {
         say(format_args!("Ended {ended} processes that an earlier run had left running."));
     }
     match command {
-        Command::Up { fresh, brokers, secure } => commands::up::run(fresh, Variant::of(brokers, secure)).await,
+        Command::Up { fresh, brokers, secure, temporary } => {
+            commands::up::run(fresh, Variant::of(brokers, secure, temporary)).await
+        }
         Command::Acls(options) => unless_terminated(commands::acls::run(options)).await,
         Command::Credentials => commands::credentials::run(),
         Command::Demo => unless_terminated(commands::demo::run()).await,

@@ -1,9 +1,12 @@
 //! Pages as answers.
 
 use askama::Template;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{self, MethodRouter};
 use serde_json::Value;
+
+use super::app::App;
 
 pub fn html(page: &impl Template) -> Response {
     match page.render() {
@@ -24,6 +27,7 @@ pub const NOT_FROM_A_PAGE: &str = "This request did not come from a page of this
 pub struct Acted<'a> {
     /// The entry of the navigation that is marked, and the page to return to.
     pub path: &'static str,
+    pub laboratory: bool,
     pub title: &'a str,
     pub coordinates: &'a str,
     /// The group or the service.
@@ -40,13 +44,19 @@ pub fn indented(answer: &str) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
+/// A file of a page.
+pub fn asset(kind: &'static str, text: &'static str) -> MethodRouter<App> {
+    routing::get(async move || ([(header::CONTENT_TYPE, kind)], text))
+}
+
 #[derive(Template)]
 #[template(path = "failure.html")]
 struct Failure<'a> {
     path: &'static str,
+    laboratory: bool,
     text: &'a str,
 }
 
 pub fn failure(status: StatusCode, text: &str) -> Response {
-    (status, html(&Failure { path: "", text })).into_response()
+    (status, html(&Failure { path: "", laboratory: false, text })).into_response()
 }

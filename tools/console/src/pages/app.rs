@@ -13,6 +13,7 @@ use topology::Service;
 use super::view::View;
 use crate::config::AdminToken;
 use crate::kafka::{Offsets, Reader, Recent};
+use crate::laboratory::Laboratory;
 use crate::sessions::Sessions;
 use crate::source::SourceUrl;
 use crate::system::{Operations, Survey, Users};
@@ -40,6 +41,8 @@ pub struct App {
     pub admin_token: Option<Secret<AdminToken>>,
     /// A form that changes something contains it. Only pages of this process know it.
     pub page_token: Arc<str>,
+    /// `None`: it is off.
+    pub laboratory: Option<Laboratory>,
     /// Ends the live updates: otherwise open pages would delay the end of the process.
     pub stop: CancellationToken,
 }
@@ -61,8 +64,6 @@ impl App {
 
     /// The admin port of a process of this service that answers.
     pub fn address(&self, service: Service) -> Option<SocketAddr> {
-        let survey = self.surveys.borrow();
-        let of_service = survey.processes.iter().filter(|process| process.service == service.name);
-        of_service.filter(|process| process.answer.is_some()).map(|process| process.address).next()
+        self.surveys.borrow().address(service)
     }
 }

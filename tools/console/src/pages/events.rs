@@ -79,6 +79,7 @@ impl From<&Seen> for Row {
 #[template(path = "events.html")]
 struct Page {
     path: &'static str,
+    laboratory: bool,
     filter: Filter,
     topics: Vec<&'static str>,
     rows: Vec<Row>,
@@ -87,7 +88,7 @@ struct Page {
 pub async fn page(State(app): State<App>, Query(filter): Query<Filter>) -> Response {
     let rows = app.recent.after(None, ROWS, |seen| filter.passes(seen));
     let rows = rows.iter().map(|seen| Row::from(&**seen)).collect();
-    html(&Page { path: "/events", filter, topics: topics(), rows })
+    html(&Page { path: "/events", laboratory: app.laboratory.is_some(), filter, topics: topics(), rows })
 }
 
 /// New records since the last update, the newest first.

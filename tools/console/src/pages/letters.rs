@@ -31,6 +31,7 @@ pub struct Filter {
 #[template(path = "letters.html")]
 struct Page<'a> {
     path: &'static str,
+    laboratory: bool,
     filter: &'a Filter,
     groups: Vec<&'static str>,
     letters: Vec<Letter>,
@@ -56,6 +57,7 @@ impl Page<'_> {
 pub async fn page(State(app): State<App>, headers: HeaderMap, Query(filter): Query<Filter>) -> Response {
     let mut page = Page {
         path: "/dead-letters",
+        laboratory: app.laboratory.is_some(),
         filter: &filter,
         groups: groups().map(|(_, group)| group.name).collect(),
         letters: vec![],
@@ -132,7 +134,9 @@ pub async fn act(State(app): State<App>, headers: HeaderMap, Form(wanted): Form<
                 Act::Redrive => "The redrive of the letter has ended",
                 Act::Discard => "The letter was discarded",
             };
-            html(&Acted { path: "/dead-letters", title, coordinates, by: group.name, answer: indented(&answer) })
+            let laboratory = app.laboratory.is_some();
+            let answer = indented(&answer);
+            html(&Acted { path: "/dead-letters", laboratory, title, coordinates, by: group.name, answer })
         }
         Err(error) => {
             tracing::warn!(coordinates, group = group.name, error = %format!("{error:#}"), "an action was refused or failed");

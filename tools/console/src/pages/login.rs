@@ -16,12 +16,14 @@ use crate::safety;
 #[template(path = "login.html")]
 struct Page<'a> {
     path: &'static str,
+    laboratory: bool,
     operator: Option<String>,
     page_token: &'a str,
 }
 
 pub async fn page(State(app): State<App>, headers: HeaderMap) -> Response {
-    html(&Page { path: "/login", operator: app.operator(&headers), page_token: &app.page_token })
+    let laboratory = app.laboratory.is_some();
+    html(&Page { path: "/login", laboratory, operator: app.operator(&headers), page_token: &app.page_token })
 }
 
 #[derive(Deserialize)]

@@ -18,6 +18,7 @@ use super::view::View;
 #[template(path = "map.html")]
 struct Page<'a> {
     path: &'static str,
+    laboratory: bool,
     diagram: &'a Diagram,
     view: &'a View,
     groups: Vec<(&'static str, &'static str)>,
@@ -26,7 +27,8 @@ struct Page<'a> {
 pub async fn page(State(app): State<App>) -> Response {
     let view = app.views.borrow().clone();
     let groups = SERVICES.iter().flat_map(|service| service.groups).map(|group| (group.name, group.topic));
-    html(&Page { path: "/", diagram: &Diagram::new(), view: &view, groups: groups.collect() })
+    let laboratory = app.laboratory.is_some();
+    html(&Page { path: "/", laboratory, diagram: &Diagram::new(), view: &view, groups: groups.collect() })
 }
 
 /// Sends the view whenever it changes, about once a second.

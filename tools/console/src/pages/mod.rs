@@ -7,6 +7,7 @@ mod app;
 mod diagram;
 mod drawing;
 mod events;
+mod laboratory;
 mod letters;
 mod login;
 mod map;
@@ -15,16 +16,19 @@ mod story;
 mod text;
 mod view;
 
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use axum::{Router, routing};
 
-use answers::failure;
+use answers::{asset, failure};
 pub use app::App;
 pub use drawing::draw;
 pub use view::View;
 
 pub fn routes(app: App) -> Router {
+    // Without the setting there is no such page.
+    let laboratory = if app.laboratory.is_some() { laboratory::routes() } else { Router::new() };
     Router::new()
+        .merge(laboratory)
         .route("/", routing::get(map::page))
         .route("/live/map", routing::get(map::live))
         .route("/events", routing::get(events::page))
@@ -41,13 +45,10 @@ pub fn routes(app: App) -> Router {
         .route("/story/erase", routing::post(story::erase))
         .route("/assets/look.css", asset("text/css", include_str!("../../assets/look.css")))
         .route("/assets/icon.svg", asset("image/svg+xml", include_str!("../../assets/icon.svg")))
+        .route("/assets/live.js", asset("text/javascript", include_str!("../../assets/live.js")))
         .route("/assets/map.js", asset("text/javascript", include_str!("../../assets/map.js")))
         .route("/assets/events.js", asset("text/javascript", include_str!("../../assets/events.js")))
         .route("/assets/story.js", asset("text/javascript", include_str!("../../assets/story.js")))
         .fallback(async || failure(StatusCode::NOT_FOUND, "The console has no such page."))
         .with_state(app)
-}
-
-fn asset(kind: &'static str, text: &'static str) -> routing::MethodRouter<App> {
-    routing::get(async move || ([(header::CONTENT_TYPE, kind)], text))
 }

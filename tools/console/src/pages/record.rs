@@ -20,6 +20,7 @@ use crate::system::Look;
 #[template(path = "record.html")]
 struct Page<'a> {
     path: &'static str,
+    laboratory: bool,
     coordinates: Coordinates,
     time: String,
     content: Content,
@@ -37,7 +38,16 @@ pub async fn page(
         Ok(Found::Record(content)) => {
             let time = content.time.and_then(clock).unwrap_or_default();
             let operator = app.operator(&headers);
-            html(&Page { path: "/events", coordinates, time, content, page_token: &app.page_token, operator })
+            let laboratory = app.laboratory.is_some();
+            html(&Page {
+                path: "/events",
+                laboratory,
+                coordinates,
+                time,
+                content,
+                page_token: &app.page_token,
+                operator,
+            })
         }
         Ok(Found::Nothing) => {
             let text = "Kafka has no record here. Compaction or retention has deleted it, or the offset belongs to a \
@@ -79,7 +89,8 @@ pub async fn show(State(app): State<App>, headers: HeaderMap, Form(wanted): Form
         Ok(answer) => {
             let title = "The record with its value";
             let answer = indented(&answer);
-            html(&Acted { path: "/events", title, coordinates: &coordinates, by: service.name, answer })
+            let laboratory = app.laboratory.is_some();
+            html(&Acted { path: "/events", laboratory, title, coordinates: &coordinates, by: service.name, answer })
         }
         Err(error) => {
             tracing::warn!(coordinates, service = service.name, error = %format!("{error:#}"), "a record was not shown");

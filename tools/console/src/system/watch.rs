@@ -9,8 +9,9 @@ use reqwest::Client;
 use tokio::net::lookup_host;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
+use topology::Service;
 
-use super::processes::{Process, ask, client};
+use super::processes::{Answer, Process, ask, client};
 use crate::config::ServiceAddress;
 
 /// How often the processes are asked.
@@ -25,14 +26,38 @@ pub struct Survey {
     pub processes: Vec<Process>,
 }
 
-/// Sends the survey of each second. Never ends.
-pub async fn watch(services: Vec<ServiceAddress>, surveys: watch::Sender<Arc<Survey>>) -> anyhow::Result<()> {
+impl Survey {
+    /// The admin port of a process of this service that answers.
+    pub fn address(&self, service: Service) -> Option<SocketAddr> {
+        self.answers(service).map(|(address, _)| address).next()
+    }
+
+    /// The largest value of a metric that every process of a service reports about the same thing.
+    pub fn largest(&self, service: Service, metric: &str) -> Option<f64> {
+        self.answers(service).filter_map(|(_, answer)| answer.metrics.max(metric, &[])).reduce(f64::max)
+    }
+
+    fn answers(&self, service: Service) -> impl Iterator<Item = (SocketAddr, &Answer)> {
+        let of_service = self.processes.iter().filter(move |process| process.service == service.name);
+        of_service.filter_map(|process| Some((process.address, process.answer.as_ref()?)))
+    }
+}
+
+/// Sends the survey of each second. Never ends. `further` are processes that were started later, under
+/// addresses of their own.
+pub async fn watch(
+    services: Vec<ServiceAddress>,
+    further: watch::Receiver<Vec<ServiceAddress>>,
+    surveys: watch::Sender<Arc<Survey>>,
+) -> anyhow::Result<()> {
     let client = client()?;
     let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let asked = join_all(services.iter().map(|service| replicas(&client, service))).await;
+        let further = further.borrow().clone();
+        let all = services.iter().chain(&further);
+        let asked = join_all(all.map(|service| replicas(&client, service))).await;
         surveys.send_replace(Arc::new(Survey { at: Instant::now(), processes: asked.concat() }));
     }
 }

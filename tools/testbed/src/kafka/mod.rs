@@ -202,6 +202,27 @@ pub async fn run_java(
 ) -> Result<(ExitStatus, String)> {
     let mut command = java(fetched, "-Xmx96m", Compilers::First, main_class);
     command.args(arguments);
+    run_to_end(name, command, logs).await
+}
+
+/// As [`run_java`], and the program reads this file.
+pub async fn run_java_on(
+    fetched: &Fetched,
+    name: &str,
+    main_class: &str,
+    arguments: &[String],
+    input: &Path,
+    logs: &Logs,
+) -> Result<(ExitStatus, String)> {
+    // The gate of `process::command` reads standard input, so a second shell opens the file.
+    let mut command = process::command("/bin/sh");
+    command.args(["-c", r#"exec "$0" "$@" <"$INPUT""#]).env("INPUT", input).arg(&fetched.java);
+    add_java_arguments(&mut command, fetched, "-Xmx96m", Compilers::First, main_class);
+    command.args(arguments);
+    run_to_end(name, command, logs).await
+}
+
+async fn run_to_end(name: &str, command: Command, logs: &Logs) -> Result<(ExitStatus, String)> {
     let logs = logs.off_terminal();
     // Processes append to their log.
     let _ = fs::remove_file(logs.file(name));
@@ -304,6 +325,11 @@ async fn start_node(
 
 fn java(fetched: &Fetched, heap: &str, compilers: Compilers, main_class: &str) -> Command {
     let mut command = process::command(&fetched.java);
+    add_java_arguments(&mut command, fetched, heap, compilers, main_class);
+    command
+}
+
+fn add_java_arguments(command: &mut Command, fetched: &Fetched, heap: &str, compilers: Compilers, main_class: &str) {
     command.arg(heap);
     if compilers == Compilers::First {
         command.arg("-XX:TieredStopAtLevel=1");
@@ -312,7 +338,6 @@ fn java(fetched: &Fetched, heap: &str, compilers: Compilers, main_class: &str) -
     command
         .arg(format!("-Dlog4j2.configurationFile={}", paths::root().join("deploy/local/log4j2.properties").display()));
     command.arg(main_class);
-    command
 }
 
 /// Creates the data folder, and the users that log in with a password.

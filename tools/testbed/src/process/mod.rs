@@ -147,9 +147,11 @@ impl Process {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Sends the signal, and kills the process if it has not ended after `limit`.
+    /// Sends the signal, and kills the process if it has not ended after `limit`. A frozen process
+    /// handles the signal when it continues, so it is thawed.
     pub async fn stop(&mut self, signal: Signal, limit: Duration) -> ExitStatus {
         self.signal(signal);
+        self.thaw();
         if let Ok(status) = timeout(limit, self.wait()).await {
             return status;
         }
@@ -230,6 +232,16 @@ mod tests {
         let log = logs.file("stubborn");
         process.until_ready(Duration::from_secs(5), async || log.metadata().is_ok_and(|m| m.len() > 0)).await.unwrap();
         assert!(!process.stop(Signal::SIGTERM, Duration::from_millis(100)).await.success());
+    }
+
+    #[tokio::test]
+    async fn a_frozen_process_that_is_stopped_ends_by_itself() {
+        let logs = Logs::to_files("testbed-tests/frozen").unwrap();
+        let mut process = Process::spawn("frozen", sh("trap 'exit 7' TERM; echo up; sleep 60 & wait"), &logs).unwrap();
+        let log = logs.file("frozen");
+        process.until_ready(Duration::from_secs(5), async || log.metadata().is_ok_and(|m| m.len() > 0)).await.unwrap();
+        process.freeze();
+        assert_eq!(process.stop(Signal::SIGTERM, Duration::from_secs(5)).await.code(), Some(7));
     }
 
     #[test]

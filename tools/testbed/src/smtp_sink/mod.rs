@@ -73,6 +73,13 @@ impl SmtpSink {
         self.shared.state().mails.iter().map(|mail| (mail.to.clone(), mail.received_at_ms)).collect()
     }
 
+    /// The recipients of the newest mails, at most `limit`, and whether the client got an answer.
+    pub fn recipients(&self, limit: usize) -> Vec<(String, Outcome)> {
+        let state = self.shared.state();
+        let newest = state.mails.iter().rev().take(limit);
+        newest.flat_map(|mail| mail.to.iter().map(|to| (to.clone(), mail.outcome))).collect()
+    }
+
     /// How many clients are connected.
     pub fn connections(&self) -> usize {
         self.shared.state().connections

@@ -53,6 +53,7 @@ pub struct Wanted {
 #[template(path = "story.html")]
 struct Page<'a> {
     path: &'static str,
+    laboratory: bool,
     user: Option<Uuid>,
     is_erased: bool,
     older: bool,
@@ -80,6 +81,7 @@ pub async fn page(State(app): State<App>, Query(wanted): Query<Wanted>) -> Respo
     let attempt = Uuid::new_v4();
     let mut page = Page {
         path: "/story",
+        laboratory: app.laboratory.is_some(),
         user: None,
         is_erased: false,
         older: false,
