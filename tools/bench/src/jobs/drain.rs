@@ -14,8 +14,8 @@ const GOAL: f64 = 0.9;
 
 /// For readers of docs/performance.md.
 const LIMITED_BY: &str = "\
-What limits it: the same as the job `relay`. Deleted rows leave dead entries in the index until Postgres has vacuumed it; the
-read of a round passes over them.";
+What limits it: the same as the job `relay`. Deleted rows leave dead entries in the index until Postgres has vacuumed it. With
+a backlog, a round's read begins after those of earlier rounds.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("drain").await?;
