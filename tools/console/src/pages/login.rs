@@ -40,7 +40,10 @@ pub async fn begin(State(app): State<App>, headers: HeaderMap, Form(login): Form
     }
     let mut acting = SERVICES.into_iter().filter(Service::accepts_actions);
     let Some(address) = acting.find_map(|service| app.address(service)) else {
-        return failure(StatusCode::BAD_GATEWAY, "No service answers that knows the tokens. No operator was logged in.");
+        return failure(
+            StatusCode::BAD_GATEWAY,
+            "No service answers that knows the tokens. No operator was logged in.",
+        );
     };
     let token = login.operator_token.trim();
     match app.operations.operator(address, token).await {
