@@ -100,7 +100,8 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
     let consumer: BaseConsumer = kafka.reader(GROUP).create()?;
     let mut missing = topics();
     let mut looked: Option<Instant> = None;
-    let mut logged = None;
+    // Whether the last error was logged. During an outage the client reports several kinds in turn.
+    let mut logged = false;
     while !stop.is_cancelled() {
         if !missing.is_empty() && looked.is_none_or(|looked| looked.elapsed() >= RETRY_INTERVAL) {
             looked = Some(Instant::now());
@@ -111,16 +112,18 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
         }
         match consumer.poll(POLL_INTERVAL) {
             Some(Ok(message)) => {
+                logged = false;
                 if let Some(seen) = seen(kafka, &message) {
                     recent.push(seen);
                 }
             }
-            Some(Err(KafkaError::PartitionEOF(_))) | None => {}
+            Some(Err(KafkaError::PartitionEOF(_))) => logged = false,
+            None => {}
             Some(Err(error)) => {
                 let error_code = error.rdkafka_error_code();
-                if logged.as_ref() != Some(&error) {
+                if !logged {
                     tracing::warn!(%error, "cannot read the topics; will retry");
-                    logged = Some(error);
+                    logged = true;
                 }
                 // The client recovers from other errors by itself. It does not read a partition any more
                 // whose next offset was deleted. So all are read again from shortly before their ends.
