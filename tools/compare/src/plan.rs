@@ -12,8 +12,8 @@ pub const LIGHT: f64 = 0.3;
 pub const HEAVY: f64 = 0.8;
 /// Of the light load.
 pub const BURST: f64 = 5.0;
-/// Registrations per second while something fails, at most, of all sides that run at the same time. Enough to count what is lost, and so few that
-/// the checker reads all of them in seconds.
+/// Registrations per second while something fails, at most, of all sides that run at the same time.
+/// Enough to count what is lost, and so few that the checker reads all of them in seconds.
 const FAULT_RATE: f64 = 100.0;
 /// How much slower the mail server is, in milliseconds.
 pub const SLOW_MS: u64 = 500;

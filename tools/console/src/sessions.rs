@@ -1,5 +1,5 @@
 //! Who is logged in. An operator types a token once. The browser gets the id of a session, and never the
-//! token back. The sessions are in memory: after a restart everybody logs in again.
+//! token back. The sessions are in memory: after a restart every operator logs in again.
 //!
 //! A session does not decide what is allowed. The service that acts checks the token again, so a token
 //! that was removed there is refused at once.

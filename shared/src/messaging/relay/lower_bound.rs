@@ -1,6 +1,6 @@
 //! The id at which the next read of the outbox begins. Postgres keeps the index entry of a deleted
 //! row until the next vacuum. A read from the beginning of the index passes over the entries of all
-//! rows that were deleted meanwhile. So with a large backlog each round would cost more than the
+//! rows that were deleted since then. So with a large backlog each round would cost more than the
 //! round before.
 //!
 //! A read may begin at an id if no row with a lower id exists and none can appear. Transactions do
