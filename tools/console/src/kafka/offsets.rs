@@ -10,6 +10,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{Offset, TopicPartitionList};
 use shared::messaging::KafkaConfig;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use topology::{Group, SERVICES};
 
@@ -25,6 +26,8 @@ pub struct Offsets {
     pub ends: BTreeMap<&'static str, BTreeMap<i32, (i64, i64)>>,
     /// The next offset to read, per group and partition.
     pub committed: BTreeMap<&'static str, BTreeMap<i32, i64>>,
+    /// When Kafka was asked. Records that arrive later are not in the ends. `None`: it has never answered.
+    pub asked: Option<Instant>,
     /// Why Kafka could not be asked.
     pub error: Option<String>,
 }
@@ -81,7 +84,7 @@ fn ask<'a>(
     ends: &BaseConsumer,
     groups: impl Iterator<Item = (&'a Group, &'a BaseConsumer)>,
 ) -> anyhow::Result<Offsets> {
-    let mut offsets = Offsets::default();
+    let mut offsets = Offsets { asked: Some(Instant::now()), ..Offsets::default() };
     for topic in topics() {
         let name = kafka.prefixed(topic);
         let metadata = ends.fetch_metadata(Some(&name), ANSWER_LIMIT).context("Kafka does not answer")?;

@@ -2,14 +2,16 @@
 //! found in a total, so its growth is compared with the number of users whose first fact the topic got
 //! in the same time, from any client.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use tokio::time::Instant;
 use topology::USER;
 use uuid::Uuid;
 
+use super::fates::Place;
 use crate::kafka::Seen;
 
-/// Users that are remembered. With more, the comparison begins again: 160 KB.
+/// Users that are remembered. With more, the comparison begins again: 400 KB.
 const USERS: usize = 10_000;
 /// So many comparisons in a row must differ. The console may see the newest records a little later
 /// than the analytics service.
@@ -20,26 +22,27 @@ const REGISTERED: &str = "user.registered";
 pub type Ends = BTreeMap<i32, (i64, i64)>;
 
 /// What was known in one round.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Round {
     pub ends: Ends,
+    /// When Kafka was asked for the ends.
+    pub asked: Instant,
     /// Asked after the ends, while the group had no lag.
     pub counted: i64,
+    /// When the analytics service had answered.
+    pub answered: Instant,
 }
 
 #[derive(Default)]
 pub struct Totals {
-    baseline: Option<Baseline>,
+    /// The first fact about each user: a copy of it has a later offset and counts nothing.
+    facts: BTreeMap<Uuid, Place>,
+    /// Where the comparison began.
+    baseline: Option<Round>,
     before: Option<Round>,
+    /// The last comparison.
+    users: usize,
     differing: u32,
-}
-
-struct Baseline {
-    round: Round,
-    /// Users of the Laboratory that were counted before. A copy of their fact counts nothing.
-    known: BTreeSet<Uuid>,
-    /// Users with a fact after the ends.
-    users: BTreeSet<Uuid>,
 }
 
 /// The outcome of a comparison.
@@ -53,50 +56,56 @@ pub enum Compared {
 impl Totals {
     /// A record has arrived.
     pub fn saw(&mut self, seen: &Seen) {
-        let Some(baseline) = &mut self.baseline else { return };
         let (Some(user), true) = (seen.key, seen.topic == USER.writes[0] && seen.kind == REGISTERED) else { return };
-        let is_after = baseline.round.ends.get(&seen.partition).is_none_or(|(_, next)| seen.offset >= *next);
-        if is_after && !baseline.known.contains(&user) {
-            baseline.users.insert(user);
+        if self.facts.len() == USERS {
+            self.restart();
+            self.facts.clear();
         }
+        self.facts.entry(user).or_insert((seen.partition, seen.offset));
     }
 
     /// Some records were not seen: the comparison begins again.
     pub fn restart(&mut self) {
-        *self = Self::default();
+        *self = Self { facts: std::mem::take(&mut self.facts), ..Self::default() };
     }
 
-    /// Compares. `round` is `None` while the group lags, or without an answer. A total belongs to
-    /// the ends of a topic only if they were the same before and after it was asked.
-    pub fn compare(&mut self, round: Option<Round>, known: impl Iterator<Item = Uuid>) -> Compared {
+    /// Compares. `round` is `None` while the group lags, or without an answer. `known` are the first facts
+    /// about users that are remembered elsewhere.
+    pub fn compare(&mut self, round: Option<Round>, known: impl Iterator<Item = (Uuid, Place)>) -> Compared {
         let before = std::mem::replace(&mut self.before, round.clone());
-        let Some(settled) = before.zip(round).filter(|(before, now)| before.ends == now.ends).map(|(before, _)| before)
-        else {
-            return self.last();
-        };
-        if self.baseline.as_ref().is_some_and(|baseline| baseline.users.len() > USERS) {
-            self.baseline = None;
-        }
+        let settled = before.zip(round).filter(|(before, now)| is_settled(before, now)).map(|(before, _)| before);
+        let Some(settled) = settled else { return self.last() };
         let Some(baseline) = &self.baseline else {
-            self.baseline = Some(Baseline { round: settled, known: known.collect(), users: BTreeSet::new() });
+            for (user, place) in known {
+                self.facts.entry(user).or_insert(place);
+            }
+            self.baseline = Some(settled);
             return Compared::NotYet;
         };
-        let counted = settled.counted - baseline.round.counted;
-        let is_same = usize::try_from(counted) == Ok(baseline.users.len());
+        let is_between = |(partition, offset): &&Place| {
+            let next = |ends: &Ends| ends.get(partition).map_or(0, |(_, next)| *next);
+            (next(&baseline.ends)..next(&settled.ends)).contains(offset)
+        };
+        self.users = self.facts.values().filter(is_between).count();
+        let counted = settled.counted - baseline.counted;
+        let is_same = usize::try_from(counted) == Ok(self.users);
         self.differing = if is_same { 0 } else { self.differing.saturating_add(1) };
         if self.differing < LOOKS {
             return self.last();
         }
-        Compared::Differs { in_topic: baseline.users.len(), counted }
+        Compared::Differs { in_topic: self.users, counted }
     }
 
     /// Between two comparisons nothing is known to differ.
     fn last(&self) -> Compared {
-        match &self.baseline {
-            Some(baseline) => Compared::Same(baseline.users.len()),
-            None => Compared::NotYet,
-        }
+        if self.baseline.is_some() { Compared::Same(self.users) } else { Compared::NotYet }
     }
+}
+
+/// Whether the total of a round belongs to its ends: the topic ended there before the analytics
+/// service was asked and after it had answered.
+fn is_settled(before: &Round, now: &Round) -> bool {
+    before.ends == now.ends && before.answered <= now.asked
 }
 
 #[cfg(test)]
@@ -120,8 +129,12 @@ mod tests {
         }
     }
 
+    fn round(next: i64, counted: i64) -> Round {
+        Round { ends: [(0, (0, next))].into(), asked: Instant::now(), counted, answered: Instant::now() }
+    }
+
     fn compare(totals: &mut Totals, next: i64, counted: i64) -> Compared {
-        totals.compare(Some(Round { ends: [(0, (0, next))].into(), counted }), [Uuid::from_u128(1)].into_iter())
+        totals.compare(Some(round(next, counted)), [(Uuid::from_u128(1), (0, 3))].into_iter())
     }
 
     #[test]
@@ -134,10 +147,39 @@ mod tests {
         totals.saw(&seen(11, 2));
         totals.saw(&seen(12, 1));
         totals.saw(&seen(13, 3));
-        assert_eq!(compare(&mut totals, 14, 9), Compared::Same(2));
+        compare(&mut totals, 14, 9);
         for _ in 0..10 {
             assert_eq!(compare(&mut totals, 14, 9), Compared::Same(2), "a copy and a known user count once");
         }
+    }
+
+    /// The burst of registrations begins while the first comparison does.
+    #[test]
+    fn a_fact_after_the_first_ends_is_counted_although_it_was_seen_before_the_comparison() {
+        let mut totals = Totals::default();
+        compare(&mut totals, 10, 7);
+        totals.saw(&seen(10, 2));
+        totals.saw(&seen(11, 3));
+        assert_eq!(compare(&mut totals, 10, 7), Compared::NotYet, "the baseline");
+        compare(&mut totals, 12, 9);
+        for _ in 0..2 * LOOKS {
+            assert_eq!(compare(&mut totals, 12, 9), Compared::Same(2));
+        }
+    }
+
+    /// The analytics service may count a record that has arrived after Kafka was asked.
+    #[test]
+    fn a_total_belongs_to_ends_that_were_asked_for_before_and_after_it() {
+        let mut totals = Totals::default();
+        let asked = Instant::now();
+        for _ in 0..3 {
+            let late = Round { asked, ..round(10, 8) };
+            assert_eq!(totals.compare(Some(late), [].into_iter()), Compared::NotYet);
+        }
+        totals.saw(&seen(10, 2));
+        compare(&mut totals, 11, 8);
+        compare(&mut totals, 11, 8);
+        assert_eq!(compare(&mut totals, 11, 8), Compared::Same(0));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::config::ServiceAddress;
 use crate::kafka::{Offsets, Recent};
 use crate::system::{Operations, Survey};
 
-/// How often the records that arrived are looked at. In this time the tail keeps the newest 500.
+/// How often the records that arrived are looked at. The tail keeps the newest 10,000 meanwhile.
 const TICK: Duration = Duration::from_millis(250);
 /// How often the services are asked.
 const ROUND: Duration = Duration::from_secs(1);
@@ -100,6 +100,7 @@ impl Watcher {
     fn read_new_records(&mut self) {
         let new = self.sources.recent.after(self.seen, usize::MAX, |_| true);
         let Some(newest) = new.first() else { return };
+        // The tail has skipped some, or more than it keeps have arrived.
         let expected = newest.number - self.seen.map_or(0, |seen| seen + 1) + 1;
         if new.len() as u64 != expected {
             self.totals.restart();
@@ -195,15 +196,19 @@ impl Watcher {
         let offsets = self.sources.offsets.borrow().clone();
         let group = ANALYTICS.groups.iter().find(|group| group.name == COUNTING);
         let lag = group.filter(|_| offsets.error.is_none()).and_then(|group| offsets.group_lag(group));
-        let round = match (lag, offsets.ends.get(USER.writes[0])) {
-            (Some(0), Some(ends)) => {
+        let round = match (lag, offsets.asked, offsets.ends.get(USER.writes[0])) {
+            (Some(0), Some(asked), Some(ends)) => {
                 let counted = self.laboratory.apis.funnel().await.ok();
-                counted.map(|counted| Round { ends: ends.clone(), counted })
+                counted.map(|counted| Round { ends: ends.clone(), asked, counted, answered: Instant::now() })
             }
             _ => None,
         };
-        let known: Vec<_> = self.laboratory.registrations().all().map(|registration| registration.user).collect();
-        self.totals.compare(round, known.into_iter())
+        let registrations = self.laboratory.registrations();
+        let known = registrations.all().filter_map(|registration| {
+            let place = registration.registered.places.get(USER.writes[0])?;
+            Some((registration.user, *place))
+        });
+        self.totals.compare(round, known)
     }
 
     fn findings(&self, compared: &Compared) -> Findings {
