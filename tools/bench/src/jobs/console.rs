@@ -41,8 +41,8 @@ const GOAL: f64 = 0.95;
 
 /// For readers of docs/performance.md.
 const LIMITED_BY: &str = "\
-What limits it: the console reads every record of every topic. Kafka and the console share two cores with the relay. On a
-machine of its own the console would cost the services only what Kafka needs to send the records once more.";
+What limits it: the console reads at most 10,000 records a second and skips the others. It also asks Kafka for the ends of
+all partitions and each service for its metrics, once a second. It shares two cores with Kafka and the relay.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("console").await?;

@@ -27,6 +27,10 @@ const TEXT_LIMIT: usize = 64;
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// The pause before the next look at topics that do not exist, or that could not be read.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How many records are read in one second. The console skips the others: reading them would slow down
+/// the services that share its machine, and no visitor can follow so many.
+const RECORDS_A_SECOND: u32 = 10_000;
+const SECOND: Duration = Duration::from_secs(1);
 
 /// A record that has arrived.
 #[derive(Clone, Debug)]
@@ -63,10 +67,11 @@ struct Kept {
     records: VecDeque<Arc<Seen>>,
     next: u64,
     counts: BTreeMap<&'static str, u64>,
+    skipped: u64,
 }
 
 impl Recent {
-    /// The records after `number` that pass the filter, the newest first, and at most `limit` of them.
+    /// The records after `number` that were read and that pass the filter, the newest first, and at most `limit` of them.
     pub fn after(&self, number: Option<u64>, limit: usize, passes: impl Fn(&Seen) -> bool) -> Vec<Arc<Seen>> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let newer = kept.records.iter().rev().take_while(|seen| number.is_none_or(|number| seen.number > number));
@@ -76,6 +81,11 @@ impl Recent {
     /// The number of the last record.
     pub fn last(&self) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).next.checked_sub(1)
+    }
+
+    /// How many records were skipped since the start. They have numbers.
+    pub fn skipped(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).skipped
     }
 
     /// How many records of each topic have arrived since the start.
@@ -93,27 +103,40 @@ impl Recent {
         }
         kept.records.push_back(Arc::new(seen));
     }
+
+    fn skip(&self, topic: &'static str, records: u64) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.next += records;
+        kept.skipped += records;
+        *kept.counts.entry(topic).or_default() += records;
+    }
 }
 
 /// Follows all topics until the stop. Topics that do not exist yet are followed when they do.
 pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) -> anyhow::Result<()> {
-    let consumer: BaseConsumer = kafka.reader(GROUP).create()?;
+    let mut tail = Tail { kafka, recent, consumer: kafka.reader(GROUP).create()?, next: BTreeMap::new() };
     let mut missing = topics();
     let mut looked: Option<Instant> = None;
     // Whether the last error was logged. During an outage the client reports several kinds in turn.
     let mut logged = false;
+    let (mut second, mut read) = (Instant::now(), 0);
     while !stop.is_cancelled() {
         if !missing.is_empty() && looked.is_none_or(|looked| looked.elapsed() >= RETRY_INTERVAL) {
             looked = Some(Instant::now());
-            match assign(kafka, &consumer, &missing) {
+            match tail.assign(&missing) {
                 Ok(assigned) => missing.retain(|topic| !assigned.contains(topic)),
                 Err(error) => tracing::debug!(%error, "Kafka does not list the topics; will retry"),
             }
         }
-        match consumer.poll(POLL_INTERVAL) {
+        if second.elapsed() >= SECOND {
+            (second, read) = (Instant::now(), 0);
+        }
+        match tail.consumer.poll(POLL_INTERVAL) {
             Some(Ok(message)) => {
                 logged = false;
+                read += 1;
                 if let Some(seen) = seen(kafka, &message) {
+                    tail.next.insert((seen.topic, seen.partition), seen.offset + 1);
                     recent.push(seen);
                 }
             }
@@ -128,40 +151,68 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
                 // The client recovers from other errors by itself. It does not read a partition any more
                 // whose next offset was deleted. So all are read again from shortly before their ends.
                 if error_code == Some(RDKafkaErrorCode::AutoOffsetReset) {
-                    consumer.unassign()?;
+                    tail.consumer.unassign()?;
                     missing = topics();
                     looked = Some(Instant::now());
                 }
             }
         }
+        // Nothing is fetched until the second is over. Then reading continues shortly before the ends.
+        if read == RECORDS_A_SECOND {
+            tail.consumer.unassign()?;
+            while second.elapsed() < SECOND && !stop.is_cancelled() {
+                std::thread::sleep(POLL_INTERVAL.min(SECOND.saturating_sub(second.elapsed())));
+            }
+            missing = topics();
+            looked = None;
+        }
     }
     Ok(())
 }
 
-/// Assigns all partitions of those topics that exist, shortly before their ends, and returns these
-/// topics.
-fn assign(kafka: &KafkaConfig, consumer: &BaseConsumer, topics: &[&'static str]) -> anyhow::Result<Vec<&'static str>> {
-    let mut assigned = TopicPartitionList::new();
-    let mut existing = vec![];
-    for topic in topics {
-        let name = kafka.prefixed(topic);
-        let metadata = consumer.fetch_metadata(Some(&name), ANSWER_LIMIT)?;
-        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-            let start = start(consumer, &name, partition.id())?;
-            assigned.add_partition_offset(&name, partition.id(), start)?;
-            existing.push(*topic);
-        }
-    }
-    if !existing.is_empty() {
-        consumer.incremental_assign(&assigned)?;
-    }
-    Ok(existing)
+struct Tail<'a> {
+    kafka: &'a KafkaConfig,
+    recent: &'a Recent,
+    consumer: BaseConsumer,
+    /// The next offset to read, of each partition of which a record was read.
+    next: BTreeMap<(&'static str, i32), i64>,
 }
 
-/// Where to start reading: a few records before the end.
-fn start(consumer: &BaseConsumer, topic: &str, partition: i32) -> anyhow::Result<Offset> {
-    let (first, next) = consumer.fetch_watermarks(topic, partition, ANSWER_LIMIT)?;
-    Ok(Offset::Offset((next - READ_AT_START).max(first)))
+impl Tail<'_> {
+    /// Assigns all partitions of those topics that exist, shortly before their ends, and returns these
+    /// topics.
+    fn assign(&mut self, topics: &[&'static str]) -> anyhow::Result<Vec<&'static str>> {
+        let mut assigned = TopicPartitionList::new();
+        let mut existing = vec![];
+        let mut skipped = vec![];
+        for topic in topics {
+            let name = self.kafka.prefixed(topic);
+            let metadata = self.consumer.fetch_metadata(Some(&name), ANSWER_LIMIT)?;
+            for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+                let place = (*topic, partition.id());
+                let ends = self.consumer.fetch_watermarks(&name, partition.id(), ANSWER_LIMIT)?;
+                let start = start(ends, self.next.get(&place).copied());
+                assigned.add_partition_offset(&name, partition.id(), Offset::Offset(start))?;
+                skipped.push((place, start));
+                existing.push(*topic);
+            }
+        }
+        if !existing.is_empty() {
+            self.consumer.incremental_assign(&assigned)?;
+        }
+        for (place, start) in skipped {
+            let before = self.next.insert(place, start).unwrap_or(start);
+            self.recent.skip(place.0, u64::try_from(start - before).unwrap_or(0));
+        }
+        Ok(existing)
+    }
+}
+
+/// Where to start reading: a few records before the end of a partition, and no record twice. A topic
+/// that was created again ends before the next offset of the old one.
+fn start((first, end): (i64, i64), next: Option<i64>) -> i64 {
+    let before_end = (end - READ_AT_START).max(first);
+    before_end.max(next.filter(|next| *next <= end).unwrap_or(before_end))
 }
 
 /// A record without its value. `None`: the topic is not one of Waybill's.
@@ -223,5 +274,26 @@ mod tests {
         assert_eq!(offsets(None, 20_000).len(), KEPT / 2);
         assert_eq!(recent.counts()["user.events.v1"], 20_000);
         assert_eq!(recent.last(), Some(19_999));
+    }
+
+    #[test]
+    fn skipped_records_have_numbers_and_count() {
+        let recent = Recent::default();
+        recent.push(record(0, "read"));
+        recent.skip("user.events.v1", 500);
+        recent.push(record(501, "read"));
+        let numbers: Vec<u64> = recent.after(None, 10, |_| true).iter().map(|seen| seen.number).collect();
+        assert_eq!((numbers, recent.skipped()), (vec![501, 0], 500));
+        assert_eq!(recent.counts()["user.events.v1"], 502);
+    }
+
+    #[test]
+    fn reading_starts_before_the_end_and_reads_no_record_twice() {
+        assert_eq!(start((0, 1_000), None), 980);
+        assert_eq!(start((990, 1_000), None), 990, "the records before were deleted");
+        assert_eq!(start((0, 1_000), Some(500)), 980, "480 records are skipped");
+        assert_eq!(start((0, 1_000), Some(995)), 995);
+        assert_eq!(start((0, 1_000), Some(1_000)), 1_000);
+        assert_eq!(start((0, 10), Some(1_000)), 0, "the topic was created again");
     }
 }

@@ -97,8 +97,8 @@ struct Update {
     rows: Vec<Row>,
     /// How many arrived that the filter lets pass or not.
     arrived: u64,
-    /// How many of those that pass are not in `rows`.
-    left_out: usize,
+    /// How many of those that pass, or were skipped by the tail, are not in `rows`.
+    left_out: u64,
 }
 
 /// Sends what arrives. Many records become one update, so the rate of updates does not grow with the
@@ -109,8 +109,8 @@ pub async fn live(State(app): State<App>, Query(filter): Query<Filter>) -> Respo
 
 fn updates(app: App, filter: Filter) -> impl Stream<Item = Result<Event, Infallible>> {
     let App { recent, stop, .. } = app;
-    let shown = recent.last();
-    let updates = stream::unfold((recent, filter, shown), async |(recent, filter, mut shown)| {
+    let shown = (recent.last(), recent.skipped());
+    let updates = stream::unfold((recent, filter, shown), async |(recent, filter, (mut shown, mut skipped))| {
         loop {
             sleep(UPDATE_INTERVAL).await;
             let last = recent.last();
@@ -119,11 +119,12 @@ fn updates(app: App, filter: Filter) -> impl Stream<Item = Result<Event, Infalli
             }
             let new: Vec<Arc<Seen>> = recent.after(shown, usize::MAX, |seen| filter.passes(seen));
             let arrived = last.map_or(0, |last| last + 1) - shown.map_or(0, |shown| shown + 1);
-            shown = last;
+            let unread = recent.skipped() - skipped;
+            (shown, skipped) = (last, skipped + unread);
             let rows: Vec<Row> = new.iter().take(UPDATE_ROWS).map(|seen| Row::from(&**seen)).collect();
-            let update = Update { left_out: new.len() - rows.len(), rows, arrived };
+            let update = Update { left_out: (new.len() - rows.len()) as u64 + unread, rows, arrived };
             let event = Event::default().json_data(&update).unwrap_or_default();
-            return Some((event, (recent, filter, shown)));
+            return Some((event, (recent, filter, (shown, skipped))));
         }
     });
     updates.map(Ok).take_until(stop.cancelled_owned())
