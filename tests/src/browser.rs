@@ -13,7 +13,7 @@ use testbed::paths;
 use testbed::process::{self, Logs, Process};
 use testbed::testing::{free_port, prefix};
 
-use crate::waiting::eventually;
+use crate::waiting::{eventually, eventually_contains};
 
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// The name of the field that has the id of an element (W3C WebDriver, section 12.1).
@@ -75,14 +75,21 @@ impl Browser {
 
     /// Waits until the first element that a CSS selector finds has a text that contains this one.
     pub async fn until_text(&self, selector: &str, text: &str) {
-        eventually(&format!("{selector} shows {text:?}"), async || {
-            self.text(selector).await.filter(|shown| shown.contains(text)).map(drop)
-        })
-        .await;
+        eventually_contains(selector, text, async || self.text(selector).await.unwrap_or_default()).await;
     }
 
+    /// Clicks the first element that a CSS selector finds, as soon as it stands still. A live update may
+    /// move it, and then the click would go to what stands there now.
     pub async fn click(&self, selector: &str) {
-        let element = self.element(selector).await.unwrap_or_else(|| panic!("no element {selector}"));
+        let mut before = None;
+        let element = eventually(&format!("{selector} stands still"), async || {
+            let element = self.element(selector).await?;
+            let now = (element.clone(), self.ask(Method::GET, &format!("/element/{element}/rect"), None).await.ok()?);
+            let stands_still = before.as_ref() == Some(&now);
+            before = Some(now);
+            stands_still.then_some(element)
+        })
+        .await;
         self.post(&format!("/element/{element}/click"), json!({})).await;
     }
 

@@ -43,7 +43,7 @@ pub mod web;
 mod waiting;
 
 pub use system::System;
-pub use waiting::{DEADLINE, eventually, eventually_eq, eventually_reaches, throughout, within};
+pub use waiting::{DEADLINE, eventually, eventually_contains, eventually_eq, eventually_reaches, throughout, within};
 
 /// The parameters of a test that repeats itself: `usual`, or `full` in `cargo xtask test --full`.
 pub fn repeats(usual: &'static [u32], full: &'static [u32]) -> impl Iterator<Item = u32> {

@@ -45,6 +45,22 @@ pub async fn eventually_eq<T: PartialEq + Debug>(what: &str, expected: T, mut pr
     }
 }
 
+/// Waits until `probe` returns a text that contains this one.
+///
+/// # Panics
+/// It did not within [`DEADLINE`]. The message contains the last text.
+pub async fn eventually_contains(what: &str, expected: &str, mut probe: impl AsyncFnMut() -> String) {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let found = probe().await;
+        if found.contains(expected) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not within {DEADLINE:?}: {what}: no {expected:?} in {found:?}");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 /// Waits until a growing number reaches `goal`. The deadline starts again whenever the number
 /// grows, so a slow machine does not fail the test.
 ///
