@@ -12,6 +12,8 @@ use super::state::{Fault, Outcome, Shared, Stage};
 /// Bytes of a mail above which the sink closes the connection, so that it does not run out of
 /// memory.
 const MAX_MAIL: usize = 16 * 1024 * 1024;
+/// The reply of a sink that refuses connections.
+const REFUSAL: &str = "421 try again later";
 
 pub(super) async fn serve(stream: TcpStream, shared: Arc<Shared>) {
     shared.state().connections += 1;
@@ -30,8 +32,8 @@ struct Session {
 
 impl Session {
     async fn run(&mut self) -> io::Result<()> {
-        if self.shared.take(&[], |fault| *fault == Fault::Refuse).is_some() {
-            return self.reply("421 try again later").await;
+        if self.refuses() {
+            return self.reply(REFUSAL).await;
         }
         if !self.answer(Stage::Connect, &[], "220 waybill sink").await? {
             return Ok(());
@@ -42,6 +44,7 @@ impl Session {
             match verb.to_ascii_uppercase().as_str() {
                 "EHLO" => self.reply("250-waybill sink\r\n250-8BITMIME\r\n250 SMTPUTF8").await?,
                 "HELO" | "NOOP" => self.reply("250 ok").await?,
+                "MAIL" if self.refuses() => return self.reply(REFUSAL).await,
                 "MAIL" => self.mail(rest).await?,
                 "RCPT" => self.rcpt(rest).await?,
                 "DATA" => self.data().await?,
@@ -54,6 +57,10 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    fn refuses(&self) -> bool {
+        self.shared.take(&[], |fault| *fault == Fault::Refuse).is_some()
     }
 
     async fn mail(&mut self, rest: &str) -> io::Result<()> {
@@ -299,6 +306,16 @@ mod tests {
         let sink = sink(Fault::Refuse.times(1)).await;
         assert_eq!(Client::connect(&sink).await.answer().await.unwrap(), "421 try again later");
         assert_eq!(send(&sink, "b@test").await, "220 250 250 250 354 250");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_open_before_is_refused_at_its_next_mail() {
+        let sink = sink(Fault::None).await;
+        let mut client = Client::connect(&sink).await;
+        assert_eq!(client.answer().await.unwrap(), "220 waybill sink");
+        sink.set(Fault::Refuse.times(1));
+        assert_eq!(client.send_line("MAIL FROM:<a@test>\r\n").await.unwrap(), REFUSAL);
+        assert_eq!(client.answer().await, Err(io::ErrorKind::UnexpectedEof), "the connection is closed");
     }
 
     #[tokio::test]

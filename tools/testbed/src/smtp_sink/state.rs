@@ -25,7 +25,8 @@ pub struct Behaviour {
 pub enum Fault {
     #[default]
     None,
-    /// The sink answers 421 instead of a greeting and closes the connection.
+    /// The sink answers 421 and closes the connection: a new one instead of the greeting, and one that
+    /// was open before at its next mail.
     Refuse,
     /// The sink answers `stage` with `code`.
     Reject { stage: Stage, code: u16 },
