@@ -34,7 +34,8 @@ pub struct Target {
 #[derive(Clone, Debug)]
 pub struct Registration {
     pub email: String,
-    /// Whether the client repeats a request without an answer. Every other client gives up.
+    /// Whether the client repeats its request while it has no answer, or one that names a missing effect.
+    /// Every other client gives up.
     pub repeats: bool,
     /// Seconds from the start of the load to the intended start of the request.
     pub intended: f64,
@@ -43,7 +44,7 @@ pub struct Registration {
     /// When it came, in milliseconds since 1970.
     pub answered_at: Option<u64>,
     pub user: Option<Uuid>,
-    /// Whether the answer says that an effect is missing.
+    /// Whether an answer said that an effect is missing.
     pub told_missing: bool,
     /// What the checker of the fault tests has to know.
     pub operations: Vec<Operation>,
@@ -61,7 +62,8 @@ pub struct Read {
 }
 
 /// Sends registrations in the background: so many per second for so long, one part after another. Every
-/// second client repeats a request without an answer, for the time `repeat`.
+/// second client repeats its request while it has no answer, or one that names a missing effect, for the time
+/// `repeat`.
 pub fn start(target: Target, parts: &[(f64, Duration)], repeat: Duration) -> JoinHandle<Vec<Registration>> {
     let target = Arc::new(target);
     let times = times(parts);
@@ -143,9 +145,10 @@ impl One {
         loop {
             let answer = post(&self.client, &self.target.users, &registration.email, &key).await;
             let (outcome, user) = self.note(&answer, &mut registration);
+            let is_complete = registration.answered.is_some() && !names_missing(&answer);
             let request = Request::Register { email: registration.email.clone() };
             registration.operations.push(Operation { user, request, outcome });
-            if registration.answered.is_some() || !registration.repeats || self.at.elapsed() > self.repeat {
+            if is_complete || !registration.repeats || self.at.elapsed() > self.repeat {
                 break;
             }
             sleep(REPEAT_PAUSE).await;
@@ -163,10 +166,10 @@ impl One {
     ) -> (Outcome, Option<Uuid>) {
         match answer {
             Ok((StatusCode::CREATED, body)) => {
-                registration.answered = Some(self.at.elapsed().as_secs_f64());
-                registration.answered_at = Some(now());
+                registration.answered.get_or_insert(self.at.elapsed().as_secs_f64());
+                registration.answered_at.get_or_insert(now());
                 registration.user = body["id"].as_str().and_then(|id| id.parse().ok());
-                registration.told_missing = body["missing"].as_array().is_some_and(|missing| !missing.is_empty());
+                registration.told_missing |= names_missing(answer);
                 (Outcome::Done(body["version"].as_i64().unwrap_or(0)), registration.user)
             }
             Ok((status, _)) if status.is_client_error() => (Outcome::Refused(status.as_u16()), None),
@@ -196,6 +199,11 @@ impl One {
             sleep(READ_PAUSE).await;
         }
     }
+}
+
+fn names_missing(answer: &reqwest::Result<(StatusCode, Value)>) -> bool {
+    let missing = answer.as_ref().ok().and_then(|(_, body)| body["missing"].as_array());
+    missing.is_some_and(|missing| !missing.is_empty())
 }
 
 async fn post(client: &Client, users: &str, email: &str, key: &str) -> reqwest::Result<(StatusCode, Value)> {
