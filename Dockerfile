@@ -20,10 +20,11 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target,sharing=locked \
     find . -name '*.rs' -not -path './target/*' -exec touch {} + \
- && cargo build --release --locked $(ls services | sed 's/^/--package /') --package credentials --package waybill-console \
+ && cargo build --release --locked $(ls services | sed 's/^/--package /') --package credentials \
+      $(ls tools | sed -n 's/^console$/--package waybill-console/p') \
  && mkdir /programs \
  && cd target/release \
- && cp $(ls /src/services) credentials console /programs/
+ && cp $(ls /src/services) $(ls /src/tools | grep -x -e credentials -e console) /programs/
 
 # Contains a C runtime, certificates and an unprivileged user, but no shell and no tools. Its glibc
 # is newer than that of the first stage, as the programs need.

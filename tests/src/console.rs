@@ -38,7 +38,8 @@ impl System {
         let programs = &testing::stack().programs;
         let (mut environment, logs) = self.for_console();
         environment.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        let tool = RunningTool::start_on_free_ports(CONSOLE, programs, &environment, logs).await.unwrap();
+        let console = CONSOLE.expect("the topology has the console");
+        let tool = RunningTool::start_on_free_ports(console, programs, &environment, logs).await.unwrap();
         Console { url: tool.url(), tool: Some(tool), client: client() }
     }
 }

@@ -2,6 +2,7 @@
 //! laboratory, on free ports.
 
 use std::fs::{self, File};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -22,28 +23,39 @@ const READY: &str = "See it at ";
 pub struct Up {
     run: Child,
     printed: String,
-    pub console: Console,
 }
 
 impl Up {
     /// Compiles nothing, because it calls the program `true` instead of cargo. The services are already
     /// built.
     pub async fn start() -> Self {
+        Self::start_program(&paths::root().join("target/debug/xtask")).await
+    }
+
+    /// As [`Up::start`], with another `xtask`.
+    pub async fn start_program(program: &Path) -> Self {
         let logs = Logs::to_files(&format!("tests/up-{}", prefix())).unwrap();
         let output = logs.file("xtask");
         let file = File::create(&output).unwrap();
-        let mut command = Command::new(paths::root().join("target/debug/xtask"));
+        let mut command = Command::new(program);
         command.args(["up", "--temporary"]).env("CARGO", "true");
         let mut run = command.stdin(Stdio::null()).stderr(file.try_clone().unwrap()).stdout(file).spawn().unwrap();
-        let address = within(START_DEADLINE, "`xtask up` prints where the console is", async || {
+        within(START_DEADLINE, "`xtask up` prints how to register a user", async || {
             let printed = fs::read_to_string(&output).unwrap();
             assert!(run.try_wait().unwrap().is_none(), "`xtask up` has ended: {printed}");
-            // The lines after the address come at once.
-            let is_complete = printed.contains("Register a user:");
-            is_complete.then(|| word_after(&printed, READY))
+            printed.contains("Register a user:").then_some(())
         })
         .await;
-        Self { run, printed: fs::read_to_string(&output).unwrap(), console: Console::at(&address) }
+        Self { run, printed: fs::read_to_string(&output).unwrap() }
+    }
+
+    pub fn console(&self) -> Console {
+        Console::at(&word_after(&self.printed, READY))
+    }
+
+    /// What it has printed until it was ready.
+    pub fn printed(&self) -> &str {
+        &self.printed
     }
 
     pub fn pid(&self) -> u32 {

@@ -14,7 +14,7 @@ use testbed::process::Logs;
 use testbed::services;
 use testbed::stack::Ports;
 use testbed::testing;
-use topology::{EMAIL, Service, USER};
+use topology::{CONSOLE, EMAIL, Service, USER};
 
 use crate::kafka::Kafka;
 use crate::mail::Mail;
@@ -136,7 +136,8 @@ impl System {
     pub(crate) fn for_console(&self) -> (Vec<(String, String)>, &Logs) {
         let (mut environment, logs) = self.processes.for_console();
         // On secured components it logs in as itself.
-        environment.extend(self.own.iter().flat_map(|own| services::environment_of_console(&own.stack)));
+        let own = self.own.iter().zip(CONSOLE);
+        environment.extend(own.flat_map(|(own, console)| services::environment_of_console(console, &own.stack)));
         (environment, logs)
     }
 }

@@ -9,9 +9,9 @@ use testbed::paths;
 use tests::System;
 use tests::browser::{Browser, ENTER, TAB};
 use tests::console::{Console, Page};
-use tests::eventually;
 use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, EMAIL_WELCOME};
 use tests::up::Up;
+use tests::{eventually, eventually_contains, eventually_eq};
 use topology::{ANALYTICS, SERVICES};
 
 use crate::local_stack::{descendants, still_running};
@@ -21,6 +21,7 @@ const INDICATORS: usize = 5;
 /// The places of the indicators on the page.
 const PUBLISHED: usize = 0;
 const MAILED: usize = 1;
+const COUNTED: usize = 2;
 const CACHED: usize = 3;
 const NOT_LOST: usize = 4;
 
@@ -51,10 +52,13 @@ impl<'a> Laboratory<'a> {
         self.console.post("/laboratory/act", origin, &fields).await
     }
 
+    /// Registers users, and waits until all are accepted.
     async fn burst(&self, users: u32) {
+        let before = accepted(&self.console.get(PAGE).await.body);
         let page = self.send(&self.console.url(""), "burst", "", &users.to_string(), &self.page_token).await;
         assert_eq!(page.status, StatusCode::SEE_OTHER, "{}", page.body);
-        self.console.until_shows(PAGE, &format!("{users} of {users} registrations were accepted")).await;
+        eventually_eq("accepted registrations", before + users, async || accepted(&self.console.get(PAGE).await.body))
+            .await;
     }
 
     /// Waits until an indicator stands so, and returns its figures.
@@ -66,9 +70,8 @@ impl<'a> Laboratory<'a> {
 
     /// Waits until the figures of an indicator contain a text.
     async fn until_figures(&self, indicator: usize, text: &str) {
-        eventually(&format!("indicator {indicator} shows {text:?}"), async || {
-            let page = self.console.get(PAGE).await.body;
-            figures(&page, indicator).contains(text).then_some(())
+        eventually_contains(&format!("indicator {indicator}"), text, async || {
+            figures(&self.console.get(PAGE).await.body, indicator)
         })
         .await;
     }
@@ -80,6 +83,12 @@ impl<'a> Laboratory<'a> {
             self.until(indicator, "holds").await;
         }
     }
+}
+
+/// How many registrations of the laboratory were accepted.
+fn accepted(page: &str) -> u32 {
+    let (_, rest) = page.split_once("data-text=\"watched\">").expect("the page says it");
+    rest.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 fn figures(page: &str, indicator: usize) -> String {
@@ -111,7 +120,8 @@ fn control_token(up: &Up) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_are_caught_up_and_nothing_outlives_the_run() {
     let up = Up::start().await;
-    let laboratory = Laboratory::of(&up.console).await;
+    let console = up.console();
+    let laboratory = Laboratory::of(&console).await;
     kill_the_email_service(&laboratory).await;
     stop_kafka(&laboratory).await;
     lose_answers(&laboratory).await;
@@ -128,13 +138,47 @@ async fn faults_are_caught_up_and_nothing_outlives_the_run() {
 
     // A frozen and a killed process, and a stopped component, at the end.
     laboratory.act("freeze", "user").await;
-    up.console.until_shows("/", "user does not answer").await;
+    console.until_shows("/", "user does not answer").await;
     laboratory.act("kill", "cache").await;
     laboratory.act("stop", "valkey").await;
     let processes = descendants(up.pid());
     assert!(processes.len() >= 5, "{processes:?}");
     assert!(up.interrupt().success());
     assert_eq!(still_running(&processes), Vec::<String>::new());
+}
+
+/// The faults that the test above leaves out: each delays effects, and loses none.
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_stores_a_frozen_service_and_a_failing_mail_server_lose_nothing() {
+    let up = Up::start().await;
+    let console = up.console();
+    let laboratory = Laboratory::of(&console).await;
+    laboratory.act("stop", "postgres").await;
+    console.until_shows(PAGE, "data-text=\"condition:postgres\">down<").await;
+    laboratory.act("start", "postgres").await;
+    console.until_shows("/", "all parts work").await;
+    laboratory.burst(5).await;
+    laboratory.until_all_hold(5).await;
+
+    laboratory.act("stop", "valkey").await;
+    laboratory.burst(5).await;
+    laboratory.until_figures(CACHED, "wait: ").await;
+    laboratory.act("start", "valkey").await;
+    laboratory.until_all_hold(10).await;
+
+    laboratory.act("freeze", "analytics").await;
+    laboratory.burst(5).await;
+    laboratory.until_figures(COUNTED, "analytics does not answer").await;
+    laboratory.act("resume", "analytics").await;
+    laboratory.until_all_hold(15).await;
+
+    for (behaviour, all) in [("slow", 20), ("refusing", 25)] {
+        laboratory.act("mail", behaviour).await;
+        laboratory.burst(5).await;
+        laboratory.until_figures(MAILED, "wait: the mail is ").await;
+        laboratory.act("mail", "normal").await;
+        laboratory.until_all_hold(all).await;
+    }
 }
 
 async fn kill_the_email_service(laboratory: &Laboratory<'_>) {
@@ -201,8 +245,9 @@ async fn write_faulty_records(laboratory: &Laboratory<'_>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_website_and_a_form_without_the_token_break_nothing() {
     let up = Up::start().await;
-    let laboratory = Laboratory::of(&up.console).await;
-    let (console, own, token) = (&up.console, up.console.url(""), laboratory.page_token.clone());
+    let console = &up.console();
+    let laboratory = Laboratory::of(console).await;
+    let (own, token) = (console.url(""), laboratory.page_token.clone());
     for (origin, token) in [("http://evil.example", &*token), ("null", &token), (&own, "guessed"), (&own, "")] {
         for (act, target) in [("kill", "email"), ("burst", ""), ("malformed", ""), ("mail", "refusing")] {
             let refused = laboratory.send(origin, act, target, "5", token).await;
@@ -261,7 +306,8 @@ async fn the_laboratory_is_off_by_default_and_shows_commands_without_a_control_p
 #[tokio::test(flavor = "multi_thread")]
 async fn a_system_is_broken_repaired_and_pictured_in_a_browser() {
     let up = Up::start().await;
-    let Some(browser) = Browser::open(&up.console.url(""), 1280, 1000).await else { return };
+    let console = up.console();
+    let Some(browser) = Browser::open(&console.url(""), 1280, 1000).await else { return };
     browser.goto("/").await;
     browser.click("main a[href='/laboratory']").await;
     browser.until_text("h1", "Laboratory").await;
@@ -269,7 +315,7 @@ async fn a_system_is_broken_repaired_and_pictured_in_a_browser() {
 
     browser.click("button[value=malformed]").await;
     let path = format!("/dead-letters?group={ANALYTICS_USERS}");
-    up.console.until_shows(&path, "aria-label=\"Letter ").await;
+    console.until_shows(&path, "aria-label=\"Letter ").await;
     for (act, answer) in [("show", "this is not JSON"), ("redrive", "\"failed\": 1"), ("discard", ANALYTICS_USERS)] {
         browser.goto(&path).await;
         browser.click("article input[name=reason]").await;
@@ -286,7 +332,7 @@ async fn a_system_is_broken_repaired_and_pictured_in_a_browser() {
     browser.close().await;
 
     // On a telephone, in the dark.
-    let Some(browser) = Browser::open(&up.console.url(""), 390, 800).await else { return };
+    let Some(browser) = Browser::open(&console.url(""), 390, 800).await else { return };
     browser.prefer("prefers-color-scheme", "light").await;
     browser.goto(PAGE).await;
     let background = "getComputedStyle(document.body).backgroundColor";
@@ -300,6 +346,8 @@ async fn a_system_is_broken_repaired_and_pictured_in_a_browser() {
 }
 
 async fn kill_and_restart_by_the_page(browser: &Browser) {
+    let place = "document.querySelector(\"button[aria-label='Restart email']\").getBoundingClientRect().y + scrollY";
+    let place_at_start = browser.evaluate(place).await;
     browser.click("button[aria-label='Kill email']").await;
     browser.until_text("[data-text='condition:email']", "down").await;
     // The live update may be faster than the answer to the form.
@@ -313,12 +361,14 @@ async fn kill_and_restart_by_the_page(browser: &Browser) {
     browser.until_text("[data-text='standing:1']", "catching up").await;
     browser.until_text("[data-text='figures:1']", "email does not answer").await;
     browser.until_text("[data-text='figures:3']", "20 of 20.").await;
+    assert_eq!(browser.evaluate(place).await, place_at_start, "a live update has moved a button");
     let picture = browser.picture().await;
     assert!(picture.starts_with(b"\x89PNG"));
     if std::env::var_os("WAYBILL_WRITE_SCREENSHOTS").is_some() {
         fs::write(paths::root().join("docs/console/laboratory.png"), picture).unwrap();
     }
     browser.click("button[aria-label='Restart email']").await;
+    browser.until_text("[data-text='condition:email']", "runs").await;
     for indicator in 0..INDICATORS {
         browser.until_text(&format!("[data-text='figures:{indicator}']"), "20 of 20.").await;
         browser.until_text(&format!("[data-text='standing:{indicator}']"), "holds").await;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use sqlx::{Connection, PgConnection, PgPool};
 use testbed::fetch::fetch;
 use testbed::postgres::{self, Database, Durability};
@@ -122,9 +122,10 @@ impl Lab<'_> {
 
     /// Starts the console and waits until it serves.
     pub async fn start_console(&self) -> Result<RunningTool> {
-        let mut environment = services::environment_of_console(&self.bed.stack);
+        let console = CONSOLE.context("the topology has no console")?;
+        let mut environment = services::environment_of_console(console, &self.bed.stack);
         environment.push(("TOPIC_PREFIX".to_owned(), self.prefixed("")));
-        RunningTool::start_on_free_ports(CONSOLE, &self.bed.services, &environment, &self.bed.logs).await
+        RunningTool::start_on_free_ports(console, &self.bed.services, &environment, &self.bed.logs).await
     }
 
     /// Creates the topics of all services, of which most do not run.

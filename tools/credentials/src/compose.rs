@@ -11,7 +11,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use topology::acls::{Naming, Operation, Resource, Rule, all_rules, grants};
-use topology::{CONSOLE, OPERATOR_ACTIONS, SERVICES, Service, with_database};
+use topology::{CONSOLE, OPERATOR_ACTIONS, SERVICES, Service, Tool, with_database};
 
 use crate::authority::Authority;
 use crate::passwords::Passwords;
@@ -62,7 +62,8 @@ user {OPERATOR} on >{operator} ~* &* +@all
 
 /// The users of Kafka: one per service, the console, and the operator.
 pub fn kafka_users() -> impl Iterator<Item = String> {
-    SERVICES.iter().map(Service::kafka_user).chain([CONSOLE.kafka_user(), OPERATOR.to_owned()])
+    let services = SERVICES.iter().map(Service::kafka_user);
+    services.chain(CONSOLE.iter().map(Tool::kafka_user)).chain([OPERATOR.to_owned()])
 }
 
 /// What needs a password.
@@ -117,8 +118,10 @@ fn write_kafka(files: &Files, passwords: &Passwords) -> Result<()> {
         let password = passwords.of(&format!("kafka-{}", service.kafka_user()));
         files.write(&format!("{}-kafka-password", service.name), password)?;
     }
-    let password = passwords.of(&format!("kafka-{}", CONSOLE.kafka_user()));
-    files.write(&format!("{}-kafka-password", CONSOLE.name), password)?;
+    if let Some(console) = CONSOLE {
+        let password = passwords.of(&format!("kafka-{}", console.kafka_user()));
+        files.write(&format!("{}-kafka-password", console.name), password)?;
+    }
     files.write("kafka-operator-password", passwords.of("kafka-operator"))?;
     let mut rules = all_rules(Naming::default());
     rules.extend(viewer_rules());

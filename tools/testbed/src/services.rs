@@ -173,9 +173,9 @@ pub fn environment(stack: &Stack, service: Service) -> Vec<(String, String)> {
 }
 
 /// The settings with which the console finds a stack.
-pub fn environment_of_console(stack: &Stack) -> Vec<(String, String)> {
+pub fn environment_of_console(console: Tool, stack: &Stack) -> Vec<(String, String)> {
     let settings = match &stack.secured {
-        Some(secured) => secured.kafka_login(&CONSOLE.kafka_user()),
+        Some(secured) => secured.kafka_login(&console.kafka_user()),
         None => vec![("KAFKA_BROKERS", stack.kafka_addresses())],
     };
     settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
@@ -221,7 +221,8 @@ pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
     cargo_build(&["-p", SYNCHRONOUS, "--features", &fault_points()], logs).await?;
     let folder = target().join("fault-points");
     std::fs::create_dir_all(&folder)?;
-    for name in SERVICES.map(|service| service.name).into_iter().chain([CONSOLE.name, SYNCHRONOUS]) {
+    let services = SERVICES.iter().map(|service| service.name);
+    for name in services.chain(CONSOLE.iter().map(|console| console.name)).chain([SYNCHRONOUS]) {
         // Copied under another name and then renamed: the file of a running program cannot be
         // written.
         let copy = folder.join(format!("{name}.new"));
@@ -254,7 +255,9 @@ async fn cargo_build(arguments: &[&str], logs: &Logs) -> Result<()> {
     for service in SERVICES {
         command.args(["-p", service.name]);
     }
-    command.args(["-p", &CONSOLE.package()]);
+    if let Some(console) = CONSOLE {
+        command.args(["-p", &console.package()]);
+    }
     command.args(arguments);
     let status = Process::spawn_on_terminal("cargo", command, logs)?.wait().await;
     ensure!(status.success(), "the services do not compile: see cargo's messages above");

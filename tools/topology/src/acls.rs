@@ -46,10 +46,10 @@ pub struct Naming<'a> {
     pub manage_topics: bool,
 }
 
-/// The rules of every service and of the console.
+/// The rules of every service, and of the console.
 pub fn all_rules(naming: Naming<'_>) -> BTreeSet<Rule> {
     let services = SERVICES.into_iter().flat_map(|service| service.rules(naming));
-    services.chain(CONSOLE.rules(naming)).collect()
+    services.chain(CONSOLE.iter().flat_map(|console| console.rules(naming))).collect()
 }
 
 impl Service {

@@ -103,8 +103,8 @@ pub struct Tool {
     pub otlp: u16,
 }
 
-/// The live page.
-pub const CONSOLE: Tool = Tool { name: "console", http: 8084, admin: 9084, otlp: 14_317 };
+/// The live page. `None`: this system has none, and the folder `tools/console` can be deleted.
+pub const CONSOLE: Option<Tool> = Some(Tool { name: "console", http: 8084, admin: 9084, otlp: 14_317 });
 
 impl Tool {
     /// The name of its package.
@@ -157,7 +157,8 @@ mod tests {
     fn services_have_distinct_names_and_ports() {
         let names: BTreeSet<&str> = SERVICES.iter().map(|service| service.name).collect();
         let ports = SERVICES.iter().flat_map(|service| [service.http, service.admin]);
-        let ports: Vec<u16> = ports.chain([CONSOLE.http, CONSOLE.admin, CONSOLE.otlp]).collect();
+        let ports_of_tools = CONSOLE.iter().flat_map(|console| [console.http, console.admin, console.otlp]);
+        let ports: Vec<u16> = ports.chain(ports_of_tools).collect();
         assert_eq!(names.len(), SERVICES.len());
         let distinct: BTreeSet<&u16> = ports.iter().collect();
         assert_eq!(distinct.len(), ports.len(), "{ports:?}");

@@ -14,7 +14,7 @@ use testbed::postgres::Durability;
 use testbed::process::{Logs, Scratch};
 use testbed::say::say;
 use testbed::secured::Secured;
-use testbed::services::{self, CONSOLE, Instance, SERVICES, USER};
+use testbed::services::{self, CONSOLE, Instance, SERVICES, Tool, USER};
 use testbed::stack::{Access, Ports};
 use testbed::system::{System, start_stack};
 use testbed::tools::{RunningTool, addresses, on_free_ports};
@@ -55,7 +55,7 @@ pub enum Brokers {
 
 /// Everything that runs. Fields are dropped in this order.
 struct Running {
-    console: RunningTool,
+    console: Option<RunningTool>,
     orders: Orders,
     _control: Control,
     system: System,
@@ -73,13 +73,15 @@ pub async fn run(fresh: bool, variant: Variant) -> Result<ExitCode> {
         started = start(fresh, variant, &logs) => started?,
         () = termination_signal() => return Ok(ExitCode::SUCCESS),
     };
-    announce(&running.system, &running.console, &logs);
+    announce(&running.system, running.console.as_ref(), &logs);
     let outcome = tokio::select! {
         outcome = laboratory::run(&mut running.system, &mut running.orders) => outcome,
         () = termination_signal() => Ok(()),
     };
     say("Stopping everything …");
-    running.console.stop().await;
+    if let Some(console) = &mut running.console {
+        console.stop().await;
+    }
     running.system.stop().await;
     outcome.map(|()| ExitCode::SUCCESS)
 }
@@ -98,8 +100,8 @@ async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<Running> {
     // A port that is in use is reported before anything that takes long.
     ports.require_free()?;
     instances.iter().try_for_each(Instance::require_free_ports)?;
-    let console = if is_temporary { on_free_ports(CONSOLE) } else { CONSOLE };
-    RunningTool::require_free_ports(console)?;
+    let console = if is_temporary { CONSOLE.map(on_free_ports) } else { CONSOLE };
+    console.map_or(Ok(()), RunningTool::require_free_ports)?;
     let fetched = fetch().await?;
     let programs = services::build(logs).await?;
     let scratch = is_temporary.then(|| Scratch::create("up")).transpose()?;
@@ -113,10 +115,16 @@ async fn start(fresh: bool, variant: Variant, logs: &Logs) -> Result<Running> {
     };
     let access = secured.as_ref().map_or(Access::Open, Access::Secured);
     let stack = start_stack(&fetched, &folder, ports, Durability::Disk, access, logs).await?;
-    let system = System::start(stack, &fetched, &instances, services::traced(console), &programs, logs).await?;
+    let traced = console.map(services::traced).unwrap_or_default();
+    let system = System::start(stack, &fetched, &instances, traced, &programs, logs).await?;
     let (control, orders) = open_control(&system, &fetched, logs).await?;
-    let environment = environment_of_console(&system, &control);
-    let console = RunningTool::start(console, &programs, &environment, logs).await?;
+    let console = match console {
+        Some(console) => {
+            let environment = environment_of_console(console, &system, &control);
+            Some(RunningTool::start(console, &programs, &environment, logs).await?)
+        }
+        None => None,
+    };
     Ok(Running { console, orders, _control: control, system, _scratch: scratch })
 }
 
@@ -138,18 +146,19 @@ async fn open_control(system: &System, fetched: &Fetched, logs: &Logs) -> Result
     Control::open(Parts { sink: stack.sink.clone(), records }).await
 }
 
-fn environment_of_console(system: &System, control: &Control) -> Vec<(String, String)> {
+fn environment_of_console(console: Tool, system: &System, control: &Control) -> Vec<(String, String)> {
     let instances: Vec<Instance> = system.instances().collect();
-    let mut environment = services::environment_of_console(&system.stack);
+    let mut environment = services::environment_of_console(console, &system.stack);
     environment.extend(control.environment());
     environment.extend(addresses(instances.iter()));
     environment.push(("LABORATORY".to_owned(), "true".to_owned()));
     environment
 }
 
-fn announce(system: &System, console: &RunningTool, logs: &Logs) {
+fn announce(system: &System, console: Option<&RunningTool>, logs: &Logs) {
     let stack = &system.stack;
-    say(format_args!("\nWaybill is ready. See it at {}   Ctrl-C stops it.\n", console.url()));
+    let place = console.map_or(String::new(), |console| format!(" See it at {}  ", console.url()));
+    say(format_args!("\nWaybill is ready.{place} Ctrl-C stops it.\n"));
     for instance in system.instances() {
         let name = instance.service.name;
         say(format_args!("  {name:<10} {}   /status and /metrics: {}", instance.url(), instance.admin_url()));
