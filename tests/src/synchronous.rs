@@ -31,16 +31,19 @@ pub enum Variant {
     Sequential,
     Parallel,
     Resilient,
+    Background,
 }
 
 impl Variant {
-    pub const ALL: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Resilient];
+    /// Those that do nothing after the answer.
+    pub const WITHIN_THE_REQUEST: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Resilient];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Sequential => "sequential",
             Self::Parallel => "parallel",
             Self::Resilient => "resilient",
+            Self::Background => "background",
         }
     }
 }

@@ -29,7 +29,7 @@ struct DatabaseUrl;
 
 impl SecretSetting for DatabaseUrl {
     const NAME: &'static str = "ANALYTICS_DATABASE_URL";
-    const HELP: &'static str = "The role's own database, as the role that owns its tables.";
+    const HELP: &'static str = "URL of this role's own database, with the login that owns its tables.";
 }
 
 pub async fn serve(addr: SocketAddr, config: Config) -> anyhow::Result<()> {

@@ -1,5 +1,5 @@
-//! The role `cache`: serves profiles from a store. A profile that the store lacks is read from the role
-//! `user`, so a call that was lost costs a slower read and no profile.
+//! The role `cache`: serves profiles from a store. If the store lacks a profile, the role `cache`
+//! reads it from the role `user`. So a lost call makes one read slower, but loses no profile.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -95,7 +95,7 @@ async fn show(State(app): State<App>, Path(id): Path<Uuid>, Query(freshness): Qu
     if answer.status() == StatusCode::NOT_FOUND {
         return StatusCode::NOT_FOUND.into_response();
     }
-    // Its id is one field more than a profile has.
+    // The answer also contains the id, which serde ignores.
     match answer.json::<Profile>().await {
         Ok(profile) => {
             app.store(id, &profile).await;
@@ -123,7 +123,7 @@ impl App {
         match self.valkey.request(write).await {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(user.id = %id, error = ?error.kind(), "the store does not take a profile");
+                tracing::warn!(user.id = %id, error = ?error.kind(), "cannot write a profile to the store");
                 false
             }
         }

@@ -21,8 +21,8 @@ use crate::waybill::smtp::SmtpConfig;
 const CALL_LIMIT: Duration = Duration::from_secs(2);
 /// How long an attempt may take with `resilient`.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(1);
-/// The pauses before the first and the second retry. The half of each is random, so that the requests
-/// which failed together do not come back together.
+/// The pauses before the first and the second retry. Half of each pause is random, so that requests
+/// that failed together are not repeated together.
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(300)];
 /// Connections per receiver that stay open between calls.
 const IDLE_CONNECTIONS: usize = 64;
@@ -50,6 +50,14 @@ pub enum Variant {
     Parallel,
     /// All calls at the same time, with short time-outs, two retries and a circuit breaker.
     Resilient,
+    /// As `resilient`. Missing calls are made again after the answer.
+    Background,
+}
+
+impl Variant {
+    fn is_resilient(self) -> bool {
+        matches!(self, Self::Resilient | Self::Background)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -95,6 +103,11 @@ impl Calls {
         })
     }
 
+    /// Whether missing calls are made again after the answer.
+    pub fn continue_after_the_answer(&self) -> bool {
+        self.variant == Variant::Background
+    }
+
     /// Calls these receivers. Returns those that are not known to have the registration.
     pub async fn make(&self, user: &User, receivers: &[Receiver]) -> Vec<Receiver> {
         let mut missing = vec![];
@@ -114,11 +127,9 @@ impl Calls {
 
     /// Calls a receiver, with retries if the variant has them. Returns whether it has the registration.
     async fn call(&self, user: &User, receiver: Receiver) -> bool {
-        let (limit, pauses) = match self.variant {
-            Variant::Sequential | Variant::Parallel => (CALL_LIMIT, &[][..]),
-            Variant::Resilient => (ATTEMPT_LIMIT, &PAUSES[..]),
-        };
-        let breaker = (self.variant == Variant::Resilient).then(|| &self.breakers[receiver as usize]);
+        let is_resilient = self.variant.is_resilient();
+        let (limit, pauses) = if is_resilient { (ATTEMPT_LIMIT, &PAUSES[..]) } else { (CALL_LIMIT, &[][..]) };
+        let breaker = is_resilient.then(|| &self.breakers[receiver as usize]);
         let mut pauses = pauses.iter();
         loop {
             if breaker.is_some_and(|breaker| !breaker.permits()) {
@@ -135,7 +146,7 @@ impl Calls {
             breaker.inspect(|breaker| breaker.failed());
             let Some(pause) = pauses.next() else {
                 self.count(receiver, Outcome::Failed);
-                tracing::warn!(user.id = %user.id, receiver = receiver.name(), reason, "a receiver misses a registration");
+                tracing::warn!(user.id = %user.id, receiver = receiver.name(), reason, "cannot call a receiver");
                 return false;
             };
             self.count(receiver, Outcome::Retried);

@@ -28,8 +28,8 @@ impl Mailer {
         Ok(Self { server: Server::new(config)?, places: Semaphore::new(CONNECTIONS), idle: Mutex::default() })
     }
 
-    /// Sends the mail. The Message-ID is that of the user, so a mailbox recognises a second copy. A mail
-    /// that the server refuses permanently is over, as in Waybill.
+    /// Sends the mail. The Message-ID is made from the user's id, so a mailbox recognises a second
+    /// copy. A mail that the server refuses permanently is not retried, as in Waybill.
     ///
     /// A caller that cancels this does not know whether the server has accepted the mail. The
     /// connection is closed then.

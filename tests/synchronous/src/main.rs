@@ -2,10 +2,9 @@
 //!
 //! One program with three roles: `user`, `analytics` and `cache`. Each has its own database or store.
 //! `POST /users` inserts the user, commits, and then sends the mail and calls the other two over HTTP.
-//! It has the same limits of the same kinds as Waybill: a unique address, an `Idempotency-Key`,
-//! time-outs on every pool, request and call, receivers that a repeated call does not change, and
-//! requests that finish although the caller has hung up. The mail client, the store client, the
-//! template, and the settings of the database's pool are Waybill's own.
+//! It has a unique address, an `Idempotency-Key`, time-outs on every pool, request and call, and
+//! idempotent receivers. A request is finished even if the caller has disconnected. The mail client,
+//! the store client, the template, and the settings of the database pool are Waybill's own.
 //!
 //! # What the caller is answered when a call fails
 //!
@@ -21,16 +20,17 @@
 //! - **Answer 201 and name what is missing.** The account exists, and that is what the caller asked for.
 //!
 //! This program does the last: `{"id": …, "version": 1, "missing": ["mail"]}`. The failure is logged and
-//! counted. A caller that wants more repeats the request with the same `Idempotency-Key`: the program
-//! then makes the missing calls, and no others. The same repairs a registration whose process died
-//! between the commit and the calls, if the caller repeats it. Only the program itself never tries
-//! again later: for that it would need a table of calls to make and a task that makes them, and that
-//! is an outbox and a relay.
+//! counted. A caller that wants more repeats the request with the same `Idempotency-Key`. Then the
+//! program makes only the missing calls. This also completes a registration whose process died
+//! between the commit and the calls.
 //!
 //! # Variants
 //!
-//! `VARIANT` is `sequential` (one call after another), `parallel`, or `resilient`: parallel, with short
-//! time-outs, two retries with back-off, and a circuit breaker for each receiver.
+//! `VARIANT` is `sequential` (one call after another), `parallel`, `resilient` (parallel, with short
+//! time-outs, two retries with back-off, and a circuit breaker for each receiver), or `background`:
+//! as `resilient`, and after the answer the process makes the missing calls again for a minute. It
+//! remembers them in memory only, so a process that is killed or replaced forgets them. To remember
+//! them it would read the table of keys, which has them, when it starts: a step towards an outbox.
 
 mod analytics;
 mod breaker;

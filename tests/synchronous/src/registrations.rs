@@ -115,8 +115,23 @@ async fn take_over(tx: &mut PgConnection, key: Vec<u8>, request: &[u8]) -> Resul
     Ok(Begun { user, missing, key: Some(key) })
 }
 
-/// Notes which receivers still miss the registration. Crash before it: a repeated request calls all of
-/// them again. The counts and profiles stay right; a second mail with the same Message-ID is sent.
+/// Claims the missing calls of a registration again, and returns them. `None`: it has no key, so that no
+/// other request can make them.
+///
+/// # Errors
+/// [`Error::Busy`]: a request with the same key makes them now.
+pub async fn resume(db: &PgPool, begun: &Begun) -> Result<Option<Vec<Receiver>>, Error> {
+    let Some(key) = &begun.key else { return Ok(None) };
+    let claim = "update idempotency_keys set calling_until = now() + $2
+                 where key = $1 and (calling_until is null or calling_until < now()) returning missing";
+    let claimed = sqlx::query_scalar::<_, Vec<String>>(claim).bind(key).bind(lease()).fetch_optional(db).await?;
+    let missing = claimed.ok_or(Error::Busy)?;
+    Ok(Some(missing.iter().filter_map(|name| Receiver::named(name)).collect()))
+}
+
+/// Stores which receivers still lack the registration. Crash before it: a repeated request makes
+/// the same calls again. Counts and profiles stay correct. A second mail with the same Message-ID
+/// is sent.
 pub async fn finish(db: &PgPool, begun: &Begun, missing: &[Receiver]) -> Result<(), Error> {
     let Some(key) = &begun.key else { return Ok(()) };
     let note = "update idempotency_keys set missing = $2, calling_until = null where key = $1";
@@ -135,7 +150,9 @@ fn names(receivers: &[Receiver]) -> Vec<String> {
     receivers.iter().map(|receiver| receiver.name().to_owned()).collect()
 }
 
-/// A request makes no calls after its time-out.
+/// How long a request keeps the right to make calls. All calls of a registration together take
+/// less. If the commit was so slow that they end later, a repeated request may send a second mail
+/// with the same Message-ID.
 fn lease() -> PgInterval {
     PgInterval::try_from(REQUEST_TIMEOUT).expect("the time-out is whole microseconds")
 }

@@ -1,5 +1,5 @@
-//! What the port of every role gets: limits of time, size and number, `/readyz`, `/metrics`, and an
-//! orderly stop.
+//! The HTTP server of every role: limits on the time, size and number of requests, `/readyz`,
+//! `/metrics`, and a graceful shutdown.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -9,6 +9,7 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use axum::serve::ListenerExt;
 use axum::{Router, routing};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
@@ -18,11 +19,11 @@ use tokio::sync::Semaphore;
 use tokio::time::{Duration, timeout};
 use tokio_util::task::TaskTracker;
 
-/// As in Waybill. It is longer than all calls of a registration together.
+/// Time-out of a request, as in Waybill. It is longer than all calls of a registration together.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests that are handled at the same time, as in Waybill.
 const REQUESTS: usize = 256;
-/// Bytes, as in Waybill.
+/// Bytes of a request's body, as in Waybill.
 const BODY_LIMIT: usize = 16 * 1024;
 /// How long a stop waits for the registrations in progress.
 const STOP_LIMIT: Duration = Duration::from_secs(8);
@@ -37,6 +38,10 @@ pub async fn serve(addr: SocketAddr, routes: Router, metrics: Registry, tasks: T
     let limits = Arc::new(Semaphore::new(REQUESTS));
     let routes = routes.layer(DefaultBodyLimit::max(BODY_LIMIT)).layer(middleware::from_fn_with_state(limits, limited));
     let listener = TcpListener::bind(addr).await.with_context(|| format!("HTTP_ADDR: cannot listen on {addr}"))?;
+    // Answers are not held back until there is more to send.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
     let mut terminated = signal(SignalKind::terminate())?;
     let stopped = async move {
         terminated.recv().await;

@@ -15,14 +15,23 @@ use shared::events::check_address;
 use shared::platform::database;
 use shared::platform::secret::{Secret, SecretSetting};
 use sqlx::PgPool;
+use tokio::time::{Duration, Instant, sleep};
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::calls::{Calls, CallsConfig};
 use crate::problem::Error;
-use crate::registrations::{self, Hasher, Key, User};
+use crate::receiver::Receiver;
+use crate::registrations::{self, Begun, Hasher, Key, User};
 use crate::server;
 
+/// How long the variant `background` makes missing calls again.
+const BACKGROUND_LIMIT: Duration = Duration::from_secs(60);
+/// The pauses before the first and before each later try. The half of each is random, so that not
+/// all registrations of an outage come back together.
+const BACKGROUND_PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
+/// Registrations that wait in memory at the same time: some 20 MB.
+const BACKGROUND_MOST: usize = 10_000;
 const DISPLAY_NAME_MAX: usize = 100;
 const IDEMPOTENCY_KEY_MAX: usize = 255;
 
@@ -40,7 +49,7 @@ struct DatabaseUrl;
 
 impl SecretSetting for DatabaseUrl {
     const NAME: &'static str = "USER_DATABASE_URL";
-    const HELP: &'static str = "The role's own database, as the role that owns its tables.";
+    const HELP: &'static str = "URL of this role's own database, with the login that owns its tables.";
 }
 
 struct IdempotencySecret;
@@ -94,19 +103,49 @@ async fn register(
     let work = async move {
         let begun = registrations::begin(&app.db, &app.hasher, key, email, display_name).await?;
         let missing = app.calls.make(&begun.user, &begun.missing).await;
-        // The user and all effects exist. If the note fails, a repeated request repeats the calls.
+        // The user exists and the calls were made. If this write fails, a repeated request repeats
+        // them.
         if !begun.missing.is_empty()
             && let Err(error) = registrations::finish(&app.db, &begun, &missing).await
         {
-            tracing::warn!(user.id = %begun.user.id, %error, "cannot note the calls that were made");
+            tracing::warn!(user.id = %begun.user.id, %error, "cannot store which calls were made");
         }
         let User { id, version, .. } = begun.user;
+        if !missing.is_empty() && app.calls.continue_after_the_answer() && app.tasks.len() < BACKGROUND_MOST {
+            app.tasks.spawn(keep_trying(app.clone(), begun, missing.clone()));
+        }
         let missing: Vec<&str> = missing.iter().map(|receiver| receiver.name()).collect();
         let location = [(header::LOCATION, format!("/users/{id}"))];
         Ok((StatusCode::CREATED, location, Json(json!({ "id": id, "version": version, "missing": missing })))
             .into_response())
     };
     tasks.spawn(work).await.map_err(anyhow::Error::new)?
+}
+
+/// Makes missing calls again, until there are none or the time is over. A process that ends forgets them.
+async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
+    let end = Instant::now() + BACKGROUND_LIMIT;
+    let [mut pause, later] = BACKGROUND_PAUSES;
+    while !missing.is_empty() && Instant::now() < end {
+        sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+        pause = later;
+        // Without a key no other request can make these calls.
+        match registrations::resume(&app.db, &begun).await {
+            Ok(Some(still_missing)) => missing = still_missing,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::debug!(user.id = %begun.user.id, %error, "cannot make the missing calls now; will retry");
+                continue;
+            }
+        }
+        missing = app.calls.make(&begun.user, &missing).await;
+        if let Err(error) = registrations::finish(&app.db, &begun, &missing).await {
+            tracing::warn!(user.id = %begun.user.id, %error, "cannot store which calls were made");
+        }
+    }
+    if !missing.is_empty() {
+        tracing::warn!(user.id = %begun.user.id, missing = missing.len(), "gave up the missing calls of a registration");
+    }
 }
 
 async fn show(State(app): State<App>, Path(id): Path<Uuid>) -> Result<Response, Error> {

@@ -1,5 +1,5 @@
-//! The laboratory of the console, on a system that `cargo xtask up` has started. Faults are caught up,
-//! a lost effect is reported, and no website can use it.
+//! The laboratory of the console, on a system that `cargo xtask up` has started. The system
+//! recovers from every fault, a lost effect is reported, and no website can use the laboratory.
 
 use std::fs;
 
@@ -61,10 +61,10 @@ impl<'a> Laboratory<'a> {
             .await;
     }
 
-    /// Waits until an indicator stands so, and returns its figures.
-    async fn until(&self, indicator: usize, standing: &str) -> String {
-        let standing = format!("data-text=\"standing:{indicator}\">{standing}<");
-        let page = self.console.until_shows(PAGE, &standing).await;
+    /// Waits until an indicator has this verdict, and returns its figures.
+    async fn until(&self, indicator: usize, verdict: &str) -> String {
+        let verdict = format!("data-text=\"verdict:{indicator}\">{verdict}<");
+        let page = self.console.until_shows(PAGE, &verdict).await;
         figures(&page, indicator)
     }
 
@@ -87,7 +87,7 @@ impl<'a> Laboratory<'a> {
 
 /// How many registrations of the laboratory were accepted.
 fn accepted(page: &str) -> u32 {
-    let (_, rest) = page.split_once("data-text=\"watched\">").expect("the page says it");
+    let (_, rest) = page.split_once("data-text=\"watched\">").expect("the page says how many were accepted");
     rest.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
@@ -96,7 +96,7 @@ fn figures(page: &str, indicator: usize) -> String {
     rest.split('<').next().unwrap_or_default().to_owned()
 }
 
-/// Deletes one profile of the cache behind its back.
+/// Deletes one profile in Valkey. The cache service does not notice.
 async fn lose_a_profile(up: &Up) {
     let client = Client::open(up.address("redis").as_str()).unwrap();
     let mut valkey = client.get_multiplexed_async_connection().await.unwrap();
@@ -116,9 +116,9 @@ fn control_token(up: &Up) -> String {
     String::from_utf8(tokens.into_iter().next().expect("the console has a control token")).unwrap()
 }
 
-/// T107: each fault shows up in the indicators with its reason, and all of them hold when it is over.
+/// T107: the indicators show the reason of each fault, and all of them hold after the fault.
 #[tokio::test(flavor = "multi_thread")]
-async fn faults_are_caught_up_and_nothing_outlives_the_run() {
+async fn the_system_recovers_from_each_fault_and_nothing_outlives_the_run() {
     let up = Up::start().await;
     let console = up.console();
     let laboratory = Laboratory::of(&console).await;
@@ -283,7 +283,7 @@ async fn the_laboratory_is_off_by_default_and_shows_commands_without_a_control_p
     for (method, path) in [(Method::GET, PAGE), (Method::GET, "/live/laboratory"), (Method::POST, "/laboratory/act")] {
         assert_eq!(console.send(method, path, None).await.status, StatusCode::NOT_FOUND, "{path}");
     }
-    assert!(!console.get("/").await.body.contains("laboratory"), "the map speaks of the laboratory");
+    assert!(!console.get("/").await.body.contains("laboratory"), "the map mentions the laboratory");
 
     let console = system.console_with(&[("LABORATORY", "true")]).await;
     let page = console.get(PAGE).await.body;
@@ -301,8 +301,8 @@ async fn the_laboratory_is_off_by_default_and_shows_commands_without_a_control_p
     assert!(refused.body.contains("CONTROL_ADDR is not set"), "{}", refused.body);
 }
 
-/// The acceptance: email is killed by the page, its mails are caught up; a malformed record is settled;
-/// a lost profile is a violation.
+/// A visitor kills email on the page, and its mails arrive after the restart. The visitor discards
+/// a malformed record. A lost profile is reported as a violation.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_system_is_broken_repaired_and_pictured_in_a_browser() {
     let up = Up::start().await;
@@ -326,8 +326,8 @@ async fn a_system_is_broken_repaired_and_pictured_in_a_browser() {
 
     browser.goto(PAGE).await;
     lose_a_profile(&up).await;
-    browser.until_text("[data-text='standing:3']", "violated").await;
-    browser.until_text("[data-text='standing:4']", "violated").await;
+    browser.until_text("[data-text='verdict:3']", "violated").await;
+    browser.until_text("[data-text='verdict:4']", "violated").await;
     browser.assert_clean().await;
     browser.close().await;
 
@@ -358,7 +358,7 @@ async fn kill_and_restart_by_the_page(browser: &Browser) {
     browser.press(TAB).await;
     browser.press(ENTER).await;
     browser.until_text("#notes", "20 of 20 registrations were accepted").await;
-    browser.until_text("[data-text='standing:1']", "catching up").await;
+    browser.until_text("[data-text='verdict:1']", "catching up").await;
     browser.until_text("[data-text='figures:1']", "email does not answer").await;
     browser.until_text("[data-text='figures:3']", "20 of 20.").await;
     assert_eq!(browser.evaluate(place).await, place_at_start, "a live update has moved a button");
@@ -371,6 +371,6 @@ async fn kill_and_restart_by_the_page(browser: &Browser) {
     browser.until_text("[data-text='condition:email']", "runs").await;
     for indicator in 0..INDICATORS {
         browser.until_text(&format!("[data-text='figures:{indicator}']"), "20 of 20.").await;
-        browser.until_text(&format!("[data-text='standing:{indicator}']"), "holds").await;
+        browser.until_text(&format!("[data-text='verdict:{indicator}']"), "holds").await;
     }
 }

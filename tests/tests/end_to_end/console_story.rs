@@ -119,7 +119,7 @@ async fn a_visitor_sees_a_registration_and_its_erasure() {
     for step in ["Erasure", "DELETE /users/{id}", "user.state (tombstone)", "cache.profiles: user.state"] {
         browser.until_text("#story", step).await;
     }
-    assert_eq!(browser.evaluate("document.getElementById('erase')?.hidden ?? true").await, true, "it can be erased");
+    assert_eq!(browser.evaluate("document.getElementById('erase')?.hidden ?? true").await, true, "the button is shown");
     let everything = browser.evaluate("document.documentElement.outerHTML").await;
     let (everything, email) = (everything.as_str().unwrap(), email.as_str().unwrap());
     assert!(email.contains('@') && !everything.contains(email), "the address is in the page");

@@ -19,7 +19,7 @@ async fn has_profile(synchronous: &Synchronous, id: Uuid) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_synchronous_registration_has_all_effects_when_it_is_answered() {
-    for variant in Variant::ALL {
+    for variant in Variant::WITHIN_THE_REQUEST {
         let synchronous = Synchronous::start(variant).await;
         let email = address();
         let key = key();
@@ -43,7 +43,7 @@ async fn a_synchronous_registration_has_all_effects_when_it_is_answered() {
 /// makes the missing call and no other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_synchronous_registration_names_the_receiver_that_is_down() {
-    for variant in Variant::ALL {
+    for variant in Variant::WITHIN_THE_REQUEST {
         let mut synchronous = Synchronous::start(variant).await;
         let [first, second, third] = [address(), address(), address()];
         let [first_key, second_key, third_key] = [key(), key(), key()];
@@ -119,4 +119,32 @@ async fn a_resilient_call_is_retried_and_a_breaker_ends_the_retries() {
         synchronous.register(&address(), &key()).await.1.is_empty().then_some(())
     })
     .await;
+}
+
+/// The variant `background` makes missing calls again after the answer, once, also if the caller repeats
+/// the request meanwhile. A process that is killed forgets them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_synchronous_registration_in_the_background_forgets_what_it_misses_when_it_is_killed() {
+    let mut synchronous = Synchronous::start(Variant::Background).await;
+    let [kept, forgotten] = [address(), address()];
+    let repeated = key();
+    synchronous.mail.fail(MAIL_DOWN);
+    assert_eq!(synchronous.register(&kept, &repeated).await.1, ["mail"]);
+    synchronous.mail.recover();
+    eventually("the mail is sent after the answer", async || (!synchronous.mail.to(&kept).is_empty()).then_some(()))
+        .await;
+    eventually_eq("missing effects of the repeated request", Vec::<String>::new(), async || {
+        let answer = send(synchronous.registration(&kept, Some(&repeated))).await.unwrap();
+        if answer.status.is_success() { missing(&answer) } else { vec![answer.status.to_string()] }
+    })
+    .await;
+    assert_eq!(synchronous.mail.to(&kept).len(), 1);
+
+    synchronous.mail.fail(MAIL_DOWN);
+    assert_eq!(synchronous.register(&forgotten, &key()).await.1, ["mail"]);
+    synchronous.kill(Role::User);
+    synchronous.mail.recover();
+    synchronous.start_role(Role::User).await;
+    assert_eq!(synchronous.register(&address(), &key()).await.1, Vec::<String>::new(), "it works again");
+    assert!(synchronous.mail.to(&forgotten).is_empty());
 }

@@ -7,6 +7,7 @@ use testbed::say::say;
 
 use crate::load::saturate;
 use crate::plan::Plan;
+use crate::scenario::Scenario;
 use crate::subject::{Side, Subject};
 use crate::tally::until_all_have_effects;
 
@@ -19,7 +20,7 @@ pub async fn measure(plan: &Plan) -> Result<Vec<(Side, f64)>> {
     if plan.slowest.is_some() {
         return Ok(rates);
     }
-    for side in &plan.sides {
+    for side in plan.sides.iter().filter(|side| Scenario::Heavy.is_for(**side)) {
         let subject = Subject::start(*side, false).await;
         let target = subject.target();
         // The first requests open connections.

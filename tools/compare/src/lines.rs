@@ -79,7 +79,7 @@ fn comment(path: &Path) -> Option<&'static str> {
 }
 
 fn code(text: &str, comment: &str) -> usize {
-    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
     code.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(comment)).count()
 }
 
@@ -90,6 +90,7 @@ mod tests {
     #[test]
     fn comments_blank_lines_and_tests_are_no_code() {
         assert_eq!(code("//! a\n\n/// b\nfn c() {\n    d(); // e\n}\n#[cfg(test)]\nmod tests {}\n", "//"), 3);
+        assert_eq!(code("#[cfg(test)]\nuse b;\nfn c() {}\n", "//"), 3, "only a module of tests ends the code");
         assert_eq!(code("-- a\nselect 1;\n", "--"), 1);
         let changed = Changed::by(crate::added::SYNCHRONOUS_PATCH);
         assert!(changed.new_files == 2 && changed.edited_files == 3, "{changed:?}");

@@ -148,13 +148,16 @@ impl One {
             let is_complete = registration.answered.is_some() && !names_missing(&answer);
             let request = Request::Register { email: registration.email.clone() };
             registration.operations.push(Operation { user, request, outcome });
+            // Before any repetition: also a client that repeats its request may read at once.
+            if let Some(user) = registration.user
+                && registration.read.is_none()
+            {
+                registration.read = self.read(user).await;
+            }
             if is_complete || !registration.repeats || self.at.elapsed() > self.repeat {
                 break;
             }
             sleep(REPEAT_PAUSE).await;
-        }
-        if let Some(user) = registration.user {
-            registration.read = self.read(user).await;
         }
         registration
     }

@@ -73,7 +73,18 @@ pub struct Cost {
     pub processes: usize,
 }
 
-/// Of the components that a side uses.
+impl Cost {
+    /// Milliseconds of CPU per registration of the services and of the components that the side uses.
+    pub fn total(&self, side: Side) -> f64 {
+        let components = self.components.map_or(0.0, |components| {
+            let kafka = if side == Side::Waybill { components.kafka } else { 0.0 };
+            components.postgres + components.redis + kafka
+        });
+        self.services + components
+    }
+}
+
+/// Of all components. While a synchronous variant is measured, Kafka is idle.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Components {
     pub postgres: f64,

@@ -14,7 +14,7 @@ pub const HEAVY: f64 = 0.8;
 pub const BURST: f64 = 5.0;
 /// Registrations per second while something fails, at most, of all sides that run at the same time.
 /// Enough to count what is lost, and so few that the checker reads all of them in seconds.
-const FAULT_RATE: f64 = 100.0;
+const FAULT_RATE: f64 = 80.0;
 /// How much slower the mail server is, in milliseconds.
 pub const SLOW_MS: u64 = 500;
 /// How long the mail server takes while the registering process is killed, in milliseconds. With a server
@@ -73,9 +73,9 @@ impl Plan {
                 scenarios: Scenario::ALL.to_vec(),
                 capacity: seconds(8),
                 slowest: None,
-                healthy: seconds(15),
-                before: seconds(5),
-                after: seconds(5),
+                healthy: seconds(12),
+                before: seconds(4),
+                after: seconds(4),
                 fault: seconds(30),
                 kills: 10,
                 between_kills: seconds(3),
@@ -97,7 +97,7 @@ impl Plan {
             },
             Size::Smoke => Self {
                 size,
-                sides: vec![Side::Resilient, Side::Waybill],
+                sides: vec![Side::Resilient, Side::Background, Side::Waybill],
                 scenarios: Scenario::CLAIMED.to_vec(),
                 slowest: Some(SMOKE_RATE),
                 healthy: seconds(2),
@@ -120,7 +120,10 @@ impl Plan {
             Scenario::MailDown => format!("The mail server is down for {fault} s"),
             Scenario::AnalyticsDown => format!("The database of analytics is down for {fault} s"),
             Scenario::StoreDown => format!("The store of the cache is down for {fault} s"),
-            Scenario::Killed => format!("The registering process is killed {} times", self.kills),
+            Scenario::KafkaDown => format!("Kafka does not answer for {fault} s"),
+            Scenario::Killed => {
+                format!("The registering process is killed {} times; a mail takes {USUAL_MS} ms", self.kills)
+            }
         }
     }
 

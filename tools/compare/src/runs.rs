@@ -1,7 +1,9 @@
 //! Runs the scenarios: the load and the fault of each.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bench::usage::{Snapshot, resident_memory};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
 use testbed::say::say;
 use testbed::smtp_sink::{Fault, Stage};
 use tests::load::Answers;
@@ -16,9 +18,14 @@ use crate::tally::{settle, until_all_have_effects};
 
 /// The scenarios without a fault, on one start of a side. Nothing is in front of the components.
 pub async fn measure(side: Side, plan: &Plan, slowest: f64) -> Result<Vec<Outcome>> {
-    let mut subject = Subject::start(side, false).await;
     let mut outcomes = vec![];
-    for scenario in Scenario::MEASURED.into_iter().filter(|scenario| plan.has(*scenario)) {
+    let measured = Scenario::MEASURED.into_iter().filter(|scenario| plan.has(*scenario) && scenario.is_for(side));
+    let measured: Vec<Scenario> = measured.collect();
+    if measured.is_empty() {
+        return Ok(outcomes);
+    }
+    let mut subject = Subject::start(side, false).await;
+    for scenario in measured {
         announce(scenario, side, plan);
         let parts = match scenario {
             Scenario::Heavy => vec![(HEAVY * slowest, plan.healthy)],
@@ -63,11 +70,13 @@ pub async fn faults(side: Side, plan: &Plan, slowest: f64) -> Result<(Vec<Outcom
     let mut outcomes = vec![];
     let mut answers = Answers::default();
     let faults = Scenario::ALL.into_iter().filter(|scenario| !Scenario::MEASURED.contains(scenario));
-    for scenario in faults.filter(|scenario| plan.has(*scenario)) {
+    for scenario in faults.filter(|scenario| plan.has(*scenario) && scenario.is_for(side)) {
         announce(scenario, side, plan);
         let retried = subject.retried().await;
         let (requests, mut facts) = fault(scenario, &mut subject, plan, plan.fault_rate(slowest)).await?;
-        let (tally, _) = settle(&subject, &requests, plan.quiet).await;
+        // Producers and consumers connect again first, and nothing is added meanwhile.
+        let quiet = if scenario == Scenario::KafkaDown { 4 * plan.quiet } else { plan.quiet };
+        let (tally, _) = settle(&subject, &requests, quiet).await;
         // A process that was killed has forgotten its own.
         facts.retried = (subject.retried().await - retried).max(0.0);
         outcomes.push(Outcome::of(scenario, side, &requests, &tally, &facts));
@@ -108,6 +117,12 @@ async fn fault(
             sleep_until(end).await;
             proxy.heal();
         }
+        Scenario::KafkaDown => {
+            let [_, kafka, _] = component_pids().context("only `cargo xtask compare` can stop Kafka")?;
+            let kafka = Frozen::new(kafka)?;
+            sleep_until(end).await;
+            drop(kafka);
+        }
         _ => kill(subject, plan, start + plan.before).await,
     }
     subject.mail().recover();
@@ -125,6 +140,23 @@ async fn kill(subject: &mut Subject, plan: &Plan, begin: Instant) {
         subject.start_registering().await;
     }
     sleep(plan.between_kills / 2).await;
+}
+
+/// A process that is stopped until this is dropped: it keeps its connections and answers nothing.
+struct Frozen(Pid);
+
+impl Frozen {
+    fn new(pid: u32) -> Result<Self> {
+        let pid = Pid::from_raw(pid.try_into()?);
+        signal::kill(pid, Signal::SIGSTOP)?;
+        Ok(Self(pid))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = signal::kill(self.0, Signal::SIGCONT);
+    }
 }
 
 fn announce(scenario: Scenario, side: Side, plan: &Plan) {

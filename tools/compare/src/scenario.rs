@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::subject::Side;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Scenario {
     Light,
@@ -11,11 +13,12 @@ pub enum Scenario {
     MailDown,
     AnalyticsDown,
     StoreDown,
+    KafkaDown,
     Killed,
 }
 
 impl Scenario {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Light,
         Self::Heavy,
         Self::Burst,
@@ -23,10 +26,20 @@ impl Scenario {
         Self::MailDown,
         Self::AnalyticsDown,
         Self::StoreDown,
+        Self::KafkaDown,
         Self::Killed,
     ];
     /// Those whose outcome the page states as a relation.
     pub const CLAIMED: [Self; 5] = [Self::Light, Self::SlowMail, Self::MailDown, Self::AnalyticsDown, Self::Killed];
     /// Those without a fault, in which CPU and memory are measured.
     pub const MEASURED: [Self; 3] = [Self::Light, Self::Heavy, Self::Burst];
+
+    /// Whether the scenario can tell something about a side. Without a fault `background` does the same as
+    /// `resilient`, and no synchronous variant uses Kafka.
+    pub fn is_for(self, side: Side) -> bool {
+        match self {
+            Self::KafkaDown => side == Side::Waybill,
+            _ => side != Side::Background || !Self::MEASURED.contains(&self),
+        }
+    }
 }

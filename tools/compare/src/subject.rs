@@ -42,18 +42,22 @@ pub enum Side {
     Sequential,
     Parallel,
     Resilient,
+    Background,
     Waybill,
 }
 
 impl Side {
-    pub const ALL: [Self; 4] = [Self::Sequential, Self::Parallel, Self::Resilient, Self::Waybill];
-    pub const SYNCHRONOUS: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Resilient];
+    pub const ALL: [Self; 5] = [Self::Sequential, Self::Parallel, Self::Resilient, Self::Background, Self::Waybill];
+    pub const SYNCHRONOUS: [Self; 4] = [Self::Sequential, Self::Parallel, Self::Resilient, Self::Background];
+    /// Those synchronous variants that do nothing after the answer.
+    pub const WITHIN_THE_REQUEST: [Self; 3] = [Self::Sequential, Self::Parallel, Self::Resilient];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Sequential => "sequential",
             Self::Parallel => "parallel",
             Self::Resilient => "resilient",
+            Self::Background => "background",
             Self::Waybill => "Waybill",
         }
     }
@@ -96,6 +100,7 @@ impl Subject {
             Side::Sequential => Variant::Sequential,
             Side::Parallel => Variant::Parallel,
             Side::Resilient => Variant::Resilient,
+            Side::Background => Variant::Background,
             Side::Waybill => return Self::waybill(breakable).await,
         };
         let mut synchronous = Synchronous::empty(variant).await;

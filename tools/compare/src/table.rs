@@ -34,19 +34,22 @@ pub fn print(results: &Results) {
         earlier_in_index,
         later,
         later_without_entry,
-        took,
+        history,
     } in &results.added
     {
         say(format_args!(
             "\nA fourth receiver for {}: {} new files with {} lines, {} edited files with {} lines, {restarted} processes \
-             restarted, {refused} of {wanted} registrations never answered, {earlier_in_index} of {earlier} earlier users \
-             and all but {later_without_entry} of {later} later ones in the index, after {took:.1} s",
+             replaced, {refused} of {wanted} registrations never answered, {earlier_in_index} of {earlier} earlier users \
+             and all but {later_without_entry} of {later} later ones in the index",
             side.name(),
             changed.new_files,
             changed.new_lines,
             changed.edited_files,
             changed.edited_lines,
         ));
+        if let Some(history) = history {
+            say(format_args!("It had all earlier users after {history:.1} s"));
+        }
     }
     for violation in &results.violations {
         say(format_args!("{violation}"));
@@ -65,7 +68,7 @@ pub fn table(results: &Results, scenario: Scenario) -> (Vec<Side>, Vec<Row>) {
 
 type Cell = fn(&Outcome) -> String;
 
-const ROWS: [(&str, Cell); 24] = [
+const ROWS: [(&str, Cell); 27] = [
     ("registrations wanted", |o| o.wanted.to_string()),
     ("answered 201", |o| o.answered.to_string()),
     ("answered of those wanted in the fault", |o| {
@@ -88,13 +91,21 @@ const ROWS: [(&str, Cell); 24] = [
     ("answer to mail: p50 / p99 / most, ms", |o| spread(o.mail_window)),
     ("answer to count: p50 / p99 / most, ms", |o| spread(o.count_window)),
     ("answer to profile: p50 / p99 / most, ms", |o| spread(o.profile_window)),
-    ("profile found by the first read", |o| reads(o.reads)),
-    ("the same with min_version", |o| reads(o.reads_with_version)),
+    ("profile found by the first read", |o| found(o.reads.found_at_once, o.reads)),
+    ("profile found within 5 s", |o| found(o.reads.found, o.reads)),
+    ("by the first read with min_version", |o| found(o.reads_with_version.found_at_once, o.reads_with_version)),
+    ("within 5 s with min_version", |o| found(o.reads_with_version.found, o.reads_with_version)),
     ("CPU per registration, services, ms", |o| o.cost.map(|cost| format!("{:.2}", cost.services)).unwrap_or_default()),
     ("the same, Postgres / Kafka / Redis", |o| {
         let components = o.cost.and_then(|cost| cost.components);
-        let text = |c: Components| format!("{:.2} / {:.2} / {:.2}", c.postgres, c.kafka, c.redis);
+        let kafka = |c: Components| {
+            if o.side == Side::Waybill { format!("{:.2}", c.kafka) } else { "not used".to_owned() }
+        };
+        let text = |c: Components| format!("{:.2} / {} / {:.2}", c.postgres, kafka(c), c.redis);
         components.map(text).unwrap_or_default()
+    }),
+    ("CPU per registration of all these, ms", |o| {
+        o.cost.map(|cost| format!("{:.2}", cost.total(o.side))).unwrap_or_default()
     }),
     ("processes of the services, their memory, MB", |o| {
         o.cost.map(|cost| format!("{}, {:.0}", cost.processes, cost.memory)).unwrap_or_default()
@@ -113,6 +124,6 @@ fn spread(spread: Spread) -> String {
     format!("{:.0} / {:.0} / {:.0}", spread.median, spread.p99, spread.most)
 }
 
-fn reads(reads: Reads) -> String {
-    format!("{} of {}", reads.found_at_once, reads.all)
+fn found(found: usize, reads: Reads) -> String {
+    if reads.all == 0 { String::new() } else { format!("{found} of {}", reads.all) }
 }

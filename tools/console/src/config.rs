@@ -48,13 +48,14 @@ pub struct Config {
     #[arg(long, env, value_delimiter = ',')]
     pub admin_addresses: Vec<ServiceAddress>,
     /// The public API of each service, as name=host:port, separated by commas. The pages
-    /// register and erase users there, and look for the effects. Default of each service: its published
+    /// register and erase users there, and check the effects. Default of each service: its
+    /// published
     /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
     pub public_addresses: Vec<ServiceAddress>,
-    /// The address of a line of code, with {file} and {line} in it, for example
-    /// https://git.example.com/waybill/blob/main/{file}#L{line}. With it the steps of a story have
-    /// links to the code.
+    /// URL pattern of a line of code, with {file} and {line} in it, for example
+    /// https://git.example.com/waybill/blob/main/{file}#L{line}. If it is set, the steps of a story
+    /// link to the code.
     #[arg(long, env)]
     pub source_url: Option<SourceUrl>,
     #[command(flatten)]
@@ -159,15 +160,16 @@ impl SecretSetting for ControlToken {
                                 a browser.";
 }
 
-/// The token of operators who give none.
+/// The token that the console sends for visitors who are not logged in.
 #[derive(Clone)]
 pub struct AdminToken;
 
 impl SecretSetting for AdminToken {
     const NAME: &'static str = "ADMIN_TOKEN";
-    const HELP: &'static str = "A token that the services accept (their ADMIN_TOKENS), without its name. With it every \
-                                visitor of the page can act on dead letters, under this token's name: for development \
-                                only. Without it each operator types a token of their own.";
+    const HELP: &'static str = "A token that the services accept (their ADMIN_TOKENS), without its name. The console \
+                                sends it for every visitor who is not logged in. So every visitor can act on dead \
+                                letters and see personal data, under this token's name: for development only. \
+                                Without it each operator logs in with a token of their own.";
 }
 
 /// Where a port of a service is.

@@ -41,7 +41,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let services = config.services()?;
     let mut kafka = config.kafka.clone();
     kafka.kafka_client_id.get_or_insert_with(|| "waybill-console".to_owned());
-    // No span of the console has an exemplar.
+    // `false`: the metrics of the console have no exemplars.
     let metrics = Metrics::new(false);
     let own_traces = telemetry::init("console", &config.telemetry, &metrics)?;
     let stop = CancellationToken::new();

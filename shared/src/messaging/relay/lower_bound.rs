@@ -32,7 +32,7 @@ pub struct LowerBound {
     observe_at: Instant,
 }
 
-/// What a statement saw.
+/// The result of [`observe`].
 struct Observation {
     /// The highest id.
     newest: i64,
@@ -50,8 +50,9 @@ impl LowerBound {
         self.first
     }
 
-    /// Determines the settled ids from time to time, while there is a backlog. A transaction that
-    /// is open for long prevents it. Then each read begins where it began before.
+    /// Determines the settled ids, at most once per [`SETTLE_INTERVAL`] and only while there is a
+    /// backlog. While a transaction with a lower id may still commit, the settled ids do not grow, and
+    /// the lower bound stops at them.
     pub async fn settle(&mut self, db: &mut PgConnection) -> sqlx::Result<()> {
         if !self.has_backlog || Instant::now() < self.observe_at {
             return Ok(());
@@ -76,10 +77,10 @@ impl LowerBound {
         Ok(())
     }
 
-    /// Notes what was read from [`LowerBound::first`] on. The rows in flight have not been deleted, and
-    /// are read again if Kafka rejects their round. A read that is not full has reached the end of
-    /// the outbox: the next one begins at the beginning again. So does a read that excludes rows,
-    /// because they have lower ids.
+    /// Moves the lower bound after a read. Rows in flight count, because they are still in the
+    /// outbox and are read again if Kafka rejects their round. There is no lower bound after a read
+    /// that was not full, because it reached the end of the outbox. Nor after a read that excluded
+    /// rows, because the excluded rows may have lower ids.
     pub fn note(&mut self, batch: &Batch, in_flight: &[i64], has_excluded: bool) {
         if !batch.is_full || has_excluded {
             *self = Self::new();
@@ -93,9 +94,11 @@ impl LowerBound {
     }
 }
 
-/// A transaction locks the table before it takes an id, and until its end. So a transaction that took
-/// an id below `newest` holds its lock when the locks are read, or its end is visible to the next
-/// statement. The statement sees the rows first: Postgres takes its snapshot before it reads the locks.
+/// Reads the highest id, and the transactions that hold the lock of a writer.
+///
+/// A transaction locks the table before it takes an id, and holds the lock until it ends. Postgres
+/// takes the snapshot of this statement before it reads the locks. So a transaction with an id
+/// below `newest` is in `writers`, or it has ended and the next statement sees its rows.
 async fn observe(db: &mut PgConnection) -> sqlx::Result<Observation> {
     let query = "select coalesce((select max(id) from outbox), 0),
                      array(select virtualtransaction from pg_locks

@@ -1,5 +1,5 @@
-//! The newest records of one user, looked for in the topics. Kafka has no index of keys, so only the
-//! last records of a few partitions are read.
+//! Searches the topics for the newest records of one user. Kafka has no index of keys, so the
+//! console reads only the last records of each partition in question.
 
 use std::collections::BTreeSet;
 use std::time::Instant;

@@ -57,7 +57,7 @@ pub fn watch_offsets(
 ) -> anyhow::Result<()> {
     let ends: BaseConsumer = kafka.reader(GROUP).create()?;
     let groups: Vec<Group> = SERVICES.iter().flat_map(|service| service.groups).copied().collect();
-    // The question about a group's offsets is a question of its own client.
+    // `committed_offsets` reads the offsets of the client's own group, so each group has a client.
     let clients = groups.iter().map(|group| kafka.reader(group.name).create());
     let clients: Vec<BaseConsumer> = clients.collect::<Result<_, _>>()?;
     let mut known = Offsets::default();

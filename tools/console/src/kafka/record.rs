@@ -18,7 +18,8 @@ use super::{ANSWER_LIMIT, GROUP, topics};
 
 /// How many records are read at the same time. Each needs a client.
 const READS: usize = 2;
-/// Bytes of a value that are shown.
+/// Bytes that are shown of a key, of a header, and of a value that is not JSON. JSON is shown in
+/// full.
 const SHOWN_BYTES: usize = 64 * 1024;
 
 /// Reads single records. Clones share the limit.
@@ -28,7 +29,7 @@ pub struct Reader {
     pub(super) places: Arc<Semaphore>,
 }
 
-/// What is at some coordinates.
+/// The result of reading one offset.
 pub enum Found {
     Record(Content),
     /// Compaction or retention has deleted the record, or there never was one. Transactions leave

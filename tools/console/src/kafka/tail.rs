@@ -1,5 +1,5 @@
-//! The live tail: what the topics get, as it arrives. It keeps what the list of events shows, and no
-//! values.
+//! The live tail: reads the records of all topics as they arrive. It keeps the metadata that the
+//! list of events shows, and no values.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,7 +25,7 @@ const READ_AT_START: i64 = 20;
 const TEXT_LIMIT: usize = 64;
 /// How long one poll waits, so that a stop is noticed.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// The pause before the next look at topics that do not exist, or that could not be read.
+/// The pause before the next attempt to read topics that do not exist or could not be read.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How many records are read in one second. The console skips the others: reading them would slow down
 /// the services that share its machine, and no visitor can follow so many.
@@ -71,7 +71,8 @@ struct Kept {
 }
 
 impl Recent {
-    /// The records after `number` that were read and that pass the filter, the newest first, and at most `limit` of them.
+    /// At most `limit` records after `number` that pass the filter, the newest first. Skipped
+    /// records are not among them.
     pub fn after(&self, number: Option<u64>, limit: usize, passes: impl Fn(&Seen) -> bool) -> Vec<Arc<Seen>> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let newer = kept.records.iter().rev().take_while(|seen| number.is_none_or(|number| seen.number > number));
@@ -148,8 +149,9 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
                     tracing::warn!(%error, "cannot read the topics; will retry");
                     logged = true;
                 }
-                // The client recovers from other errors by itself. It does not read a partition any more
-                // whose next offset was deleted. So all are read again from shortly before their ends.
+                // After this error the client stops reading the partition, because its next offset
+                // was deleted. So all topics are assigned again, shortly before their ends. The
+                // client recovers from other errors by itself.
                 if error_code == Some(RDKafkaErrorCode::AutoOffsetReset) {
                     tail.consumer.unassign()?;
                     missing = topics();
@@ -208,8 +210,8 @@ impl Tail<'_> {
     }
 }
 
-/// Where to start reading: a few records before the end of a partition, and no record twice. A topic
-/// that was created again ends before the next offset of the old one.
+/// Where to start reading: a few records before the end of a partition, and no record twice. If the
+/// topic was deleted and created again, `next` is past its end and is ignored.
 fn start((first, end): (i64, i64), next: Option<i64>) -> i64 {
     let before_end = (end - READ_AT_START).max(first);
     before_end.max(next.filter(|next| *next <= end).unwrap_or(before_end))

@@ -1,4 +1,5 @@
-//! What a visitor types under Docker Compose, in the folder of docker-compose.yml.
+//! Shell commands that the page shows under Docker Compose. A visitor types them in the folder of
+//! docker-compose.yml.
 
 use shared::messaging::Coordinates;
 

@@ -28,7 +28,7 @@ pub struct Control {
     token: Secret<ControlToken>,
 }
 
-/// What runs, as the control port says.
+/// The state of processes, components and mail server, as the control port reports it.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub struct State {
     pub processes: Vec<ProcessState>,
@@ -69,7 +69,7 @@ impl Control {
         self.ask(self.client.get(format!("{}/state", self.url)).timeout(ANSWER_LIMIT)).await
     }
 
-    /// What each recipient has got.
+    /// The mails that each recipient got.
     pub async fn mails(&self) -> Result<BTreeMap<String, Received>> {
         self.ask(self.client.get(format!("{}/mails", self.url)).timeout(ANSWER_LIMIT)).await
     }
@@ -93,7 +93,7 @@ impl Control {
 
     async fn ask<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T> {
         let answer = request.bearer_auth(self.token.expose()).send().await;
-        let answer = answer.context("the control port of `cargo xtask up` does not answer")?;
+        let answer = answer.context("the control port does not answer: does `cargo xtask up` still run?")?;
         let status = answer.status();
         if status.is_success() {
             return Ok(answer.json().await?);

@@ -1,5 +1,5 @@
-//! What has become of one registration: each effect is there, waits in a place that can be seen, or is
-//! wrong.
+//! Judges the effects of one registration: each effect exists, waits in a place that can be seen,
+//! or is wrong.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,8 +7,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use topology::{ANALYTICS, CACHE, EMAIL, Service, USER};
 
-/// A younger registration is never wrong. The services measure their outboxes every 2 s, the console
-/// asks them and Kafka every second, and each may take some seconds to answer.
+/// While a registration is younger than this, an effect that a service does not have counts as
+/// waiting. The services measure their outboxes every 2 s. The console asks them and Kafka every
+/// second, and each answer may take some seconds.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Where a record is: its partition and its offset.
@@ -109,10 +110,10 @@ impl Situation {
             return Some("registered just now".to_owned());
         }
         match (self.outbox, self.lags.get(service.name).copied().flatten()) {
-            (None, _) => Some("the user service does not say what is in its outbox".to_owned()),
+            (None, _) => Some("the outbox is unknown: the user service does not answer".to_owned()),
             (Some(rows), _) if rows > 0 => Some(format!("the outbox of {} has {rows} rows", USER.name)),
             (_, None) if service == USER => None,
-            (_, None) => Some("Kafka does not say how far the groups are".to_owned()),
+            (_, None) => Some("the lag is unknown: Kafka does not answer".to_owned()),
             (_, Some(lag)) if lag > 0 => Some(format!("the groups of {} lag by {lag} offsets", service.name)),
             _ => None,
         }
@@ -184,7 +185,7 @@ fn mail(registered: &Registered, delivery: &Delivery, situation: &Situation) -> 
         }
         ("sent", _) => Fate::Done,
         ("failed", _) => {
-            Fate::Waits("the mail server refused the mail permanently; the email service reports it".to_owned())
+            Fate::Waits("the server refused the mail permanently or for too long; it waits for an operator".to_owned())
         }
         (status, _) => Fate::Waits(format!("the mail is {status} in the email service")),
     }

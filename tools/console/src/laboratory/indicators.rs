@@ -13,13 +13,13 @@ pub struct Indicator {
     pub name: &'static str,
     /// What it means, in one sentence.
     pub meaning: &'static str,
-    pub standing: Standing,
+    pub verdict: Verdict,
     /// The figures, and the reason.
     pub text: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub enum Standing {
+pub enum Verdict {
     /// There is no registration yet.
     #[default]
     Unknown,
@@ -28,7 +28,7 @@ pub enum Standing {
     Violated,
 }
 
-impl Standing {
+impl Verdict {
     pub fn text(self) -> &'static str {
         match self {
             Self::Unknown => "nothing to judge yet",
@@ -47,13 +47,13 @@ const NAMES: [(&str, &str); 5] = [
     ),
     (
         "Mailed at least once",
-        "The mail server has accepted a mail for each registration, and no more copies than the email service has \
-         counted attempts: a copy comes only after a lost answer or an ended lease.",
+        "The mail server has accepted a mail for each registration, and at most one copy per attempt of the email \
+         service. A second copy follows only a lost answer or an expired lease.",
     ),
     (
         "Counted once",
-        "The analytics service has recorded each registration exactly once, and the total of its funnel has grown by \
-         as many users as the topic got in the same time, from any client.",
+        "The analytics service has recorded each registration exactly once. The total of its funnel has grown by the \
+         number of users that arrived in the topic in the same time, from any client.",
     ),
     (
         "Readable in the cache",
@@ -72,33 +72,33 @@ pub fn indicators<'a>(
     mails: Option<&BTreeMap<String, Received>>,
     compared: &Compared,
 ) -> Vec<Indicator> {
-    let mut found: Vec<(Standing, String)> = Effect::ALL.map(|effect| of_effect(all.clone(), effect)).into();
+    let mut found: Vec<(Verdict, String)> = Effect::ALL.map(|effect| of_effect(all.clone(), effect)).into();
     found[Effect::Mail as usize].1 += &copies(all.clone(), mails);
     let counted = &mut found[Effect::Count as usize];
     counted.1 += &total(compared);
     if matches!(compared, Compared::Differs { .. }) {
-        counted.0 = Standing::Violated;
+        counted.0 = Verdict::Violated;
     }
     found.push(of_all(all));
     let with_names = NAMES.into_iter().zip(found);
-    with_names.map(|((name, meaning), (standing, text))| Indicator { name, meaning, standing, text }).collect()
+    with_names.map(|((name, meaning), (verdict, text))| Indicator { name, meaning, verdict, text }).collect()
 }
 
-fn of_effect<'a>(all: impl Iterator<Item = &'a Registration>, effect: Effect) -> (Standing, String) {
+fn of_effect<'a>(all: impl Iterator<Item = &'a Registration>, effect: Effect) -> (Verdict, String) {
     let mut tally = Tally::default();
     all.for_each(|registration| tally.add(&[registration.fate(effect)]));
-    (tally.standing(), tally.text())
+    (tally.verdict(), tally.text())
 }
 
 /// A violation only if an effect is missing: too many effects lose nothing.
-fn of_all<'a>(all: impl Iterator<Item = &'a Registration>) -> (Standing, String) {
+fn of_all<'a>(all: impl Iterator<Item = &'a Registration>) -> (Verdict, String) {
     let mut tally = Tally::default();
     for registration in all {
         let fates = Effect::ALL.map(|effect| registration.fate(effect));
         let fates: Vec<&Fate> = fates.into_iter().filter(|fate| !matches!(fate, Fate::TooMuch(_))).collect();
         tally.add(&fates);
     }
-    (tally.standing(), tally.text())
+    (tally.verdict(), tally.text())
 }
 
 /// How many registrations are complete, wait and are wrong, with the most frequent reasons.
@@ -126,12 +126,12 @@ impl<'a> Tally<'a> {
         }
     }
 
-    fn standing(&self) -> Standing {
+    fn verdict(&self) -> Verdict {
         match self {
-            Self { all: 0, .. } => Standing::Unknown,
-            Self { wrong, .. } if !wrong.is_empty() => Standing::Violated,
-            Self { waits, .. } if !waits.is_empty() => Standing::CatchingUp,
-            _ => Standing::Holds,
+            Self { all: 0, .. } => Verdict::Unknown,
+            Self { wrong, .. } if !wrong.is_empty() => Verdict::Violated,
+            Self { waits, .. } if !waits.is_empty() => Verdict::CatchingUp,
+            _ => Verdict::Holds,
         }
     }
 
@@ -168,9 +168,9 @@ fn total(compared: &Compared) -> String {
     match compared {
         Compared::NotYet => " The total is not compared yet.".to_owned(),
         Compared::Same(0) => String::new(),
-        Compared::Same(users) => format!(" The total has grown by {users}, as the topic."),
+        Compared::Same(users) => format!(" The total and the topic have {users} new users."),
         Compared::Differs { in_topic, counted } => {
-            format!(" The total has grown by {counted}, and the topic got {in_topic} users.")
+            format!(" The total has {counted} new users, but the topic has {in_topic}.")
         }
     }
 }
@@ -181,19 +181,19 @@ mod tests {
     use crate::laboratory::fates::{Checked, Delivery, Situation};
     use crate::laboratory::registrations::Registrations;
 
-    fn standings(found: &Checked, situation: &Situation, compared: &Compared) -> Vec<Standing> {
+    fn verdicts(found: &Checked, situation: &Situation, compared: &Compared) -> Vec<Verdict> {
         let mut registrations = Registrations::default();
         let user = uuid::Uuid::from_u128(1);
         registrations.accept(user, "lab@test".to_owned(), 1);
         let later = Situation { taken: situation.taken + std::time::Duration::from_secs(60), ..situation.clone() };
         (0..3).for_each(|_| registrations.judge(user, found, &later));
         let found = indicators(registrations.all(), situation.mails.as_ref(), compared);
-        found.into_iter().map(|indicator| indicator.standing).collect()
+        found.into_iter().map(|indicator| indicator.verdict).collect()
     }
 
     #[test]
     fn each_indicator_is_violated_by_its_own_fault() {
-        use Standing::{CatchingUp, Holds, Violated};
+        use Verdict::{CatchingUp, Holds, Violated};
         let sent = |attempts| Some(vec![Delivery { status: "sent".to_owned(), attempts }]);
         let right = Checked { counted: Some(1), cached: Some(Some(1)), deliveries: sent(1), letter: None };
         let mails = |mails| Situation {
@@ -201,30 +201,30 @@ mod tests {
             ..Situation::quiet()
         };
         let same = Compared::Same(1);
-        assert_eq!(standings(&right, &mails(1), &same), [Holds; 5]);
+        assert_eq!(verdicts(&right, &mails(1), &same), [Holds; 5]);
         let lost = Checked { cached: Some(None), ..right.clone() };
         assert_eq!(
-            standings(&lost, &mails(1), &same),
+            verdicts(&lost, &mails(1), &same),
             [Violated, Holds, Holds, Violated, Violated],
             "not published either"
         );
         let twice = Checked { counted: Some(2), ..right.clone() };
-        assert_eq!(standings(&twice, &mails(1), &same), [Holds, Holds, Violated, Holds, Holds]);
+        assert_eq!(verdicts(&twice, &mails(1), &same), [Holds, Holds, Violated, Holds, Holds]);
         assert_eq!(
-            standings(&right, &mails(2), &same),
+            verdicts(&right, &mails(2), &same),
             [Holds, Violated, Holds, Holds, Holds],
             "a copy without an attempt"
         );
-        assert_eq!(standings(&right, &mails(0), &same), [Holds, Violated, Holds, Holds, Violated]);
+        assert_eq!(verdicts(&right, &mails(0), &same), [Holds, Violated, Holds, Holds, Violated]);
         let differs = Compared::Differs { in_topic: 1, counted: 2 };
-        assert_eq!(standings(&right, &mails(1), &differs), [Holds, Holds, Violated, Holds, Holds]);
+        assert_eq!(verdicts(&right, &mails(1), &differs), [Holds, Holds, Violated, Holds, Holds]);
         let silent = Checked { deliveries: None, ..right };
-        assert_eq!(standings(&silent, &mails(0), &same), [Holds, CatchingUp, Holds, Holds, CatchingUp]);
+        assert_eq!(verdicts(&silent, &mails(0), &same), [Holds, CatchingUp, Holds, Holds, CatchingUp]);
     }
 
     #[test]
     fn without_registrations_nothing_is_judged() {
         let found = indicators([].iter(), None, &Compared::NotYet);
-        assert!(found.iter().all(|indicator| indicator.standing == Standing::Unknown));
+        assert!(found.iter().all(|indicator| indicator.verdict == Verdict::Unknown));
     }
 }

@@ -1,5 +1,5 @@
-//! What takes longer than a request: bursts of registrations, and faulty records that need a user
-//! first. One job runs at a time.
+//! Jobs that take longer than a request: bursts of registrations, and faulty records that need a
+//! user first. One job runs at a time.
 
 use anyhow::{Context, Result};
 use futures::future::join_all;
@@ -35,8 +35,8 @@ impl Job {
     pub fn begun(&self) -> String {
         match self {
             Self::Burst(users) => format!("a burst of {users} registrations begins"),
-            Self::Again => "the last record is written again".to_owned(),
-            Self::OldState => "a user is registered and renamed, and then its old state is written again".to_owned(),
+            Self::Again => "the last record will be written again".to_owned(),
+            Self::OldState => "a user will be registered and renamed, then its first state written again".to_owned(),
         }
     }
 }
@@ -51,7 +51,7 @@ pub async fn run_jobs(laboratory: Laboratory, mut jobs: mpsc::Receiver<Job>) -> 
         };
         laboratory.registrations().note(done.unwrap_or_else(|error| format!("failed: {error:#}")));
     }
-    anyhow::bail!("no page can begin a job any more")
+    anyhow::bail!("bug: the queue of laboratory jobs is closed")
 }
 
 impl Laboratory {
@@ -104,12 +104,12 @@ impl Laboratory {
         Ok(format!("{done} It has version 1 of user {user}. The cache must keep version {version}."))
     }
 
-    /// Lets the control port write a record again, or says how to do it.
+    /// Writes a record again through the control port. Without one, returns the command for it.
     async fn write_again(&self, topic: &'static str, (partition, offset): Place) -> Result<String> {
         let record = Coordinates { topic: topic.to_owned(), partition, offset };
         match &self.control {
             Some(control) => Ok(format!("{}.", control.again(&record).await?)),
-            None => Ok(format!("type: {} .", commands::again(&record))),
+            None => Ok(format!("run this command: `{}`.", commands::again(&record))),
         }
     }
 
@@ -123,7 +123,7 @@ impl Laboratory {
             }
             (Instant::now() < deadline)
                 .then_some(())
-                .with_context(|| format!("no record of the user in {topic} yet"))?;
+                .with_context(|| format!("no record arrived in {topic}: is Kafka or the user service down?"))?;
             sleep(POLL_INTERVAL).await;
         }
     }

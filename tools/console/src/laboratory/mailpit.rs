@@ -11,9 +11,9 @@ use serde_json::json;
 use super::fates::Received;
 
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// The newest mails that are looked at. The compose file lets Mailpit keep as many.
+/// How many of the newest mails are counted. The compose file lets Mailpit keep the same number.
 const MAILS: usize = 2_000;
-/// What the mail server answers to the sender and the recipient while it refuses: "try again later".
+/// SMTP code with which Mailpit refuses the sender of each mail: "try again later".
 const REFUSAL: u16 = 451;
 
 #[derive(Clone)]
@@ -62,7 +62,7 @@ impl Mailpit {
         Ok(format!("the mail server is {target}"))
     }
 
-    /// What each recipient has got. Mailpit loses no answers.
+    /// The mails of each recipient. Mailpit always answers, so `unanswered` is 0.
     pub async fn mails(&self) -> Result<BTreeMap<String, Received>> {
         let answer = self.client.get(format!("{}/api/v1/messages?limit={MAILS}", self.url)).send().await?;
         Ok(counted(answer.error_for_status()?.json().await?))

@@ -27,7 +27,7 @@ use crate::config::{LaboratoryConfig, ServiceAddress};
 
 pub use commands::{MALFORMED, of_component, of_service};
 pub use control::{Condition, State};
-pub use indicators::{Indicator, Standing};
+pub use indicators::{Indicator, Verdict};
 pub use jobs::{Job, run_jobs};
 pub use registrations::Note;
 pub use watch::{Findings, Sources, watch};
@@ -50,7 +50,7 @@ pub struct Laboratory {
     mailpit: Option<Mailpit>,
     registrations: Arc<Mutex<Registrations>>,
     jobs: mpsc::Sender<Job>,
-    /// When a page was last open. Without a visitor nothing is asked.
+    /// When the page was last open. Without a visitor the Laboratory checks no registrations.
     visited: channel::Sender<Option<Instant>>,
     /// What the control port says. `None`: there is none, or it does not answer.
     state: channel::Sender<Option<State>>,
@@ -127,7 +127,7 @@ impl Laboratory {
         let job = match act.as_str() {
             "burst" => {
                 let users = count.trim().parse().ok().filter(|users| (1..=BURST_MAX).contains(users));
-                Job::Burst(users.with_context(|| format!("count: a number from 1 to {BURST_MAX}"))?)
+                Job::Burst(users.with_context(|| format!("count: must be a number from 1 to {BURST_MAX}"))?)
             }
             "again" => Job::Again,
             "old" => Job::OldState,
@@ -135,7 +135,7 @@ impl Laboratory {
             _ => return self.order(act, target).await,
         };
         let begun = job.begun();
-        self.jobs.try_send(job).ok().context("too many jobs wait; try again")?;
+        self.jobs.try_send(job).ok().context("too many jobs wait; try again when one has ended")?;
         Ok(begun)
     }
 

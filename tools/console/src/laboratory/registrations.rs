@@ -16,9 +16,9 @@ const KEPT: usize = 1_000;
 const EARLY: usize = 2_000;
 /// The newest notes that the page shows.
 const NOTES: usize = 12;
-/// An effect must be wrong at that many looks in a row before it is reported as wrong.
-/// Each look comes after Kafka and the outbox were asked again.
-const LOOKS: u32 = 3;
+/// How many checks in a row must find an effect wrong before it is reported. Kafka and the outbox
+/// are read again before each check.
+const CHECKS: u32 = 3;
 
 /// A user whom the Laboratory has registered.
 #[derive(Clone, Debug)]
@@ -52,10 +52,10 @@ pub struct Note {
 pub struct Registrations {
     all: VecDeque<Registration>,
     pub accepted: u64,
-    /// Registrations without an answer that accepts them.
+    /// Registrations that were refused or got no answer.
     pub refused: u64,
     notes: VecDeque<Note>,
-    /// Records whose key is no registration, or not yet.
+    /// Records whose key does not belong to a registration, at least not yet.
     early: VecDeque<(Uuid, &'static str, Place)>,
 }
 
@@ -73,7 +73,7 @@ impl Registrations {
             user,
             registered: Registered { email, accepted: Instant::now(), version, places },
             looked: None,
-            fates: std::array::from_fn(|_| Fate::Waits("not looked at yet".to_owned())),
+            fates: std::array::from_fn(|_| Fate::Waits("not checked yet".to_owned())),
             wrong: Default::default(),
         });
     }
@@ -108,15 +108,15 @@ impl Registrations {
         self.all.iter().find(|registration| registration.user == user)
     }
 
-    /// The registrations to look at next: those that are not complete first, and then those that were
-    /// looked at longest ago.
+    /// The registrations to check next: first those that are not complete, then those whose last
+    /// check was longest ago.
     pub fn next(&self, limit: usize) -> Vec<Registration> {
         let mut order: Vec<&Registration> = self.all.iter().collect();
         order.sort_by_key(|registration| (registration.is_complete(), registration.looked));
         order.into_iter().take(limit).cloned().collect()
     }
 
-    /// Judges what a look has found. An effect is reported as wrong only after several looks in a
+    /// Judges the result of a check. An effect is reported as wrong only after several checks in a
     /// row.
     pub fn judge(&mut self, user: Uuid, checked: &Checked, situation: &Situation) {
         self.change(user, |registration| {
@@ -127,7 +127,7 @@ impl Registrations {
                 let is_wrong = fate.violation().is_some();
                 registration.wrong[place] = if is_wrong { registration.wrong[place] + 1 } else { 0 };
                 registration.fates[place] = match fate.violation() {
-                    Some(text) if registration.wrong[place] < LOOKS => Fate::Waits(format!("looked at again: {text}")),
+                    Some(text) if registration.wrong[place] < CHECKS => Fate::Waits(format!("checking again: {text}")),
                     _ => fate,
                 };
             }
@@ -208,13 +208,13 @@ mod tests {
             .change(user, |registration| registration.registered.accepted -= std::time::Duration::from_secs(60));
         let found = Checked { counted: Some(1), cached: Some(None), ..Checked::default() };
         let quiet = Situation::quiet();
-        for look in 1..=LOOKS {
+        for look in 1..=CHECKS {
             let is_wrong = |registrations: &Registrations| {
                 registrations.find(user).unwrap().fate(Effect::Cache).violation().is_some()
             };
             assert!(!is_wrong(&registrations), "before look {look}");
             registrations.judge(user, &found, &quiet);
-            assert_eq!(is_wrong(&registrations), look == LOOKS, "after look {look}");
+            assert_eq!(is_wrong(&registrations), look == CHECKS, "after look {look}");
         }
         registrations.judge(user, &Checked { cached: Some(Some(1)), ..found }, &quiet);
         assert_eq!(registrations.find(user).unwrap().fate(Effect::Cache), &Fate::Done);

@@ -11,11 +11,12 @@ use uuid::Uuid;
 use super::fates::Place;
 use crate::kafka::Seen;
 
-/// Users that are remembered. With more, the comparison begins again: 400 KB.
+/// How many users are remembered, in about 400 KB. When the map is full, it is cleared and the
+/// comparison starts again.
 const USERS: usize = 10_000;
-/// So many comparisons in a row must differ. The console may see the newest records a little later
-/// than the analytics service.
-const LOOKS: u32 = 4;
+/// How many comparisons in a row must differ before the difference is reported. The console may
+/// receive the newest records a little later than the analytics service.
+const CHECKS: u32 = 4;
 const REGISTERED: &str = "user.registered";
 
 /// First and next offset of each partition of the topic.
@@ -27,7 +28,7 @@ pub struct Round {
     pub ends: Ends,
     /// When Kafka was asked for the ends.
     pub asked: Instant,
-    /// Asked after the ends, while the group had no lag.
+    /// Total of the funnel, read after the ends while the group had no lag.
     pub counted: i64,
     /// When the analytics service had answered.
     pub answered: Instant,
@@ -40,8 +41,9 @@ pub struct Totals {
     /// Where the comparison began.
     baseline: Option<Round>,
     before: Option<Round>,
-    /// The last comparison.
+    /// Users that the topic got since the baseline, at the last comparison.
     users: usize,
+    /// How many comparisons in a row differed.
     differing: u32,
 }
 
@@ -90,13 +92,13 @@ impl Totals {
         let counted = settled.counted - baseline.counted;
         let is_same = usize::try_from(counted) == Ok(self.users);
         self.differing = if is_same { 0 } else { self.differing.saturating_add(1) };
-        if self.differing < LOOKS {
+        if self.differing < CHECKS {
             return self.last();
         }
         Compared::Differs { in_topic: self.users, counted }
     }
 
-    /// Between two comparisons nothing is known to differ.
+    /// The result while no comparison is possible, or while a difference is not confirmed.
     fn last(&self) -> Compared {
         if self.baseline.is_some() { Compared::Same(self.users) } else { Compared::NotYet }
     }
@@ -162,7 +164,7 @@ mod tests {
         totals.saw(&seen(11, 3));
         assert_eq!(compare(&mut totals, 10, 7), Compared::NotYet, "the baseline");
         compare(&mut totals, 12, 9);
-        for _ in 0..2 * LOOKS {
+        for _ in 0..2 * CHECKS {
             assert_eq!(compare(&mut totals, 12, 9), Compared::Same(2));
         }
     }
@@ -190,7 +192,7 @@ mod tests {
             compare(&mut totals, 10, 7);
             totals.saw(&seen(10, 2));
             compare(&mut totals, 12, counted);
-            for _ in 1..LOOKS {
+            for _ in 1..CHECKS {
                 assert_eq!(compare(&mut totals, 12, counted), Compared::Same(1));
             }
             let differs = Compared::Differs { in_topic: 1, counted: counted - 7 };

@@ -1,4 +1,4 @@
-//! Looks at the registrations again and again while a page is open, and draws the conclusions.
+//! Checks the registrations once a second while the page is open, and computes the indicators.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,16 +18,16 @@ use crate::config::ServiceAddress;
 use crate::kafka::{Offsets, Recent};
 use crate::system::{Operations, Survey};
 
-/// How often the records that arrived are looked at. The tail keeps the newest 10,000 meanwhile.
+/// How often new records are read from the tail, which keeps the newest 10,000.
 const TICK: Duration = Duration::from_millis(250);
 /// How often the services are asked.
 const ROUND: Duration = Duration::from_secs(1);
-/// Registrations that are looked at in one round. Each needs three requests.
+/// Registrations that are checked in one round. Each needs three requests.
 const LOOKS: usize = 60;
-/// Registrations that are looked at at the same time.
+/// Registrations that are checked at the same time.
 const AT_ONCE: usize = 8;
-/// The services are asked for so long after the last visit of a page, so that a console without
-/// visitors costs nothing.
+/// How long after the last visit of the page the registrations are checked. Without visitors the
+/// services and the mail server get no requests about registrations.
 const VISIT: Duration = Duration::from_secs(30);
 /// The control port reports at most so many mails. Then it may leave out that of a registration.
 const MAILS: u32 = 10_000;
@@ -125,8 +125,8 @@ impl Watcher {
         self.further.send_replace(further.collect());
     }
 
-    /// Asks the services about some registrations. What waits in the system is read first: what is
-    /// missing afterwards was not on its way any more.
+    /// Asks the services about some registrations. The outbox and the lags are read first. So if
+    /// they were empty, an effect that is missing afterwards is lost.
     async fn look(&mut self) {
         self.mails = self.ask_mails().await;
         let situation = self.situation();
@@ -223,7 +223,8 @@ impl Watcher {
     }
 }
 
-/// Whether a service has answered that it does not have an effect, or an older version of it.
+/// Whether a service has answered that an effect is missing, or that the mail was cancelled. Both
+/// are also true of an erased user.
 fn is_missing(checked: &Checked) -> bool {
     let Checked { counted, cached, deliveries, .. } = checked;
     let is_unmailed = deliveries.as_ref().is_some_and(|deliveries| {

@@ -40,9 +40,9 @@ pub struct Diagram {
 pub struct ServiceBox {
     pub name: &'static str,
     pub place: Place,
-    /// The lines below the name: what it is, and the key of its live text.
+    /// The lines below the name: the outbox and the consumer groups.
     pub lines: Vec<Line>,
-    /// The height of the line that says what the service waits for.
+    /// The y coordinate of the line that says what the service waits for.
     pub status: i32,
 }
 

@@ -16,7 +16,7 @@ use topology::SERVICES;
 
 use super::answers::{NOT_FROM_A_PAGE, asset, failure, html};
 use super::app::App;
-use crate::laboratory::{self, BURST_MAX, Condition, Findings, Indicator, Laboratory, Note, Standing, Wanted};
+use crate::laboratory::{self, BURST_MAX, Condition, Findings, Indicator, Laboratory, Note, Verdict, Wanted};
 use crate::safety;
 
 pub fn routes() -> Router<App> {
@@ -61,7 +61,7 @@ const COMPONENTS: [(&str, &str); 3] = [
     ),
     (
         "postgres",
-        "Registrations are answered with 503, so they are not accepted. Consumers wait with their records. The cache still \
+        "Registrations are answered with 503, so they are not accepted. Consumers retry their records. The cache still \
          answers.",
     ),
     (
@@ -108,14 +108,14 @@ impl View {
     fn of(laboratory: &Laboratory, findings: &Findings) -> Self {
         let mut view = Self { notes: laboratory.notes(), ..Self::default() };
         for (number, indicator) in findings.indicators.iter().enumerate() {
-            let state = match indicator.standing {
-                Standing::Unknown => "",
-                Standing::Holds => "good",
-                Standing::CatchingUp => "wait",
-                Standing::Violated => "bad",
+            let state = match indicator.verdict {
+                Verdict::Unknown => "",
+                Verdict::Holds => "good",
+                Verdict::CatchingUp => "wait",
+                Verdict::Violated => "bad",
             };
             view.states.insert(format!("indicator:{number}"), state);
-            view.texts.insert(format!("standing:{number}"), indicator.standing.text().to_owned());
+            view.texts.insert(format!("verdict:{number}"), indicator.verdict.text().to_owned());
             view.texts.insert(format!("figures:{number}"), indicator.text.clone());
         }
         view.texts.insert("watched".to_owned(), watched(findings));
@@ -165,7 +165,7 @@ impl View {
 fn watched(findings: &Findings) -> String {
     let Findings { watched, accepted, refused, .. } = findings;
     let refused =
-        if *refused == 0 { String::new() } else { format!(" {refused} more were not accepted, and promise nothing.") };
+        if *refused == 0 { String::new() } else { format!(" {refused} more were not accepted and are not judged.") };
     match accepted {
         0 => format!("No registration yet.{refused}"),
         _ if *watched as u64 == *accepted => format!("{accepted} registrations were accepted.{refused}"),
@@ -176,11 +176,11 @@ fn watched(findings: &Findings) -> String {
 /// What the mail server can do: the target of the act, the label, and what to expect.
 const MAIL: [(&str, &str, &str); 4] = [
     ("normal", "Normal", ""),
-    ("slow", "Slow", "Each answer takes 5 s longer. Mails wait in the email service."),
+    ("slow", "Slow", "The server accepts each mail 5 s late. Mails wait in the email service."),
     (
         "refusing",
         "Refusing",
-        "Mails wait in the email service and are tried again. After some refusals it pauses and sends only probes.",
+        "The email service keeps the mails and retries them. After some refusals it pauses and sends only probes.",
     ),
     (
         "losing",
@@ -195,13 +195,13 @@ const MAIL_OF_MAILPIT: [(&str, &str, &str); 2] = [MAIL[0], MAIL[2]];
 fn expect(service: &str) -> &'static str {
     match service {
         "user" => {
-            "Registrations are not accepted. Events that are in its outbox wait there. Everything else works with what it \
-             already has."
+            "Registrations are not accepted. Events in its outbox wait there. The other services continue to work with \
+             the data that they have."
         }
         "email" => "Mails wait: the lag of its groups grows. Nothing is lost. Look at the map.",
-        "analytics" => "The counts stand still, and the lag of its groups grows. No other service notices.",
+        "analytics" => "The counts do not grow, but the lag of its groups does. Other services are not affected.",
         "cache" => "Profiles cannot be read. Registrations and mails continue.",
-        _ => "What it does waits, and the lag of its groups grows.",
+        _ => "Its records wait, and the lag of its groups grows.",
     }
 }
 

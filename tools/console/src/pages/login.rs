@@ -42,7 +42,7 @@ pub async fn begin(State(app): State<App>, headers: HeaderMap, Form(login): Form
     let Some(address) = acting.find_map(|service| app.address(service)) else {
         return failure(
             StatusCode::BAD_GATEWAY,
-            "No service answers that knows the tokens. No operator was logged in.",
+            "No service that checks tokens answers. Start email, analytics or cache, and log in again.",
         );
     };
     let token = login.operator_token.trim();

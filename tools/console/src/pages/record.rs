@@ -75,11 +75,11 @@ pub async fn show(State(app): State<App>, headers: HeaderMap, Form(wanted): Form
         return failure(StatusCode::FORBIDDEN, NOT_FROM_A_PAGE);
     }
     let Ok(record) = wanted.coordinates.parse::<Coordinates>() else {
-        return failure(StatusCode::BAD_REQUEST, "The coordinates are not topic-partition-offset.");
+        return failure(StatusCode::BAD_REQUEST, "Give the coordinates as topic-partition-offset: user.state.v1-0-17.");
     };
     let readers = SERVICES.into_iter().filter(|service| reads(service, &record.topic));
     let Some((service, address)) = readers.filter_map(|service| Some((service, app.address(service)?))).next() else {
-        let text = format!("No service that reads {} answers. Nothing was shown.", record.topic);
+        let text = format!("No service that reads {} answers. Start one and try again.", record.topic);
         return failure(StatusCode::BAD_GATEWAY, &text);
     };
     let coordinates = app.reader.name_on_broker(&record);

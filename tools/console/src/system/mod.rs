@@ -1,4 +1,5 @@
-//! What the services say about themselves on their admin ports, and their public APIs.
+//! Reads the status and the metrics of the services on their admin ports, and calls their public
+//! APIs.
 
 mod openmetrics;
 mod operations;

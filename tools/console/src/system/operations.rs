@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 
 /// How long a service may take to read a page of letters, or to act on one letter.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// Bytes of an answer. A record has at most 1 MiB, which JSON may escape.
+/// Bytes of an answer. A record has at most 1 MiB, and escapes in JSON may make it several times
+/// longer.
 const SIZE_LIMIT: usize = 8 * 1024 * 1024;
 
 /// A page of the open letters of a group, as the admin port lists them.
@@ -61,7 +62,7 @@ pub enum Act {
     Discard,
 }
 
-/// An order of an operator.
+/// An action that an operator requests.
 pub struct Order<'a> {
     pub act: Act,
     pub group: &'a str,
@@ -113,8 +114,8 @@ impl Operations {
     /// Does what the operator asks for, and returns what the service answers: JSON, or lines of JSON.
     ///
     /// # Errors
-    /// The service does not answer, or refuses. It may have acted if it does not answer; the list of
-    /// actions says so.
+    /// The service refuses, or does not answer. If it does not answer, it may still have acted: see
+    /// the list of actions.
     pub async fn act(&self, address: SocketAddr, order: &Order<'_>) -> anyhow::Result<String> {
         let Order { act, group, coordinates, reason, token } = order;
         let (path, body) = match act {

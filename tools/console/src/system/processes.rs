@@ -54,7 +54,7 @@ async fn answer(client: &Client, address: SocketAddr) -> anyhow::Result<Answer> 
         get(client, format!("http://{address}/status")),
         get(client, format!("http://{address}/metrics"))
     )?;
-    let Status { waiting_for } = serde_json::from_slice(&status).context("/status is not the JSON of a service")?;
+    let Status { waiting_for } = serde_json::from_slice(&status).context("/status is not that of a Waybill service")?;
     Ok(Answer { waiting_for, metrics: Samples::parse(&String::from_utf8_lossy(&metrics)) })
 }
 

@@ -16,7 +16,7 @@ use crate::config::ServiceAddress;
 
 /// How often the processes are asked.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// At most so many processes of a service are asked.
+/// How many processes of a service are asked at most.
 const MAX_REPLICAS: usize = 32;
 
 /// The answers of all processes at one moment.

@@ -17,8 +17,8 @@ use super::forward::{ANSWER_LIMIT, CONNECT_LIMIT};
 
 #[derive(Args, Clone, Debug)]
 pub struct TracesConfig {
-    /// Address on which the services' traces are received, by OTLP over gRPC. It asks for no login.
-    /// Give it to the services as OTEL_EXPORTER_OTLP_ENDPOINT.
+    /// Address on which the console receives the services' traces, by OTLP over gRPC. It requires
+    /// no login. Set OTEL_EXPORTER_OTLP_ENDPOINT of the services to its URL.
     #[arg(long, env, default_value = "127.0.0.1:14317")]
     pub otlp_addr: SocketAddr,
     /// A file with the certificate of this address and its chain, in PEM format. With it the console
@@ -39,7 +39,7 @@ pub struct TracesConfig {
 }
 
 impl TracesConfig {
-    /// What accepts connections with TLS. `None`: without TLS.
+    /// The acceptor of TLS connections. `None`: TLS is off.
     ///
     /// # Errors
     /// A file cannot be used, or one of the two settings is missing.
@@ -59,7 +59,7 @@ impl TracesConfig {
         let mut tls = builder
             .with_no_client_auth()
             .with_single_cert(chain, private)
-            .context("OTLP_KEY does not fit OTLP_CERTIFICATE")?;
+            .context("OTLP_KEY is not the private key of OTLP_CERTIFICATE")?;
         tls.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Some(TlsAcceptor::from(Arc::new(tls))))
     }

@@ -42,8 +42,8 @@ pub struct Queue {
     losses: Arc<Losses>,
 }
 
-/// Requests that the other collector did not get. The first one is logged, until a request arrives
-/// again.
+/// Requests that the other collector did not get. The first loss is logged. The next one is logged
+/// only if the collector has accepted a request in between.
 #[derive(Default)]
 struct Losses {
     count: AtomicU64,
@@ -62,10 +62,10 @@ impl Forward {
     pub fn pass_on(&self, request: Bytes) {
         let size = u32::try_from(request.len()).unwrap_or(u32::MAX);
         let Ok(room) = self.room.clone().try_acquire_many_owned(size) else {
-            return self.losses.add("too many traces wait for it");
+            return self.losses.add("the queue has no room for these bytes");
         };
         if self.queue.try_send(Waiting { request, _room: room }).is_err() {
-            self.losses.add("too many requests wait for it");
+            self.losses.add("the queue has no room for a request");
         }
     }
 
@@ -79,7 +79,7 @@ impl Losses {
     fn add(&self, error: &str) {
         self.count.fetch_add(1, Ordering::Relaxed);
         if !self.is_reported.swap(true, Ordering::Relaxed) {
-            tracing::warn!(error, "the collector of FORWARD_OTLP does not accept traces; it loses them until it does");
+            tracing::warn!(error, "the collector of FORWARD_OTLP does not accept traces; dropping them until it does");
         }
     }
 

@@ -39,7 +39,7 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 const WINDOW: u32 = 256 * 1024;
 /// How long a TLS handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
-/// How often a silent exporter is asked whether it is there, and how long it may take to answer.
+/// How often an idle exporter gets an HTTP/2 ping, and how long it may take to answer.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_LIMIT: Duration = Duration::from_secs(10);
 /// The wait after a failed accept: the process has no free file descriptor.
@@ -94,7 +94,7 @@ pub async fn receive(
     }
 }
 
-/// A connection that breaks is the exporter's to report.
+/// Logs a broken connection at debug only, because the exporter reports it.
 async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, routes: Router, _place: OwnedSemaphorePermit) {
     match tls {
         None => serve(stream, routes).await,

@@ -12,7 +12,7 @@ use super::TraceId;
 use super::span::Span;
 use super::wire::{Head, each_span};
 
-/// Bytes of all spans. A registration has about 8 KB of spans, so these are some thousand of them.
+/// Bytes of all spans. A registration has about 8 KB of spans, so about 2,000 registrations fit.
 pub const MEMORY: usize = 16 * 1024 * 1024;
 /// Bytes of one trace. Otherwise the spans of a trace that never ends would replace all others.
 const TRACE_MEMORY: usize = 1024 * 1024;

@@ -1,6 +1,5 @@
-//! How spans are written: requests of OTLP are walked field by field, without making an object of each.
-//! A request that is small can describe millions of empty objects, and a receiver of all traces has
-//! little time for each span.
+//! Reads OTLP requests field by field, without decoding each message into a struct. A small request
+//! can contain millions of empty messages, and the receiver has little time for each span.
 
 use bytes::{Buf, BufMut, Bytes};
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};

@@ -1,8 +1,8 @@
 //! The laboratory of `cargo xtask up`: it keeps the system running, and breaks parts of it when the
 //! console asks for that, over a control port on loopback.
 //!
-//! A request goes to one place: what concerns processes to [`run`], which alone owns the system; the
-//! behaviour of the mail server and faulty records to the port itself, because they need no process.
+//! Orders about processes and components go to [`run`], which alone owns the system. The port
+//! itself sets the behaviour of the mail server and writes faulty records.
 
 mod orders;
 mod port;
@@ -73,8 +73,8 @@ impl State {
     }
 }
 
-/// Restarts what ends by itself, and obeys the orders. Returns only if a process cannot be restarted.
-/// An order that fails is answered with its error and ends nothing.
+/// Restarts processes that end by themselves, and executes the orders. Returns only if a process
+/// cannot be restarted. If an order fails, its sender gets the error, and the loop continues.
 pub async fn run(system: &mut System, orders: &mut Orders) -> Result<()> {
     loop {
         orders.states.send_replace(State::of(system));

@@ -9,8 +9,8 @@ use crate::system::Component;
 
 /// The answer of a slow mail server comes this much later. The email service waits longer.
 const SLOW_MS: u64 = 5_000;
-/// So many answers are lost. Then the mail server works again, because a mail whose answer is lost too
-/// often waits for an operator.
+/// How many answers are lost. Then the mail server works again: a mail whose answer is lost too
+/// often would wait for an operator.
 const LOST_ANSWERS: u32 = 3;
 
 /// The body of a request.
@@ -82,12 +82,15 @@ impl Wanted {
             MALFORMED => Ok(Wish::Malformed),
             AGAIN => Ok(Wish::Again {
                 topic: self.topic()?,
-                partition: self.partition.filter(|partition| *partition >= 0).context("partition: a number from 0")?,
-                offset: self.offset.filter(|offset| *offset >= 0).context("offset: a number from 0")?,
+                partition: self
+                    .partition
+                    .filter(|partition| *partition >= 0)
+                    .context("partition: must be 0 or more")?,
+                offset: self.offset.filter(|offset| *offset >= 0).context("offset: must be 0 or more")?,
             }),
             other => {
                 let act = ACTS.iter().find(|(name, _)| *name == other);
-                let (_, act) = act.with_context(|| format!("act: unknown {other:?}; there are {}", names()))?;
+                let (_, act) = act.with_context(|| format!("act: unknown {other:?}; use one of {}", names()))?;
                 let target = target(&self.target)?;
                 let is_of_service = !matches!(act, Act::Stop | Act::Start);
                 ensure!(is_of_service == matches!(target, Target::Service(_)), does_not_apply(*act, target));
@@ -116,7 +119,7 @@ fn target(name: &str) -> Result<Target> {
     component.map(Target::Component).with_context(|| {
         let services = SERVICES.map(|service| service.name).join(", ");
         let components = Component::ALL.map(Component::name).join(", ");
-        format!("target: unknown {name:?}; there are {services}, {components}")
+        format!("target: unknown {name:?}; use one of {services}, {components}")
     })
 }
 
@@ -147,7 +150,7 @@ pub fn does_not_apply(act: Act, target: Target) -> Error {
         Target::Service(service) => (service.name, "kill, freeze, resume, restart, add, remove"),
         Target::Component(component) => (component.name(), "stop, start"),
     };
-    anyhow!("act: {target} has no {act:?}; it has {can}")
+    anyhow!("act: {act:?} does not apply to {target}; use one of {can}")
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@
 //! - `GET /mails`: how many mails each recipient has got, and how many of them without an answer.
 //! - `POST /orders`: a [`Wanted`], for example `{"act": "kill", "target": "email"}`.
 //!
-//! Only the console knows the token. A browser never needs the port, so whatever a browser sends is
-//! refused, with the right token too.
+//! Only the console knows the token. A browser never needs the port, so the port refuses every
+//! request of a browser, even one with the right token.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -33,7 +33,7 @@ use crate::smtp_sink::{Outcome, SmtpSink};
 
 /// Bytes of a request's body.
 const BODY_LIMIT: usize = 4 * 1024;
-/// The newest mails that are looked at for `GET /mails`.
+/// How many of the newest mails `GET /mails` counts.
 const MAILS: usize = 10_000;
 /// Headers that browsers send and programs do not.
 const OF_BROWSERS: [&str; 2] = ["origin", "sec-fetch-site"];
@@ -104,7 +104,7 @@ async fn guard(FromState(token): FromState<Arc<str>>, request: HttpRequest, next
         return refusal(StatusCode::FORBIDDEN, "the control port is not for browsers");
     }
     if !bears(headers, &token) {
-        return refusal(StatusCode::UNAUTHORIZED, "authorization: it must be the token of this run");
+        return refusal(StatusCode::UNAUTHORIZED, "authorization: send CONTROL_TOKEN of this run as a bearer token");
     }
     next.run(request).await
 }
@@ -178,7 +178,7 @@ impl Port {
         let (answer, done) = oneshot::channel();
         let sent = self.requests.try_send(Request { order, answer });
         sent.map_err(|_| anyhow!("too many orders wait; try again"))?;
-        done.await.context("the system stops")?
+        done.await.context("the system is stopping")?
     }
 }
 

@@ -21,23 +21,23 @@ const READ_LIMIT: &str = "10000";
 /// Control characters, which no header, key or value of Waybill contains.
 const BETWEEN_HEADERS: char = '\u{1f}';
 const NULL: &str = "\u{1e}";
-/// What the consumer prints in front of the record.
+/// The consumer prints this instead of the headers if a record has none.
 const MARK: &str = "NO_HEADERS";
 
 /// Writes records to the topics of a running Kafka.
 pub struct Records {
     fetched: Fetched,
-    /// A listener that may be used for everything.
+    /// Bootstrap servers. In a secured stack: the listener for operators, who may use every topic.
     servers: String,
     logs: Logs,
     scratch: Scratch,
-    /// One tool at a time: each is a virtual machine of Java with 100 MB.
+    /// Lets one tool run at a time: each starts a JVM, which needs about 100 MB.
     turn: Mutex<()>,
 }
 
 impl Records {
     /// # Errors
-    /// There is no room for files.
+    /// The scratch folder cannot be created.
     pub fn new(fetched: &Fetched, servers: String, logs: &Logs) -> Result<Self> {
         let scratch = Scratch::create("records")?;
         Ok(Self { fetched: fetched.clone(), servers, logs: logs.clone(), scratch, turn: Mutex::default() })

@@ -203,7 +203,7 @@ fn pills(records: &[Arc<Seen>], items: &[Item], offsets: &Offsets) -> Vec<Pill> 
     pills
 }
 
-/// The worse the later.
+/// From best to worst: a group gets the worst one of its records.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Handled {
     Done,
@@ -226,7 +226,8 @@ fn mailed(records: &[Arc<Seen>], items: &[Item]) -> Option<Pill> {
         (true, _) => ("good", format!("mailed{after}")),
         (_, true) => ("bad", format!("the mail failed{after}")),
         _ if accepted > 0 => ("wait", "mailed, and not published yet".to_owned()),
-        _ => ("wait", format!("not mailed{after} yet").replace("mailed after", "mailed, after")),
+        _ if attempts > 1 => ("wait", format!("not mailed yet, after {attempts} attempts")),
+        _ => ("wait", "not mailed yet".to_owned()),
     };
     Some(Pill { state, text })
 }

@@ -1,6 +1,6 @@
-//! From where the data of an erased user is gone, as far as it can be seen from outside: the public
-//! APIs, the topics, and the offsets of the group that deletes the address. The console does not look
-//! into the databases of the services.
+//! Checks where the data of an erased user was deleted, as far as a client can see it: in the
+//! public APIs, in the topics, and by the offsets of the group that deletes the address. The
+//! console does not read the databases of the services.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -52,9 +52,9 @@ pub async fn in_services(app: &App, user: Uuid, tombstone: &Seen) -> Vec<Pill> {
 async fn absent(app: &App, service: Service, path: String, what: &str) -> Pill {
     let name = service.name;
     let (state, text) = match app.users.status(service, &path).await {
-        Ok(404 | 410) => ("good", format!("{name}: GET {path} answers 404")),
+        Ok(status @ (404 | 410)) => ("good", format!("{name}: GET {path} answers {status}")),
         Ok(status @ 200..300) => ("wait", format!("{name}: GET {path} answers {status}, so {what} is still there")),
-        Ok(status @ (401 | 403)) => ("wait", format!("{name}: not looked, because it asks for a token ({status})")),
+        Ok(status @ (401 | 403)) => ("wait", format!("{name}: not checked: the API requires a token ({status})")),
         Ok(status) => ("wait", format!("{name}: GET {path} answers {status}")),
         Err(error) => ("wait", format!("{name}: {error:#}")),
     };

@@ -35,8 +35,8 @@ pub struct Item {
 /// Topic, partition and offset of a record.
 pub type Place = (String, i32, i64);
 
-/// The text that the user service and the email service note, and the messages that say how a mail
-/// ended.
+/// Names of span events. The user service records the first two in a command, and the email service
+/// the last one when the mail server has accepted a mail.
 const BEGUN: &str = "transaction begun";
 const COMMITTED: &str = "transaction committed";
 const ACCEPTED: &str = "mail accepted by the SMTP server";
@@ -216,8 +216,8 @@ fn record(seen: &Seen, all: &[Arc<Seen>]) -> Option<Item> {
     })
 }
 
-/// Which attempts of one another several bars are: of a group to handle one record, or of the email
-/// service to send one mail.
+/// Groups the bars that are attempts at the same work: a group that handles one record, or the
+/// email service that sends one mail. Returns the indices of each group's bars.
 fn attempts(items: &[Item]) -> BTreeMap<String, Vec<usize>> {
     let mut attempts: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for (index, item) in items.iter().enumerate() {
@@ -234,7 +234,7 @@ fn attempts(items: &[Item]) -> BTreeMap<String, Vec<usize>> {
 fn number_attempts(items: &mut [Item]) {
     for indices in attempts(items).into_values().filter(|indices| indices.len() > 1) {
         for (number, index) in (1..).zip(indices) {
-            // A mail has its number.
+            // The label of a mail already contains the number of its attempt.
             if items[index].step != Step::Mail {
                 items[index].tags.insert(0, format!("attempt {number}"));
             }
@@ -271,7 +271,7 @@ fn outboxes(items: &[Item], now: u64) -> impl Iterator<Item = Item> {
         let id = format!("{}-outbox", end.id);
         match round {
             Some(round) => Some(wait(id, &end.service, Step::Outbox, "in the outbox", end.end, round.start)),
-            // The span of a round arrives after its records.
+            // The records are there, so the round has ended. Only its span has not arrived yet.
             None if is_published => None,
             None => {
                 let mut waiting = wait(id, &end.service, Step::Outbox, "in the outbox", end.end, now.max(end.end));

@@ -33,11 +33,12 @@ use assemble::{BARS, CHAPTERS, Chapter, Material, Pill, assemble};
 
 /// The shortest time between two updates of a page.
 const UPDATE_INTERVAL: Duration = Duration::from_millis(300);
-/// The shortest time between two looks at the services.
+/// The shortest time between two checks of the services.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// Records of a user, the newest.
 const RECORDS: usize = 200;
-/// A user that is younger than this, in seconds, has no record that the tail does not get.
+/// Seconds. The tail has every record of a user who is younger than this, so the topics need not be
+/// read.
 const YOUNG: i64 = 30;
 
 /// Whose story is shown.
@@ -95,7 +96,7 @@ pub async fn page(State(app): State<App>, Query(wanted): Query<Wanted>) -> Respo
     };
     if !user.is_empty() {
         let Ok(user) = Uuid::try_parse(user) else {
-            return failure(StatusCode::BAD_REQUEST, "This is not the id of a user: it is a UUID.");
+            return failure(StatusCode::BAD_REQUEST, "Enter the id of a user, which is a UUID.");
         };
         let mut story = Story::of(app.clone(), user);
         page.user = Some(user);
@@ -117,26 +118,30 @@ fn limits(app: &App) -> Vec<String> {
     let kept = app.traces.kept();
     let mut limits = vec![
         format!(
-            "The console looks at the last {} records that it has seen arriving, and at the last {} records of a partition \
-             when it reads the topics.",
+            "The console searches the last {} records that it has received. If you let it read the topics, it searches \
+             the last {} records of each partition.",
             whole(KEPT as i64),
             whole(LOOKED_BACK)
         ),
         format!(
-            "It keeps {} of spans in memory, at most {}: now {} traces. Older spans are forgotten, also when the console \
-             restarts.",
+            "It keeps {} of spans in memory, at most {}: now {} traces. It drops the oldest traces first. A restart of \
+             the console deletes all spans.",
             size(kept.bytes),
             size(MEMORY),
             whole(kept.traces as i64)
         ),
         format!("A story has at most {CHAPTERS} requests, and each at most {BARS} steps."),
-        "A round of the relay names its first 128 records only.".to_owned(),
+        "A round of the relay is shown only in the stories of its first 128 records.".to_owned(),
     ];
+    let skipped = app.recent.skipped();
+    if skipped > 0 {
+        limits.push(format!("The console skipped {} records that arrived too fast.", whole(skipped as i64)));
+    }
     if kept.dropped > 0 {
-        limits.push(format!("{} spans were too large or malformed.", whole(kept.dropped as i64)));
+        limits.push(format!("The console dropped {} large or malformed spans.", whole(kept.dropped as i64)));
     }
     if let Some(lost) = app.forward.as_ref().map(crate::traces::Forward::lost).filter(|lost| *lost > 0) {
-        limits.push(format!("FORWARD_OTLP did not get {} requests.", whole(lost as i64)));
+        limits.push(format!("The collector of FORWARD_OTLP did not get {} requests.", whole(lost as i64)));
     }
     limits
 }
@@ -208,8 +213,8 @@ impl Story {
         self.known.values().filter_map(|seen| seen.trace).collect()
     }
 
-    /// Looks from where the data of an erased user is gone, but not too often. Compaction takes days, so
-    /// the topic is looked at once.
+    /// Checks where the data of an erased user was deleted, at most once per [`LOOK_INTERVAL`].
+    /// Compaction takes days, so the topic is checked only once.
     async fn look(&mut self) {
         let records = self.records();
         let is_due = self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_INTERVAL);
@@ -240,7 +245,7 @@ impl Story {
 /// Sends the story whenever it has changed.
 pub async fn live(State(app): State<App>, Query(wanted): Query<Wanted>) -> Response {
     let Ok(user) = Uuid::try_parse(wanted.user.trim()) else {
-        return failure(StatusCode::BAD_REQUEST, "This is not the id of a user: it is a UUID.");
+        return failure(StatusCode::BAD_REQUEST, "Enter the id of a user, which is a UUID.");
     };
     let stop = app.stop.clone();
     let mut story = Story::of(app, user);

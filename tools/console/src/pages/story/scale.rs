@@ -5,19 +5,19 @@
 pub const WIDTH: f64 = 1_000.0;
 /// The narrowest bar that can be seen.
 const THIN: f64 = 4.0;
-/// Idle time, as a share of the busy time, that is drawn as long as it was.
+/// Idle time up to this share of the busy time is drawn to scale.
 const SHORT: f64 = 0.3;
 /// How wide longer idle time is drawn, as a share of the busy time.
 const DRAWN: f64 = 0.3;
 
-/// Where times are drawn. Linear between its points.
+/// Maps times to x coordinates. Linear between its points.
 pub struct Scale {
-    /// Time and place, both growing.
+    /// Times and their x coordinates, both ascending.
     points: Vec<(u64, f64)>,
 }
 
 impl Scale {
-    /// An axis for bars at these times. Pauses are none of them.
+    /// An axis for bars at these times. `busy` must not contain pauses.
     pub fn of(mut busy: Vec<(u64, u64)>) -> Self {
         busy.sort_unstable();
         let mut merged: Vec<(u64, u64)> = vec![];
@@ -43,7 +43,7 @@ impl Scale {
             points.push((end, place));
             last = Some(end);
         }
-        // So that a bar at the end has a place for its width.
+        // Leaves room for a bar of minimal width at the end.
         let scale = (WIDTH - THIN) / place.max(1.0);
         points.iter_mut().for_each(|(_, place)| *place *= scale);
         Self { points }

@@ -84,18 +84,18 @@ impl Step {
             }
             Self::Handling(Effect::Unknown) => "The record is delivered again, because its offset is not committed.",
             Self::Pause => {
-                "The offset of the record is not committed, so another consumer of the group gets the record and tries it."
+                "The offset of the record is not committed, so another consumer of the group gets and retries it."
             }
             Self::Mail => {
-                "Before the server accepted the mail: when the lease ends, another sender sends it. Between that and the \
-                 record of the answer: the mail is sent a second time, with the same Message-ID."
+                "Before the server accepts the mail: when the lease ends, another sender sends it. After that, until \
+                 the answer is stored: the mail is sent a second time, with the same Message-ID."
             }
             Self::MailPause => {
                 "The delivery is stored with the time of its next attempt. Any sender of the service claims it then."
             }
             Self::DeadLetter => {
-                "The record is delivered and rejected again, because its offset is not committed. Its letter has the \
-                 same key, so it is written over."
+                "The record is delivered and rejected again, because its offset is not committed. The new letter \
+                 has the same key and replaces the first one."
             }
             Self::Other => "The console does not know this step.",
         }
