@@ -36,6 +36,11 @@ impl Breaker {
         }
     }
 
+    /// Whether a call would be refused now.
+    pub fn refuses(&self) -> bool {
+        self.state().next_probe.is_some_and(|next| next > Instant::now())
+    }
+
     pub fn succeeded(&self) {
         *self.state() = State::default();
     }

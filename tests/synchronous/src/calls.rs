@@ -108,6 +108,11 @@ impl Calls {
         self.variant == Variant::Background
     }
 
+    /// Whether calls of all these receivers would be refused now.
+    pub fn refuses(&self, receivers: &[Receiver]) -> bool {
+        receivers.iter().all(|receiver| self.breakers[*receiver as usize].refuses())
+    }
+
     /// Calls these receivers. Returns those that are not known to have the registration.
     pub async fn make(&self, user: &User, receivers: &[Receiver]) -> Vec<Receiver> {
         let mut missing = vec![];

@@ -1,7 +1,8 @@
 //! The role `user`: registers users, and calls the receivers within the request.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, State};
@@ -66,6 +67,8 @@ struct App {
     calls: Arc<Calls>,
     /// Registrations in progress. They continue when the caller hangs up.
     tasks: TaskTracker,
+    /// The users whose missing calls are made again in the background.
+    waiting: Arc<Mutex<HashSet<Uuid>>>,
 }
 
 pub async fn serve(addr: SocketAddr, config: Config) -> anyhow::Result<()> {
@@ -74,7 +77,7 @@ pub async fn serve(addr: SocketAddr, config: Config) -> anyhow::Result<()> {
     let mut metrics = Registry::default();
     let calls = Arc::new(Calls::new(&config.calls, &mut metrics)?);
     let hasher = Hasher::new(config.idempotency_secret.expose())?;
-    let app = App { db, hasher, calls, tasks: TaskTracker::new() };
+    let app = App { db, hasher, calls, tasks: TaskTracker::new(), waiting: Arc::default() };
     let tasks = app.tasks.clone();
     let routes =
         Router::new().route("/users", routing::post(register)).route("/users/{id}", routing::get(show)).with_state(app);
@@ -111,7 +114,7 @@ async fn register(
             tracing::warn!(user.id = %begun.user.id, %error, "cannot store which calls were made");
         }
         let User { id, version, .. } = begun.user;
-        if !missing.is_empty() && app.calls.continue_after_the_answer() && app.tasks.len() < BACKGROUND_MOST {
+        if !missing.is_empty() && app.calls.continue_after_the_answer() && begin_waiting(&app, id) {
             app.tasks.spawn(keep_trying(app.clone(), begun, missing.clone()));
         }
         let missing: Vec<&str> = missing.iter().map(|receiver| receiver.name()).collect();
@@ -122,6 +125,12 @@ async fn register(
     tasks.spawn(work).await.map_err(anyhow::Error::new)?
 }
 
+/// `false`: the calls of the user are already made again, after an earlier request, or too many wait.
+fn begin_waiting(app: &App, user: Uuid) -> bool {
+    let mut waiting = app.waiting.lock().expect("no thread panics while it holds this lock");
+    waiting.len() < BACKGROUND_MOST && waiting.insert(user)
+}
+
 /// Makes missing calls again, until there are none or the time is over. A process that ends forgets them.
 async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
     let end = Instant::now() + BACKGROUND_LIMIT;
@@ -129,6 +138,9 @@ async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
     while !missing.is_empty() && Instant::now() < end {
         sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
         pause = later;
+        if app.calls.refuses(&missing) {
+            continue;
+        }
         // Without a key no other request can make these calls.
         match registrations::resume(&app.db, &begun).await {
             Ok(Some(still_missing)) => missing = still_missing,
@@ -146,6 +158,7 @@ async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
     if !missing.is_empty() {
         tracing::warn!(user.id = %begun.user.id, missing = missing.len(), "gave up the missing calls of a registration");
     }
+    app.waiting.lock().expect("no thread panics while it holds this lock").remove(&begun.user.id);
 }
 
 async fn show(State(app): State<App>, Path(id): Path<Uuid>) -> Result<Response, Error> {

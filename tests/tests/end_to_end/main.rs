@@ -17,7 +17,6 @@ mod cache_waiters;
 mod commands;
 mod console;
 mod console_browser;
-mod console_deleted;
 mod console_laboratory;
 mod console_story;
 mod consumer_crashes;
