@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use testbed::say::say;
 use tests::stores::count;
@@ -21,7 +21,7 @@ pub const SYNCHRONOUS_PATCH: &str = "tests/compare/synchronous-search.patch";
 const POLL: Duration = Duration::from_millis(100);
 
 /// What adding the fourth receiver to a side took.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Added {
     pub side: Side,
     pub changed: Changed,

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use testbed::paths::root;
 
 /// Files of services that the synchronous version uses too.
@@ -25,7 +25,7 @@ pub fn of_messaging() -> usize {
 }
 
 /// What a patch changes.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 pub struct Changed {
     pub new_files: usize,
     pub edited_files: usize,

@@ -12,6 +12,8 @@ use testbed::process;
 struct Arguments {
     #[arg(long)]
     quick: bool,
+    #[arg(long, conflicts_with = "quick")]
+    page: bool,
 }
 
 #[tokio::main]
@@ -29,6 +31,9 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.page {
+        return compare::write_page_again();
+    }
     raise_limit_of_files()?;
     let size = if arguments.quick { Size::Quick } else { Size::Full };
     compare::write(&compare::run(Plan::of(size)).await?)

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bench::Spread;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::load::{Read, Registration};
@@ -12,7 +12,7 @@ use crate::scenario::Scenario;
 use crate::subject::Side;
 use crate::tally::Tally;
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Outcome {
     pub scenario: Scenario,
     pub side: Side,
@@ -53,7 +53,7 @@ pub struct Outcome {
     pub cost: Option<Cost>,
 }
 
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 pub struct Reads {
     pub all: usize,
     pub found_at_once: usize,
@@ -62,7 +62,7 @@ pub struct Reads {
 }
 
 /// What a healthy scenario costs.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct Cost {
     /// Milliseconds of CPU per registration.
     pub services: f64,
@@ -85,7 +85,7 @@ impl Cost {
 }
 
 /// Of all components. While a synchronous variant is measured, Kafka is idle.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct Components {
     pub postgres: f64,
     pub kafka: f64,

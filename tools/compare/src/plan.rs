@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::scenario::Scenario;
 use crate::subject::Side;
@@ -24,7 +24,7 @@ pub const USUAL_MS: u64 = 200;
 const SMOKE_RATE: f64 = 100.0;
 
 /// How much is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub enum Size {
     /// For figures to be published.
     Full,
@@ -34,7 +34,7 @@ pub enum Size {
     Smoke,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Plan {
     pub size: Size,
     pub sides: Vec<Side>,

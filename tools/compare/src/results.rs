@@ -1,7 +1,7 @@
 //! Everything that a run has measured.
 
 use bench::Machine;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::added::Added;
 use crate::outcome::Outcome;
@@ -10,7 +10,7 @@ use crate::scenario::Scenario;
 use crate::subject::Side;
 
 /// The outcomes of a run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Deserialize, Serialize)]
 pub struct Results {
     pub machine: Machine,
     pub plan: Plan,

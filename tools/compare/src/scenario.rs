@@ -1,10 +1,10 @@
 //! What happens to a side while clients register users.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::subject::Side;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub enum Scenario {
     Light,
     Heavy,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use testbed::postgres::create_database;
 use testbed::services::{Instance, RunningService};
@@ -37,7 +37,7 @@ const ON_COUNTED: &str = "create trigger note_count after insert on counted for 
 /// The role of the service inserts the rows.
 const GRANT: &str = "grant insert, select on counted_at to public";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub enum Side {
     Sequential,
     Parallel,

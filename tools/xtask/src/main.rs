@@ -120,6 +120,9 @@ enum Command {
         /// Take a sixth of the time for each scenario.
         #[arg(long)]
         quick: bool,
+        /// Measure nothing: write docs/compared.md again from the results of the last full run.
+        #[arg(long, conflicts_with = "quick")]
+        page: bool,
     },
     /// Write docs/metrics.md from what the running services say about their metrics.
     Metrics,
@@ -174,7 +177,8 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Seeded { names } => unless_terminated(commands::seeded::run(&names)).await,
         Command::Size => unless_terminated(commands::size::run()).await,
         Command::Bench { quick, jobs } => unless_terminated(commands::bench::run(&jobs, quick)).await,
-        Command::Compare { quick } => unless_terminated(commands::compare::run(quick)).await,
+        Command::Compare { page: true, .. } => unless_terminated(commands::compare::write_page_again()).await,
+        Command::Compare { quick, .. } => unless_terminated(commands::compare::run(quick)).await,
         Command::Metrics => unless_terminated(commands::metrics::run()).await,
         Command::Screenshots => unless_terminated(commands::screenshots::run()).await,
         Command::Mistakes => commands::mistakes::run(),

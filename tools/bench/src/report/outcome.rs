@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::figures::{Figure, Spread};
 use crate::meter::Slice;
@@ -13,7 +13,7 @@ use crate::slices::Slices;
 use crate::usage::{Cpu, load_average};
 
 /// The machine at the start of a run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Machine {
     pub cores: usize,
     pub processor: String,

@@ -59,6 +59,16 @@ pub async fn run(quick: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Writes the page from the results of the last full run.
+pub async fn write_page_again() -> Result<ExitCode> {
+    let logs = Logs::to_files("compare")?;
+    let mut command = cargo();
+    command.args(["run", "--release", "-p", "compare", "--", "--page"]);
+    let status = Process::spawn_on_terminal("compare", command, &logs)?.wait().await;
+    ensure!(status.success(), "the page was not written: see the messages above");
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Builds the programs with the fourth receiver in a copy of the tree, and returns the folder with them.
 async fn build_added(logs: &Logs) -> Result<PathBuf> {
     let target = paths::root().join("target");
