@@ -105,7 +105,8 @@ pub fn write(results: &Results) -> Result<()> {
 pub fn write_page_again() -> Result<()> {
     let path = results_folder().join("results.json");
     let missing = || format!("{}: run `cargo xtask compare` first", path.display());
-    let results: Results = serde_json::from_slice(&std::fs::read(&path).with_context(missing)?).with_context(missing)?;
+    let results: Results =
+        serde_json::from_slice(&std::fs::read(&path).with_context(missing)?).with_context(missing)?;
     anyhow::ensure!(results.plan.size == Size::Full, "{} is not of a full run", path.display());
     publish(&results)
 }
