@@ -115,7 +115,9 @@ impl Plan {
         match scenario {
             Scenario::Light => "Healthy, at 30 % of what the slowest side can take".to_owned(),
             Scenario::Heavy => "Healthy, at 80 % of what the slowest side can take".to_owned(),
-            Scenario::Burst => format!("A burst of five times the load for {} s", self.burst().as_secs()),
+            Scenario::Burst => {
+                format!("A burst of 150 % of what the slowest side can take, for {} s", self.burst().as_secs())
+            }
             Scenario::SlowMail => format!("The mail server takes {SLOW_MS} ms longer"),
             Scenario::MailDown => format!("The mail server is down for {fault} s"),
             Scenario::AnalyticsDown => format!("The database of analytics is down for {fault} s"),

@@ -17,7 +17,7 @@ pub fn print(results: &Results) {
         say(format_args!("\n{}", results.plan.title(*scenario)));
         let line = |first: &str, cells: Vec<String>| {
             let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:>22}")).collect();
-            say(format_args!("  {first:<44}{}", cells.join("")));
+            say(format_args!("  {first:<62}{}", cells.join("")));
         };
         line("", sides.iter().map(|side| side.name().to_owned()).collect());
         for (what, cells) in rows {
@@ -69,34 +69,36 @@ pub fn table(results: &Results, scenario: Scenario) -> (Vec<Side>, Vec<Row>) {
 type Cell = fn(&Outcome) -> String;
 
 const ROWS: [(&str, Cell); 27] = [
-    ("registrations wanted", |o| o.wanted.to_string()),
+    ("registrations requested", |o| o.wanted.to_string()),
     ("answered 201", |o| o.answered.to_string()),
-    ("answered of those wanted in the fault", |o| {
+    ("answered, of those requested during the fault or burst", |o| {
         in_fault(o, &format!("{} of {}", o.answered_in_fault, o.wanted_in_fault))
     }),
-    ("answers that name a missing effect", |o| o.told_missing.to_string()),
-    ("answer: p50 / p99 / most, ms", |o| spread(o.answer)),
-    ("the same in the fault", |o| in_fault(o, &spread(o.answer_in_fault))),
+    ("registrations whose answer named a missing effect", |o| o.told_missing.to_string()),
+    ("answer time: p50 / p99 / max, ms", |o| spread(o.answer)),
+    ("answer time during the fault or burst, ms", |o| in_fault(o, &spread(o.answer_in_fault))),
     ("users that exist", |o| o.users.to_string()),
-    ("without mail at the end", |o| o.without_mail.to_string()),
+    ("users without mail at the end", |o| o.without_mail.to_string()),
     ("second copies of mails", |o| o.doubled_mails.to_string()),
-    ("without count at the end", |o| o.without_count.to_string()),
-    ("without profile at the end", |o| o.without_profile.to_string()),
-    ("incomplete, of clients that repeat", |o| o.incomplete_of_repeating.to_string()),
-    ("incomplete, of clients that give up", |o| o.incomplete_of_giving_up.to_string()),
-    ("complete, s after the fault or the load", |o| {
+    ("users not counted at the end", |o| o.without_count.to_string()),
+    ("users without profile at the end", |o| o.without_profile.to_string()),
+    ("users lacking an effect, client repeats", |o| o.incomplete_of_repeating.to_string()),
+    ("users lacking an effect, client gives up", |o| o.incomplete_of_giving_up.to_string()),
+    ("all effects exist, s after the fault or load ends", |o| {
         o.recovered.map_or("never".to_owned(), |seconds| format!("{seconds:.1}"))
     }),
     ("calls, batches and mails retried", |o| format!("{:.0}", o.retried)),
-    ("answer to mail: p50 / p99 / most, ms", |o| spread(o.mail_window)),
-    ("answer to count: p50 / p99 / most, ms", |o| spread(o.count_window)),
-    ("answer to profile: p50 / p99 / most, ms", |o| spread(o.profile_window)),
+    ("from answer to mail (mails sent): p50 / p99 / max, ms", |o| spread(o.mail_window)),
+    ("from answer to count (users counted): p50 / p99 / max, ms", |o| spread(o.count_window)),
+    ("from answer to profile (profiles found): p50 / p99 / max, ms", |o| spread(o.profile_window)),
     ("profile found by the first read", |o| found(o.reads.found_at_once, o.reads)),
     ("profile found within 5 s", |o| found(o.reads.found, o.reads)),
-    ("by the first read with min_version", |o| found(o.reads_with_version.found_at_once, o.reads_with_version)),
-    ("within 5 s with min_version", |o| found(o.reads_with_version.found, o.reads_with_version)),
+    ("profile found by the first read with min_version", |o| {
+        found(o.reads_with_version.found_at_once, o.reads_with_version)
+    }),
+    ("profile found within 5 s with min_version", |o| found(o.reads_with_version.found, o.reads_with_version)),
     ("CPU per registration, services, ms", |o| o.cost.map(|cost| format!("{:.2}", cost.services)).unwrap_or_default()),
-    ("the same, Postgres / Kafka / Redis", |o| {
+    ("CPU per registration, Postgres / Kafka / Redis, ms", |o| {
         let components = o.cost.and_then(|cost| cost.components);
         let kafka = |c: Components| {
             if o.side == Side::Waybill { format!("{:.2}", c.kafka) } else { "not used".to_owned() }
@@ -104,10 +106,10 @@ const ROWS: [(&str, Cell); 27] = [
         let text = |c: Components| format!("{:.2} / {} / {:.2}", c.postgres, kafka(c), c.redis);
         components.map(text).unwrap_or_default()
     }),
-    ("CPU per registration of all these, ms", |o| {
+    ("CPU per registration, total, ms", |o| {
         o.cost.map(|cost| format!("{:.2}", cost.total(o.side))).unwrap_or_default()
     }),
-    ("processes of the services, their memory, MB", |o| {
+    ("service processes; their memory, MB", |o| {
         o.cost.map(|cost| format!("{}, {:.0}", cost.processes, cost.memory)).unwrap_or_default()
     }),
     ("memory of Kafka, MB", |o| {
