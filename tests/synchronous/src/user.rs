@@ -28,8 +28,8 @@ use crate::server;
 
 /// How long the variant `background` makes missing calls again.
 const BACKGROUND_LIMIT: Duration = Duration::from_secs(60);
-/// The pauses before the first and before each later try. The half of each is random, so that not
-/// all registrations of an outage come back together.
+/// The pauses before the first and before each later retry. Half of each pause is random, so that the
+/// registrations of an outage are not all retried together.
 const BACKGROUND_PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
 /// Registrations that wait in memory at the same time: some 20 MB.
 const BACKGROUND_MOST: usize = 10_000;
@@ -131,7 +131,9 @@ fn begin_waiting(app: &App, user: Uuid) -> bool {
     waiting.len() < BACKGROUND_MOST && waiting.insert(user)
 }
 
-/// Makes missing calls again, until there are none or the time is over. A process that ends forgets them.
+/// Makes missing calls again, until there are none or the time is over. Crash while it waits: the calls
+/// are made only if the caller repeats the request. Crash between the calls and their note: as after
+/// [`registrations::finish`].
 async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
     let end = Instant::now() + BACKGROUND_LIMIT;
     let [mut pause, later] = BACKGROUND_PAUSES;
@@ -141,9 +143,9 @@ async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
         if app.calls.refuses(&missing) {
             continue;
         }
-        // Without a key no other request can make these calls.
         match registrations::resume(&app.db, &begun).await {
             Ok(Some(still_missing)) => missing = still_missing,
+            // Without a key no other request can make these calls.
             Ok(None) => {}
             Err(error) => {
                 tracing::debug!(user.id = %begun.user.id, %error, "cannot make the missing calls now; will retry");

@@ -121,8 +121,8 @@ async fn a_resilient_call_is_retried_and_a_breaker_ends_the_retries() {
     .await;
 }
 
-/// The variant `background` makes missing calls again after the answer, once, also if the caller repeats
-/// the request meanwhile. A process that is killed forgets them.
+/// The variant `background` makes missing calls again after the answer. It sends one mail, even if the
+/// caller repeats the request at the same time. A killed process loses the missing calls.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_synchronous_registration_in_the_background_forgets_what_it_misses_when_it_is_killed() {
     let mut synchronous = Synchronous::start(Variant::Background).await;

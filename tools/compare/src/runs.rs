@@ -74,7 +74,7 @@ pub async fn faults(side: Side, plan: &Plan, slowest: f64) -> Result<(Vec<Outcom
         announce(scenario, side, plan);
         let retried = subject.retried().await;
         let (requests, mut facts) = fault(scenario, &mut subject, plan, plan.fault_rate(slowest)).await?;
-        // Producers and consumers connect again first, and nothing is added meanwhile.
+        // Producers and consumers connect again first. Until then no effect is added.
         let quiet = if scenario == Scenario::KafkaDown { 4 * plan.quiet } else { plan.quiet };
         let (tally, _) = settle(&subject, &requests, quiet).await;
         // A process that was killed has forgotten its own.

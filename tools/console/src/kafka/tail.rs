@@ -176,7 +176,8 @@ struct Tail<'a> {
     kafka: &'a KafkaConfig,
     recent: &'a Recent,
     consumer: BaseConsumer,
-    /// The next offset to read, of each partition of which a record was read.
+    /// The next offset to read, per partition that was assigned. It is kept while nothing is assigned, so
+    /// that skipped records are counted and no record is read twice.
     next: BTreeMap<(&'static str, i32), i64>,
 }
 
