@@ -335,6 +335,9 @@ fn server(fetched: &Fetched, folder: &Path, port: u16, durability: Durability) -
     let mut command = program(fetched, "postgres", folder)?;
     command.arg("-D").arg(folder.join("data")).args(["-p", &port.to_string()]);
     command.args(["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", MAX_CONNECTIONS]);
+    // In the data folder, which is deleted with it. By default a server that is killed leaves its
+    // shared memory in /dev/shm until the next boot.
+    command.args(["-c", "dynamic_shared_memory_type=mmap"]);
     if durability == Durability::Process {
         command.args(["-c", "fsync=off"]);
     }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use credentials::compose::MAIL_USER;
 use futures::future::join_all;
 use topology::Service;
@@ -15,7 +15,7 @@ use crate::kafka::{Kafka, Listener, start_cluster};
 use crate::mail_front::{Front, Login, RunningFront};
 use crate::ports;
 use crate::postgres::{Database, Durability, Postgres, Tls};
-use crate::process::Logs;
+use crate::process::{Logs, until_one_ends};
 use crate::redis::Redis;
 use crate::secured::Secured;
 use crate::smtp_sink::SmtpSink;
@@ -83,6 +83,14 @@ impl Stack {
         let Self { kafka, further_brokers, postgres, redis, .. } = &mut self;
         let brokers = [kafka].into_iter().chain(further_brokers);
         tokio::join!(join_all(brokers.map(Kafka::stop)), postgres.stop(), redis.stop());
+    }
+
+    /// Waits until a component has ended, and returns an error that names it and quotes its log. For
+    /// work that has no use for the stack without it.
+    pub async fn until_one_ends(&mut self) -> Error {
+        let Self { kafka, further_brokers, postgres, redis, .. } = self;
+        let brokers = [kafka].into_iter().chain(further_brokers).map(|broker| &mut broker.process);
+        until_one_ends(brokers.chain([&mut postgres.process, &mut redis.process])).await
     }
 
     /// Kafka's bootstrap servers, separated by commas. Those of a secured stack are for clients that

@@ -14,7 +14,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
+use futures::future::select_all;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep, timeout};
@@ -187,6 +188,21 @@ impl Drop for Process {
     }
 }
 
+/// Waits until one of these processes has ended, and returns an error that names it and quotes the end
+/// of its log.
+///
+/// # Panics
+/// There is no process.
+pub async fn until_one_ends(processes: impl IntoIterator<Item = &mut Process>) -> Error {
+    let ends = processes.into_iter().map(|process| {
+        Box::pin(async {
+            let status = process.wait().await;
+            anyhow!("{} ended ({status}){}", process.name, process.last_lines())
+        })
+    });
+    select_all(ends).await.0
+}
+
 fn copy(logs: &Logs, name: &str, reader: PipeReader) -> Result<JoinHandle<()>> {
     let mut log = logs.open(name)?;
     let copier = std::thread::Builder::new().name(format!("log of {name}"));
@@ -242,6 +258,16 @@ mod tests {
         process.until_ready(Duration::from_secs(5), async || log.metadata().is_ok_and(|m| m.len() > 0)).await.unwrap();
         process.freeze();
         assert_eq!(process.stop(Signal::SIGTERM, Duration::from_secs(5)).await.code(), Some(7));
+    }
+
+    #[tokio::test]
+    async fn of_several_processes_the_one_that_ended_is_named_with_its_log() {
+        let logs = Logs::to_files("testbed-tests/several").unwrap();
+        let scripts = [("lasting", "sleep 60"), ("ending", "echo No space left on device; exit 4")];
+        let mut processes = scripts.map(|(name, script)| Process::spawn(name, sh(script), &logs).unwrap());
+        let error = until_one_ends(&mut processes).await.to_string();
+        assert!(error.starts_with("ending ended (exit status: 4)"), "{error}");
+        assert!(error.ends_with("No space left on device"), "{error}");
     }
 
     #[test]

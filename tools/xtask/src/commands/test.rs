@@ -31,7 +31,8 @@ pub async fn run_with(
     let fetched = fetch().await?;
     let programs = services::build_with_fault_points(&logs).await?;
     let scratch = Scratch::create("test")?;
-    let stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, Access::Open, &logs).await?;
+    let mut stack =
+        start_stack(&fetched, scratch.path(), Ports::free(), Durability::Process, Access::Open, &logs).await?;
 
     let mut command = cargo();
     command.arg("test");
@@ -54,7 +55,11 @@ pub async fn run_with(
         Some(cargo_logs) => Process::spawn("cargo", command, cargo_logs)?,
         None => Process::spawn_on_terminal("cargo", command, &logs)?,
     };
-    let status = cargo.wait().await;
+    let status = tokio::select! {
+        status = cargo.wait() => status,
+        // Without it every further test would fail, and their messages would hide the cause.
+        error = stack.until_one_ends() => return Err(error.context("the tests were stopped: a component that they share ended")),
+    };
     Ok(if status.success() { ExitCode::SUCCESS } else { exit_code(status.code()) })
 }
 
