@@ -193,6 +193,9 @@ fn trace_context(headers: &HeaderMap) -> TraceContext {
 /// Reads the whole body before the request is handled. A slow caller occupies its connection, and
 /// none of the places for requests.
 async fn with_whole_body(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    if request.body().is_end_stream() {
+        return next.run(request).await;
+    }
     let (parts, body) = request.into_parts();
     let too_large =
         || problem(problem::BODY_TOO_LARGE, format!("the body may have at most {BODY_LIMIT} bytes")).into_response();

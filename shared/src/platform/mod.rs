@@ -6,6 +6,7 @@ pub mod tls;
 pub mod metrics;
 mod traces;
 mod sampling;
+mod span_fields;
 pub mod telemetry;
 pub mod health;
 pub mod batching;

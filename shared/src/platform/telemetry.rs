@@ -20,6 +20,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 use super::metrics::Metrics;
 use super::sampling::SamplingConfig;
+use super::span_fields::SpanFields;
 use super::traces::CollectorConfig;
 use crate::events::Envelope;
 
@@ -106,7 +107,9 @@ pub fn init(service: &'static str, config: &TelemetryConfig, metrics: &Metrics) 
     let provider = provider.build();
     let filter = config.filter(service)?;
     let lines = match config.log_format {
-        LogFormat::Json => tracing_subscriber::fmt::layer().json().flatten_event(true).boxed(),
+        LogFormat::Json => {
+            tracing_subscriber::fmt::layer().json().flatten_event(true).fmt_fields(SpanFields::new()).boxed()
+        }
         LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
     };
     // Without the work that each poll of a future would cause: measuring how long its span was busy,

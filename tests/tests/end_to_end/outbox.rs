@@ -101,6 +101,30 @@ async fn the_relay_splits_a_backlog_of_large_rows_into_rounds() {
     judge.check(&mut system).await;
 }
 
+/// After a slow round rows gather, so that Kafka has fewer transactions.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_arrive_after_a_slow_round_are_published_together() {
+    let mut system = System::empty().await;
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = ("FAULT_AT", "relay.after_commit:1:stall");
+    let until = ("FAULT_UNTIL", end_of_stall.to_str().unwrap());
+    system.processes.start_with(USER, &[stall, until, ("OUTBOX_LINGER_MS", "1000")]).await;
+    let judge = system.judge().await;
+    system.users.register().await;
+    system.processes.until_logged(USER, "fault point reached").await;
+    // While the round is slow, and for some time afterwards.
+    for number in 0..120 {
+        if number == 100 {
+            std::fs::write(&end_of_stall, "").unwrap();
+        }
+        system.users.register().await;
+    }
+    system.stores.until_outbox_empty(USER).await;
+    let rounds = system.processes.metric(USER, "relay_rounds_total", &["outcome=\"published\""]).await.unwrap();
+    assert!(rounds <= 3.0, "{rounds} rounds");
+    judge.check(&mut system).await;
+}
+
 /// Postgres refuses to delete outbox rows, as when maintenance has locked the table or the database
 /// is read-only after a failover.
 const KEEP_ROWS: &str = "

@@ -8,7 +8,7 @@ use tests::System;
 use topology::{ANALYTICS, CACHE, EMAIL, SERVICES, Service, USER};
 
 /// A setting, a refused value, and its range.
-const OUT_OF_RANGE: [(Service, &str, &str, &str); 30] = [
+const OUT_OF_RANGE: [(Service, &str, &str, &str); 31] = [
     (EMAIL, "--max-age-hours", "99999999", "from 1 to 87600"),
     (EMAIL, "--max-age-hours", "4294967295", "from 1 to 87600"),
     (EMAIL, "--max-age-hours", "0", "from 1 to 87600"),
@@ -20,6 +20,7 @@ const OUT_OF_RANGE: [(Service, &str, &str, &str); 30] = [
     (USER, "--heartbeat-interval-ms", "0", "from 100 to 604800000"),
     (USER, "--heartbeat-interval-ms", "18446744073709551615", "from 100 to 604800000"),
     (USER, "--outbox-poll-ms", "0", "from 10 to 600000"),
+    (USER, "--outbox-linger-ms", "1001", "from 0 to 1000"),
     (USER, "--drain-ms", "600001", "from 0 to 600000"),
     (USER, "--drain-ms", "soon", "from 0 to 600000"),
     (USER, "--shutdown-ms", "0", "from 1000 to 900000"),
