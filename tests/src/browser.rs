@@ -10,7 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use testbed::paths;
-use testbed::process::{self, Logs, Process, Scratch};
+use testbed::process::{self, Logs, Process};
 use testbed::testing::{free_port, prefix};
 
 use crate::waiting::{eventually, eventually_contains};
@@ -29,8 +29,6 @@ pub struct Browser {
     session: String,
     origin: String,
     _process: Process,
-    /// The browser's profile and caches. Dropped after the process.
-    _scratch: Scratch,
 }
 
 impl Browser {
@@ -44,17 +42,13 @@ impl Browser {
         let port = free_port();
         let mut command = process::command(driver);
         command.arg(format!("--port={port}"));
-        // A killed browser leaves its profile in this folder.
-        let scratch = Scratch::create("browser").unwrap();
-        command.env("TMPDIR", scratch.path());
         let logs = Logs::to_files(&format!("tests/browser-{}", prefix())).unwrap();
         let mut process = Process::spawn("chromedriver", command, &logs).unwrap();
         let url = format!("http://127.0.0.1:{port}");
         let client = Client::new();
         let answers = async || client.get(format!("{url}/status")).send().await.is_ok();
         process.until_ready(START_LIMIT, answers).await.unwrap();
-        let mut browser =
-            Self { client, session: url, origin: origin.to_owned(), _process: process, _scratch: scratch };
+        let mut browser = Self { client, session: url, origin: origin.to_owned(), _process: process };
         // Chromium has no sandbox for root, and /dev/shm is small in a container.
         let arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"];
         let wanted = json!({

@@ -24,6 +24,10 @@ pub const CACHE_PROFILES: &str = CACHE.groups[0].name;
 /// The services that consume topics.
 pub const CONSUMERS: [Service; 3] = [EMAIL, ANALYTICS, CACHE];
 
+/// The default settings of consumers. For tests that count members or batches: they are also run
+/// with `WAYBILL_TEST_SETTINGS` that have others.
+pub const DEFAULT_CONSUMERS: [(&str, &str); 2] = [("CONSUMERS", "1"), ("BATCH_RECORDS", "2000")];
+
 /// The names of all consumer groups.
 pub fn groups() -> impl Iterator<Item = &'static str> {
     declared().map(|group| group.name)

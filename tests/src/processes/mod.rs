@@ -80,6 +80,13 @@ impl Processes {
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Sets variables for every service that is started from now on.
+    pub fn set_all(&mut self, settings: &[(&str, &str)]) {
+        for (name, value) in settings {
+            self.set(name, value);
+        }
+    }
+
     /// Sets variables for one service. They precede those of all services.
     pub fn set_own(&mut self, service: Service, settings: &[(&str, String)]) {
         let own = self.own_environment.entry(service.name).or_default();

@@ -53,6 +53,14 @@ impl System {
         system
     }
 
+    /// As [`System::start_only`], with further variables for these services.
+    pub async fn start_with(services: &[Service], settings: &[(&str, &str)]) -> Self {
+        let mut system = Self::empty().await;
+        system.processes.set_all(settings);
+        system.processes.start(services).await;
+        system
+    }
+
     /// The user service and the email service, ready, the latter with further variables. Every
     /// state of every delivery is recorded.
     pub async fn start_mailing(settings: &[(&str, &str)]) -> Self {

@@ -67,6 +67,34 @@ async fn a_rebuild_killed_at_any_step_leaves_a_complete_model() {
     assert!(!system.processes.has_ended(ANALYTICS), "the service has ended");
 }
 
+/// T35: the last statement of a rebuild that was killed may still run when the next rebuild drops its
+/// tables. Postgres ends one of them because of the deadlock, and the rebuild tries again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_drops_the_tables_of_a_killed_one_whose_statement_still_runs() {
+    let (system, db) = analytics().await;
+    let tables = "create schema rebuild_0; create table rebuild_0.a (number int);
+                  create table rebuild_0.b (number int); create table rebuild_0.c (number int)";
+    sqlx::raw_sql(tables).execute(&db).await.unwrap();
+    let mut killed = db.begin().await.unwrap();
+    sqlx::query("insert into rebuild_0.b values (1)").execute(&mut *killed).await.unwrap();
+    let deadlock = async {
+        let locked = "select relation::regclass::text from pg_locks
+                      where mode = 'AccessExclusiveLock' and granted
+                          and relation in ('rebuild_0.a'::regclass, 'rebuild_0.c'::regclass)
+                          and pid in (select pid from pg_locks where not granted)";
+        let locked = eventually("the rebuild waits for the second table", async || {
+            sqlx::query_scalar::<_, String>(locked).fetch_optional(&db).await.unwrap()
+        });
+        let insert = format!("insert into {} values (1)", locked.await);
+        // If this machine was slow, Postgres ends this statement and not that of the rebuild.
+        let _ = sqlx::query(sqlx::AssertSqlSafe(insert)).execute(&mut *killed).await;
+        killed.rollback().await.unwrap();
+    };
+    let (rebuilt, ()) = tokio::join!(rebuild(&system, &[]), deadlock);
+    rebuilt.unwrap();
+    assert_eq!(rebuild_schemas(&db).await, Vec::<String>::new());
+}
+
 /// A rebuild swaps only if the live tables have the migrations of its own release. The running
 /// service uses the tables as they are after the swap, whatever its release.
 #[tokio::test(flavor = "multi_thread")]

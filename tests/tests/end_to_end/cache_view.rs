@@ -10,8 +10,8 @@ use reqwest::StatusCode;
 use testbed::redis::Redis;
 use tests::record::Draft;
 use tests::services::{
-    ANALYTICS_EMAILS, ANALYTICS_USERS, CACHE_PROFILES, EMAIL_EVENTS, EMAIL_RECIPIENTS, EMAIL_WELCOME, USER_EVENTS,
-    USER_STATE,
+    ANALYTICS_EMAILS, ANALYTICS_USERS, CACHE_PROFILES, DEFAULT_CONSUMERS, EMAIL_EVENTS, EMAIL_RECIPIENTS,
+    EMAIL_WELCOME, USER_EVENTS, USER_STATE,
 };
 use tests::system::Own;
 use tests::users::{Users, address};
@@ -138,6 +138,7 @@ async fn an_erased_user_stays_erased_when_an_older_state_arrives_late() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_resumes_after_a_takeover_restores_no_older_version() {
     let (mut system, _valkey, users) = filled_cache().await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     system.processes.start_with(CACHE, &[("FAULT_AT", "cache.before_script:1:stop")]).await;
     system.users.rename(users[0], "Two").await.unwrap();
     system.processes.until_frozen(CACHE).await;

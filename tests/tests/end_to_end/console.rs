@@ -3,7 +3,7 @@
 use reqwest::{Method, StatusCode};
 use tests::System;
 use tests::record::Draft;
-use tests::services::{ANALYTICS_USERS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
+use tests::services::{ANALYTICS_USERS, DEFAULT_CONSUMERS, EMAIL_WELCOME, USER_EVENTS, USER_STATE};
 use tests::users::address;
 use topology::{ANALYTICS, EMAIL, SERVICES, USER};
 use uuid::Uuid;
@@ -300,6 +300,7 @@ async fn the_console_needs_no_service_and_joins_no_group() {
     let mut system = System::empty().await;
     let console = system.console().await;
     console.until_shows("/", "does not answer").await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     system.processes.start_all().await;
     console.until_shows("/", "all parts work").await;
     system.users.register().await;

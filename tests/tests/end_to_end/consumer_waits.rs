@@ -2,7 +2,7 @@
 //! left a transaction open. Its process stays ready, because it has nothing to do itself.
 
 use tests::record::Draft;
-use tests::services::{ANALYTICS_AUDIT, ANALYTICS_USERS, USER_EVENTS};
+use tests::services::{ANALYTICS_AUDIT, ANALYTICS_USERS, DEFAULT_CONSUMERS, USER_EVENTS};
 use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
@@ -19,6 +19,7 @@ fn logged(system: &System, text: &str, group: &str) -> usize {
 async fn a_consumer_that_may_not_read_its_topic_reports_it() {
     let mut system = System::empty().await;
     let (kafka, _) = system.own_kafka().await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     system.processes.start(&[USER, EMAIL, ANALYTICS]).await;
     system.users.register().await;
     system.users.until_counted(1, 1).await;
@@ -59,7 +60,7 @@ async fn a_consumer_that_may_not_read_its_topic_reports_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_partition_that_an_open_transaction_holds_up_is_reported() {
     const PARTITION: i32 = 3;
-    let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     let registration = || Draft::user_event("user.registered", Uuid::now_v7(), 1).on(PARTITION);
     system.kafka.write(USER_EVENTS, &registration()).await;
     system.users.until_counted(1, 0).await;

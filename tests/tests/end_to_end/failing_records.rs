@@ -4,12 +4,12 @@
 
 use sqlx::PgPool;
 use tests::record::Draft;
-use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, USER_EVENTS, USER_STATE};
+use tests::services::{ANALYTICS_USERS, CACHE_PROFILES, DEFAULT_CONSUMERS, USER_EVENTS, USER_STATE};
 use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, CACHE, USER};
 use uuid::Uuid;
 
-use crate::dead_letters::{analytics, redrive, remove_bug};
+use crate::dead_letters::{analytics, analytics_with, redrive, remove_bug};
 
 /// The partition with the failing record, and another one.
 const BLOCKED: i32 = 0;
@@ -42,7 +42,7 @@ fn lag(system: &System, partition: i32) -> Option<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_fails_blocks_only_its_partition_until_the_cause_is_fixed() {
     for error in ["raise exception 'ada@secret.example is not welcome'", "raise program_limit_exceeded"] {
-        let (mut system, db) = analytics().await;
+        let (mut system, db) = analytics_with(&DEFAULT_CONSUMERS).await;
         system.processes.stop(ANALYTICS).await;
         let failing = Uuid::now_v7();
         add_bug(&db, failing, error).await;
@@ -157,7 +157,7 @@ async fn a_redrive_settles_all_letters_but_the_one_that_fails() {
 /// committed, and each process reports it while it has the partition.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blocked_partition_stays_blocked_when_it_moves() {
-    let (system, db) = analytics().await;
+    let (system, db) = analytics_with(&DEFAULT_CONSUMERS).await;
     let failing: Vec<Uuid> = (0..6).map(|_| Uuid::now_v7()).collect();
     let users = failing.iter().map(|user| format!("'{user}'")).collect::<Vec<_>>().join(", ");
     let sql = format!(
@@ -196,7 +196,7 @@ async fn a_blocked_partition_stays_blocked_when_it_moves() {
 /// the position past the record.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_the_store_refuses_blocks_only_its_partition() {
-    let system = System::start_only(&[USER, CACHE]).await;
+    let system = System::start_with(&[USER, CACHE], &DEFAULT_CONSUMERS).await;
     let users: Vec<Uuid> = (0..3).map(|_| Uuid::now_v7()).collect();
     let key = system.kafka.prefixed(&format!("profile:{}", users[0]));
     let mut valkey = system.stores.valkey().await;

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use tests::processes::OUTCOMES;
 use tests::record::{Draft, Record};
 use tests::services::{
-    ANALYTICS_USERS, CACHE_PROFILES, EMAIL_RECIPIENTS, EMAIL_WELCOME, USER_EVENTS, USER_STATE, topic_of,
+    ANALYTICS_USERS, CACHE_PROFILES, DEFAULT_CONSUMERS, EMAIL_RECIPIENTS, EMAIL_WELCOME, USER_EVENTS, USER_STATE,
+    topic_of,
 };
 use tests::users::address;
 use tests::{System, eventually_eq};
@@ -100,7 +101,7 @@ async fn a_record_with_a_header_name_that_is_not_utf8_is_dead_lettered() {
 /// is set back to it, nothing happens twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_of_a_newer_release_is_skipped_counted_and_logged_once() {
-    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     let fact = |kind| Draft::user_event(kind, Uuid::now_v7(), 1).on(PARTITION);
     let kinds = ["user.registered", "user.promoted", "user.promoted", "user.registered"];
     let written = system.kafka.write_all(USER_EVENTS, &kinds.map(fact)).await;

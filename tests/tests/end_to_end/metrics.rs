@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 use tests::clock::Clock;
 use tests::http::send_with_retries;
 use tests::otlp::Otlp;
-use tests::services::{ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, groups, service_of};
+use tests::services::{ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, DEFAULT_CONSUMERS, groups, service_of};
 use tests::users::address;
 use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, EMAIL, SERVICES, Service, USER};
@@ -209,7 +209,7 @@ async fn the_lag_in_seconds_grows_while_a_handler_is_blocked_and_is_absent_while
 /// partitions and gets them back, and each partition is read by one of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn rebalances_are_counted_and_each_partition_has_one_process() {
-    let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     let partitions =
         async |system: &System| system.processes.group_metric(ANALYTICS_USERS, "consumer_partitions").await;
     eventually_eq("partitions of the only process", Some(PARTITIONS as f64), async || partitions(&system).await).await;

@@ -6,7 +6,7 @@ use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use tests::http::send;
 use tests::record::Draft;
-use tests::services::{ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, USER_EVENTS};
+use tests::services::{ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, DEFAULT_CONSUMERS, USER_EVENTS};
 use tests::{System, eventually_eq, throughout};
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
@@ -28,7 +28,7 @@ async fn paused_consumers(system: &System) -> Option<f64> {
 /// and who paused them. They continue when they are resumed. A restart resumes them too.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_pauses_and_resumes_the_consumers_of_a_process() {
-    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     let members = system.kafka.members(ANALYTICS_USERS);
     register(&system).await;
     system.users.until_counted(1, 0).await;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use tests::checker::{Outcome, Request};
 use tests::record::Draft;
-use tests::services::{CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE, groups, service_of};
+use tests::services::{CONSUMERS, DEFAULT_CONSUMERS, EMAIL_EVENTS, USER_EVENTS, USER_STATE, groups, service_of};
 use tests::stores::count;
 use tests::users::address;
 use tests::{System, eventually, eventually_eq, throughout};
@@ -26,6 +26,7 @@ async fn consumers_wait_for_their_dependencies_and_resume() {
     let mut system = System::empty().await;
     let mut postgres = system.own_postgres().await;
     let mut valkey = system.own_valkey().await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     system.processes.start_all().await;
     let judge = system.judge().await;
     let before = vec![system.users.register().await, system.users.register().await];

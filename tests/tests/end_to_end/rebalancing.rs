@@ -9,7 +9,8 @@ use tests::processes::ServiceProcess;
 use tests::proxy::KafkaRequest;
 use tests::record::Draft;
 use tests::services::{
-    ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, CONSUMERS, EMAIL_WELCOME, USER_EVENTS, groups,
+    ANALYTICS_AUDIT, ANALYTICS_EMAILS, ANALYTICS_USERS, CONSUMERS, DEFAULT_CONSUMERS, EMAIL_WELCOME, USER_EVENTS,
+    groups,
 };
 use tests::{System, eventually, eventually_eq, throughout};
 use topology::{ANALYTICS, EMAIL, USER};
@@ -66,6 +67,7 @@ async fn a_rolling_restart_under_load_loses_and_duplicates_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() {
     let mut system = System::empty().await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     let (database, (name, url)) = system.proxied_database(ANALYTICS).await;
     system.processes.spawn(USER);
     system.processes.spawn(EMAIL);
@@ -106,7 +108,7 @@ async fn partitions_that_move_during_a_pause_are_neither_lost_nor_left_paused() 
 /// the partitions without an owner, joins again, and gets them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_partition_that_no_member_of_the_group_has_is_found_and_read() {
-    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     system.processes.stop(ANALYTICS).await;
     let group = system.kafka.prefixed(ANALYTICS_USERS);
     let mut leader = GroupLeader::join(&system.kafka.address, group).await;
@@ -126,7 +128,7 @@ async fn a_partition_that_no_member_of_the_group_has_is_found_and_read() {
 /// Kafka client commits them. If it continued, it would soon store the end of each partition.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_partition_of_a_batch_gets_its_own_next_offset() {
-    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     let mut registered = register_on_each_partition(&system).await;
     until_registered(&system, registered).await;
     // Without further mails only the groups of `user.events.v1` get a batch.
@@ -293,6 +295,7 @@ async fn a_late_answer_to_list_offsets_does_not_restart_a_group() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_hangs_is_replaced_and_rejoins() {
     let mut system = System::empty().await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     // Without mails the group of the registrations is the only one that reaches the fault point.
     system.mail.fail(Fault::Refuse);
     let handle_timeout = ("HANDLE_TIMEOUT_MS", "2000");
@@ -355,7 +358,7 @@ pub const SLOW_BATCH: i64 = 30;
 /// T18, I7, I12: a batch that exceeds the time-outs is not retried as a whole indefinitely.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_that_takes_too_long_is_handled_record_by_record() {
-    let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
+    let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     system.processes.stop(ANALYTICS).await;
     sqlx::raw_sql(SLOW).execute(&system.stores.database(ANALYTICS).await).await.unwrap();
     for _ in 0..SLOW_BATCH {

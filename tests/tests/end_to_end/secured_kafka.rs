@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use testbed::kafka::Kafka;
 use testbed::testing::free_port;
 use tests::certificates::Authority;
-use tests::services::{CACHE_PROFILES, USER_EVENTS};
+use tests::services::{CACHE_PROFILES, DEFAULT_CONSUMERS, USER_EVENTS};
 use tests::system::Own;
 use tests::tap::Tap;
 use tests::{System, eventually, eventually_eq};
@@ -213,6 +213,7 @@ async fn a_consumer_names_its_rack() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_of_a_static_member_causes_no_rebalance() {
     let mut system = System::empty().await;
+    system.processes.set_all(&DEFAULT_CONSUMERS);
     system.processes.start(&[USER]).await;
     system.processes.start_with(CACHE, &[("KAFKA_GROUP_INSTANCE_ID", "one")]).await;
     let mut other = system.processes.spawn_another_with(CACHE, &[("KAFKA_GROUP_INSTANCE_ID", "two")]);

@@ -39,6 +39,8 @@ const MIGRATION_LIMITS: (&str, &str) = ("idle_session_timeout", "15s");
 /// database, so other databases may use it too.
 const REBUILD_LOCK: i64 = 0x72_6562_7569_6C64; // "rebuild"
 const SWAP_ATTEMPTS: u32 = 10;
+/// How often the schema of an earlier rebuild is dropped while that rebuild's statements still run.
+const DROP_ATTEMPTS: u32 = 5;
 
 /// Runs the subcommand.
 ///
@@ -108,6 +110,19 @@ async fn lock(server: &PgConnectOptions) -> anyhow::Result<PgConnection> {
     Ok(live)
 }
 
+/// The last statement of a rebuild that was killed may still run. Then Postgres reports a deadlock
+/// with it, or the statement keeps its locks for longer than the lock time-out. It ends soon, because
+/// its session has no client any more.
+async fn drop_schema(live: &mut PgConnection, schema: &str) -> anyhow::Result<()> {
+    for _ in 1..DROP_ATTEMPTS {
+        match execute(live, format!("drop schema {schema} cascade")).await.map_err(anyhow::Error::new) {
+            Err(error) if is_busy(&error) => print_line(&format!("will retry to drop {schema}: {error:#}")),
+            dropped => return dropped,
+        }
+    }
+    Ok(execute(live, format!("drop schema {schema} cascade")).await?)
+}
+
 /// Creates a schema with the same tables, empty, by the same migrations. Its name is never reused,
 /// so later writes of a frozen rebuild find no table. Drops the schemas of earlier rebuilds first:
 /// this process holds the lock, so no other rebuild runs.
@@ -121,7 +136,7 @@ async fn create_schema(
             .fetch_all(&mut *live)
             .await?;
     for schema in leftovers {
-        let dropped = execute(live, format!("drop schema {schema} cascade")).await;
+        let dropped = drop_schema(live, &schema).await;
         dropped.with_context(|| format!("cannot drop the schema {schema} of an earlier rebuild"))?;
     }
     let schema = format!("rebuild_{}", mint_id().simple());

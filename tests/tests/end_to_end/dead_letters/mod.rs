@@ -29,9 +29,7 @@ pub async fn analytics() -> (System, PgPool) {
 /// As [`analytics`], with further variables for all services.
 pub async fn analytics_with(settings: &[(&str, &str)]) -> (System, PgPool) {
     let mut system = System::empty().await;
-    for (name, value) in settings {
-        system.processes.set(name, value);
-    }
+    system.processes.set_all(settings);
     system.processes.start(&[USER, EMAIL, ANALYTICS]).await;
     let db = system.stores.database(ANALYTICS).await;
     (system, db)

@@ -8,7 +8,9 @@ use uuid::Uuid;
 
 use super::analytics;
 
-const COMPACTED: (&str, &str) = ("cleanup.policy", "compact");
+/// As the service declares the topic.
+const DECLARED: [(&str, &str); 3] =
+    [("cleanup.policy", "compact"), ("max.message.bytes", "2097152"), ("message.timestamp.type", "LogAppendTime")];
 
 /// T33, I9 I11: First the topic of the dead letters is deleted, then it accepts no record of that
 /// size. Each time the consumer waits at the bad record, reports what it waits for, and resumes by
@@ -25,18 +27,18 @@ async fn a_consumer_waits_until_its_dead_letter_can_be_written() {
     system.kafka.delete_topic(&topic).await;
     let second = write_bad_and_good(&system).await;
     assert_waits_at(&system, second).await;
-    system.kafka.create_topic(&topic, 1, &[COMPACTED]).await;
+    system.kafka.create_topic(&topic, 1, &DECLARED).await;
     system.processes.until_ready(&[ANALYTICS]).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[second]).await;
     system.users.until_counted(3, 0).await;
     // The first two letters were deleted with their topic.
     until_open_letters(&system, 1.0).await;
 
-    system.kafka.alter_topic(&topic, &[COMPACTED, ("max.message.bytes", "200")]).await;
+    system.kafka.alter_topic(&topic, &[DECLARED[0], ("max.message.bytes", "200"), DECLARED[2]]).await;
     eventually("the topic refuses large records", async || system.kafka.refuses(&topic, 300).await.then_some(())).await;
     let third = write_bad_and_good(&system).await;
     assert_waits_at(&system, third).await;
-    system.kafka.alter_topic(&topic, &[COMPACTED]).await;
+    system.kafka.alter_topic(&topic, &DECLARED).await;
     system.processes.until_ready(&[ANALYTICS]).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &[second, third]).await;
     system.users.until_counted(4, 0).await;
