@@ -34,6 +34,9 @@ const ROW: u64 = 25;
 const LEAST: u64 = 3;
 /// Requests of each kind.
 const REQUESTS: u64 = 250;
+/// Requests that follow each other without a pause, before anything is measured: each makes a Kafka
+/// transaction of its own, and the broker compiles the code for it.
+const WARM_UP: u64 = 500;
 /// How long an event may take.
 const LIMIT: Duration = Duration::from_secs(10);
 /// How often the reader looks whether the job is over, and the job whether a relay leads.
@@ -61,13 +64,16 @@ pub async fn run(bed: &Bed) -> Result<Report> {
     let requests = bed.size().of(REQUESTS);
     let row = requests.clamp(LEAST, ROW);
     // The first requests open connections and run code that is not compiled yet. They do not count.
+    if bed.warms_up() {
+        latency.row(Kind::Leader, WARM_UP, Duration::ZERO).await?;
+    }
     for kind in [Kind::Leader, Kind::Follower, Kind::Bare] {
-        latency.row(kind, if bed.warms_up() { row } else { LEAST }).await?;
+        latency.row(kind, if bed.warms_up() { row } else { LEAST }, INTERVAL).await?;
     }
     let warm_up = latency.forget();
     for _ in 0..requests.div_ceil(row) {
         for kind in [Kind::Leader, Kind::Follower, Kind::Bare] {
-            latency.row(kind, row).await?;
+            latency.row(kind, row, INTERVAL).await?;
         }
     }
     let report = latency.report().limited_by(LIMITED_BY);
@@ -133,13 +139,13 @@ impl<'a> Latency<'a> {
     }
 
     /// Requests of one kind at their intended times.
-    async fn row(&mut self, kind: Kind, requests: u64) -> Result<()> {
+    async fn row(&mut self, kind: Kind, requests: u64, interval: Duration) -> Result<()> {
         // The service closes a connection that is idle during the rows of the other kinds.
         let port = if kind == Kind::Follower { self.follower } else { self.leader };
         let mut client = Connection::open(port).await?;
         let start = Instant::now();
         for number in 1..=requests {
-            let intended = start + INTERVAL * number as u32;
+            let intended = start + interval * number as u32;
             sleep_until(intended.into()).await;
             let (key, answered) = match kind {
                 Kind::Leader | Kind::Follower => register(&mut client).await?,
