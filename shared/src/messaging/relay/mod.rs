@@ -63,8 +63,8 @@ const ROUND_ROWS: usize = 8_000;
 /// producer, half a second or more, and a round that succeeds costs milliseconds: so few large steps
 /// find a record faster than halving.
 const SPLIT: usize = 8;
-/// Rows gather for as long as this many rounds take. Without a pause, rounds of few rows took a third
-/// of the registrations per second that two cores can handle.
+/// Rows gather for as long as this many rounds take. In the benchmark `register` two cores handled
+/// 2,300 registrations a second without a pause, and 2,800 to 3,000 with it.
 const LINGER_ROUNDS: u32 = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The most spans that a round's span links to. The SDK keeps no more.

@@ -37,8 +37,8 @@ const LIMITED_BY: &str = "\
 What limits it: two cores for the load generator, the service, Postgres and Kafka. A profile of the service under this load:
 44 % of its CPU is the kernel's, of which sending to Postgres and Kafka takes 21 %, sending answers 6 %, and sleeping and
 waking most of the rest. The allocator takes 10 %. The relay and its Kafka client take 12 %, since rows gather between two
-rounds; without that the ratio is 0.65 and the service needs 40 % more CPU. The rest is spread over parsing, spans, limits
-and metrics: no function has more than 1 %. A registration is three round trips to Postgres. To join the insert and the
+rounds; without that the service needs a fifth more CPU. The rest is spread over parsing, spans, limits and metrics: no
+function has more than 1 %. A registration is three round trips to Postgres. To join the insert and the
 outbox in one statement would save one of them, and the outbox would no longer be a part that every service can use.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
