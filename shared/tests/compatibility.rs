@@ -313,8 +313,8 @@ proptest! {
     }
 }
 
-/// The records of an operator's action, byte for byte as the first release wrote them. They are kept
-/// permanently too.
+/// The records of an operator's action, byte for byte as the first release wrote them. They are
+/// kept permanently too.
 #[test]
 fn the_actions_of_operators_are_read_in_every_release() {
     let begun = r#"{"action_id":"01a0a3f0-8d7e-7c60-b9f2-2f6d6f0f1a07","step":"begun","action":"discard","target":"user.events.v1-0-7","group":"analytics.users","service":"analytics","operator":"on-call","reason":"imported twice","time":"2026-11-22T12:00:00.123456789Z"}"#;

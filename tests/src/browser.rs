@@ -1,7 +1,7 @@
-//! A real browser, Chromium, if it is installed with its driver. The driver speaks WebDriver, which is
-//! JSON over HTTP. The client is written here, because the library for it makes `serde_json` keep the
-//! order of fields: in a test run cargo would build the services with that feature too, and they would
-//! write other JSON than in production.
+//! A real browser, Chromium, if it is installed with its driver. The driver speaks WebDriver, which
+//! is JSON over HTTP. The client is written here, because the library for it makes `serde_json`
+//! keep the order of fields: in a test run cargo would build the services with that feature too,
+//! and they would write other JSON than in production.
 
 use std::time::Duration;
 
@@ -32,8 +32,8 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// A window of this size for the pages of one origin. `None`, and a line that says so, if Chromium
-    /// or its driver is not installed.
+    /// A window of this size for the pages of one origin. `None`, and a line that says so, if
+    /// Chromium or its driver is not installed.
     pub async fn open(origin: &str, width: u32, height: u32) -> Option<Self> {
         let (Some(driver), Some(chromium)) = (paths::on_path(&["chromedriver"]), paths::on_path(&["chromium"])) else {
             eprintln!("skipped: there is no chromium with a chromedriver on the PATH");
@@ -78,8 +78,8 @@ impl Browser {
         eventually_contains(selector, text, async || self.text(selector).await.unwrap_or_default()).await;
     }
 
-    /// Clicks the first element that a CSS selector finds, as soon as it stands still. A live update may
-    /// move it, and then the click would go to what stands there now.
+    /// Clicks the first element that a CSS selector finds, as soon as it stands still. A live
+    /// update may move it, and then the click would go to what stands there now.
     pub async fn click(&self, selector: &str) {
         let mut before = None;
         let element = eventually(&format!("{selector} stands still"), async || {

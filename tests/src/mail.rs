@@ -31,7 +31,8 @@ impl Mail {
         self.sink.set(fault);
     }
 
-    /// Waits until no sender is connected. A sender keeps its connection for some seconds after a mail.
+    /// Waits until no sender is connected. A sender keeps its connection for some seconds after a
+    /// mail.
     pub async fn until_disconnected(&self) {
         eventually_eq("connections to the mail server", 0, async || self.sink.connections()).await;
     }

@@ -1,5 +1,5 @@
-//! The synchronous version of Waybill (`tests/synchronous`) as processes, for its own tests and for the
-//! comparison.
+//! The synchronous version of Waybill (`tests/synchronous`) as processes, for its own tests and for
+//! the comparison.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -153,9 +153,9 @@ impl Synchronous {
         self.running.insert(role, process);
     }
 
-    /// Adds the fourth receiver while the others run: starts it, and replaces the registering process by
-    /// one that calls it. `programs` is the folder of the program with `tests/compare` applied. Returns the
-    /// database of the index.
+    /// Adds the fourth receiver while the others run: starts it, and replaces the registering
+    /// process by one that calls it. `programs` is the folder of the program with `tests/compare`
+    /// applied. Returns the database of the index.
     pub async fn add_search(&mut self, programs: &Path) -> PgPool {
         let name = format!("synchronous_search_{}", Uuid::now_v7().simple());
         let database = create_database(&testing::stack().postgres, &name, ANALYTICS).await.unwrap();

@@ -26,8 +26,8 @@ pub struct Up {
 }
 
 impl Up {
-    /// Compiles nothing, because it calls the program `true` instead of cargo. The services are already
-    /// built.
+    /// Compiles nothing, because it calls the program `true` instead of cargo. The services are
+    /// already built.
     pub async fn start() -> Self {
         Self::start_program(&paths::root().join("target/debug/xtask")).await
     }

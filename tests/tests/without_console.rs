@@ -23,8 +23,8 @@ use testbed::testing::prefix;
 use tests::eventually;
 use tests::up::Up;
 
-/// The program `xtask` of the copy. Under its own name it would replace that of this tree, which other
-/// tests run.
+/// The program `xtask` of the copy. Under its own name it would replace that of this tree, which
+/// other tests run.
 const PROGRAM: &str = "xtask-without-console";
 const FOLDER: &str = "tools/console/";
 const ENTRY: &str = "pub const CONSOLE: Option<Tool> = ";

@@ -1,5 +1,5 @@
-//! The audit: who did what to a user, when, and because of what. One row per fact, never changed. It
-//! has ids only, as the facts, so it is kept when the user is erased.
+//! The audit: who did what to a user, when, and because of what. One row per fact, never changed.
+//! It has ids only, as the facts, so it is kept when the user is erased.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -11,7 +11,8 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// `user.events.v1` → `audit`. The table is its own inbox: its key is the event's id, so a row that
-/// exists shows that the event was handled. A projection that changes rows needs an inbox of its own.
+/// exists shows that the event was handled. A projection that changes rows needs an inbox of its
+/// own.
 #[derive(Clone)]
 pub struct Audit {
     pub db: PgPool,
@@ -26,9 +27,9 @@ impl Handler for Audit {
         database::is_writable(&self.db).await
     }
 
-    /// One statement, which is one transaction. Crash before its commit: the batch comes again. Crash
-    /// after it: the batch comes again, and every row exists. The rows are in the order of their
-    /// keys: two statements that insert the same rows in opposite orders would deadlock.
+    /// One statement, which is one transaction. Crash before its commit: the batch comes again.
+    /// Crash after it: the batch comes again, and every row exists. The rows are in the order of
+    /// their keys: two statements that insert the same rows in opposite orders would deadlock.
     async fn handle(&self, batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
         let mut rows = Rows::default();
         let facts: BTreeMap<Uuid, &Record<UserEvent>> =

@@ -1,6 +1,6 @@
-//! Whether this process can answer queries: Valkey answers, evicts no keys, and the view is complete. Whether the
-//! view is up to date is another question, which `/status` and the lag answer. While Kafka is down,
-//! every replica still answers with the profiles that it has.
+//! Whether this process can answer queries: Valkey answers, evicts no keys, and the view is
+//! complete. Whether the view is up to date is another question, which `/status` and the lag
+//! answer. While Kafka is down, every replica still answers with the profiles that it has.
 
 use std::time::Duration;
 
@@ -42,8 +42,8 @@ async fn reason_to_wait(view: &View) -> anyhow::Result<Option<&'static str>> {
     Ok((!found.complete).then_some("the view to be filled from the topic"))
 }
 
-/// Of the errors of a connection the text is shown: it names the fault of a certificate, for example.
-/// Others may quote a key.
+/// Of the errors of a connection the text is shown: it names the fault of a certificate, for
+/// example. Others may quote a key.
 fn unreachable(error: &anyhow::Error) -> String {
     match error.downcast_ref::<RedisError>() {
         Some(error) if error.is_io_error() => format!("Valkey to answer: {error}"),

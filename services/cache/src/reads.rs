@@ -34,8 +34,8 @@ impl Reads {
 }
 
 impl Waiting {
-    /// Runs until every [`Reads`] was dropped, so that a stopping process still answers the requests
-    /// in progress.
+    /// Runs until every [`Reads`] was dropped, so that a stopping process still answers the
+    /// requests in progress.
     pub async fn run(self, view: View) -> anyhow::Result<()> {
         let Self(mut calls) = self;
         while let Some((users, answers)) = calls.next().await {

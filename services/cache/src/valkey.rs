@@ -155,7 +155,8 @@ async fn connect(client: Client) -> RedisResult<Server> {
 
 impl Server {
     /// Checks the answer to INFO replication. A replica answers reads without an error, however old
-    /// its data is. A server that was a replica since the connection was made has replaced its data.
+    /// its data is. A server that was a replica since the connection was made has replaced its
+    /// data.
     pub fn require_unchanged_master(&self, replication: &str) -> RedisResult<()> {
         if replication_id_of_master(replication)? == self.identity.replication_id {
             return Ok(());
@@ -189,8 +190,8 @@ fn replication_id_of_master(replication: &str) -> RedisResult<&str> {
     field(replication, "master_replid")
 }
 
-/// Whether the server deletes keys without an expiry when its memory is full. The policies `volatile-…`
-/// delete only keys with one, and the view has none.
+/// Whether the server deletes keys without an expiry when its memory is full. The policies
+/// `volatile-…` delete only keys with one, and the view has none.
 fn evicts(memory: &str) -> RedisResult<bool> {
     Ok(field(memory, "maxmemory_policy")?.starts_with("allkeys-"))
 }

@@ -11,9 +11,9 @@
 //! and so does a master that was its replica in between. All of them have another identity than the
 //! marks, so the view is incomplete until each partition has been read to its end again.
 //!
-//! A server that evicts keys loses profiles and keeps positions and marks. While it does, the view is
-//! incomplete and not written, and its positions are removed. So it is filled from the beginning when
-//! the server evicts no more.
+//! A server that evicts keys loses profiles and keeps positions and marks. While it does, the view
+//! is incomplete and not written, and its positions are removed. So it is filled from the beginning
+//! when the server evicts no more.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -60,8 +60,8 @@ pub struct Stored {
 /// The view's entry for a user.
 pub struct Lookup {
     /// Whether every partition was read to its end since this server was started, promoted or
-    /// emptied, and it evicts no keys. Otherwise an absent user may exist, and a present one may have
-    /// an old version.
+    /// emptied, and it evicts no keys. Otherwise an absent user may exist, and a present one may
+    /// have an old version.
     pub complete: bool,
     /// 0: the view has no record of the user.
     pub version: i64,
@@ -136,10 +136,11 @@ impl View {
     }
 
     /// Compares the server's eviction policy with the one that the connection has found. While the
-    /// server evicts keys, removes the positions and the marks: what was evicted comes back only from
-    /// the beginning of the topic. Returns whether the server evicts keys.
+    /// server evicts keys, removes the positions and the marks: what was evicted comes back only
+    /// from the beginning of the topic. Returns whether the server evicts keys.
     ///
-    /// Crash before the removal: the next call repeats it. Crash after it: the view is filled again.
+    /// Crash before the removal: the next call repeats it. Crash after it: the view is filled
+    /// again.
     pub async fn check_policy(&self) -> anyhow::Result<bool> {
         let mut memory = redis::cmd("INFO");
         memory.arg("memory");
@@ -216,9 +217,9 @@ impl Handler for View {
     }
 
     /// One atomic script per partition. The scripts do not depend on each other, so all are sent
-    /// before the first answer comes. Crash before the last one: any of them may have run. The batch
-    /// comes again, each of these scripts finds a later position, and the handler asks to resume from
-    /// there. The same follows if only some of them fail.
+    /// before the first answer comes. Crash before the last one: any of them may have run. The
+    /// batch comes again, each of these scripts finds a later position, and the handler asks to
+    /// resume from there. The same follows if only some of them fail.
     async fn handle(&self, batch: &[Record<UserState>]) -> Result<Outcome, Failure> {
         let mut partitions: BTreeMap<i32, Vec<&Record<UserState>>> = BTreeMap::new();
         for record in batch {

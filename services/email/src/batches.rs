@@ -1,6 +1,6 @@
 //! Statements that the senders of a process share. While one is in progress, further senders wait,
-//! and the next one serves all of them. With a backlog most of the cost of a mail in the database is
-//! the commit, and senders that share it are several times as fast.
+//! and the next one serves all of them. With a backlog most of the cost of a mail in the database
+//! is the commit, and senders that share it are several times as fast.
 
 use std::sync::Arc;
 
@@ -16,16 +16,16 @@ use crate::mail;
 /// The most senders of a process, and so the most that share a statement.
 pub const MAX_SENDERS: u16 = 64;
 
-/// Settings of the sessions that make these statements. Their plans are made once: by default Postgres
-/// plans some of them again each time, because it does not know how long an array will be. The
-/// statements find rows by an index, whatever the statistics say: these may be from a time when the
-/// table was almost empty.
+/// Settings of the sessions that make these statements. Their plans are made once: by default
+/// Postgres plans some of them again each time, because it does not know how long an array will be.
+/// The statements find rows by an index, whatever the statistics say: these may be from a time when
+/// the table was almost empty.
 pub const SESSION_SETTINGS: [(&str, &str); 2] = [("plan_cache_mode", "force_generic_plan"), ("enable_seqscan", "off")];
 
 /// An accepted mail to record, and whether the sender wants a delivery.
 type Turn = (Option<Accepted>, bool);
-/// Whether the record changed the state, and a delivery that was due. A claim's lease lasts at least
-/// until the time.
+/// Whether the record changed the state, and a delivery that was due. A claim's lease lasts at
+/// least until the time.
 type Next = (bool, Option<(Due, Instant)>);
 
 /// Clones share the statements.

@@ -76,8 +76,8 @@ pub enum Due {
 
 /// Claims the deliveries that have been due for longest, at most `count`, among those with one of
 /// these templates. The index contains only deliveries that can be claimed, so the cost does not
-/// depend on how many others wait. If a delivery must not be sent, this statement cancels it or holds
-/// it. A condition in the search would read it again in each claim.
+/// depend on how many others wait. If a delivery must not be sent, this statement cancels it or
+/// holds it. A condition in the search would read it again in each claim.
 ///
 /// They get one token, because no other claim has it. Crash after this: each of them waits for the
 /// end of its lease, so no more are claimed than senders are idle.
@@ -137,10 +137,11 @@ pub async fn claim(db: &mut PgConnection, rules: &Rules, templates: &[String], c
     Ok(due.collect())
 }
 
-/// Whether the sender may still send the mail, which cannot be undone: `false` if its lease has ended
-/// because it was frozen, or if the recipient was erased in the meantime. Also `false` if less than
-/// half of the lease is left, so that the lease does not end immediately afterwards: then
-/// [`renew`] decides. Several senders share a statement; the answers are in the order of the claims.
+/// Whether the sender may still send the mail, which cannot be undone: `false` if its lease has
+/// ended because it was frozen, or if the recipient was erased in the meantime. Also `false` if
+/// less than half of the lease is left, so that the lease does not end immediately afterwards: then
+/// [`renew`] decides. Several senders share a statement; the answers are in the order of the
+/// claims.
 ///
 /// It writes nothing. A claim by another sender that is not committed yet has found an ended lease,
 /// so this statement, which finds half of it left, began before the lease ended.

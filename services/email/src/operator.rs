@@ -109,8 +109,8 @@ pub struct Released {
 
 /// Releases a batch of held deliveries whose events are younger than `age`, in the caller's
 /// transaction. A released delivery waits for the address if it is not known, so the recipients are
-/// locked before the deliveries, as in the [handlers](crate::handlers). Otherwise the handler of the
-/// address, at the same time, would not see that the delivery waits for it.
+/// locked before the deliveries, as in the [handlers](crate::handlers). Otherwise the handler of
+/// the address, at the same time, would not see that the delivery waits for it.
 pub async fn release_held(
     tx: &mut PgConnection,
     age: Option<PgInterval>,
@@ -203,7 +203,8 @@ async fn failed(db: &PgPool, code: i16, after: &Position, until: OffsetDateTime)
     Ok(Some(Failed { ids: rows.iter().filter(|row| row.addressed).map(|row| row.id).collect(), last }))
 }
 
-/// Releases failed deliveries. If a user was erased in the meantime, the claim cancels the delivery.
+/// Releases failed deliveries. If a user was erased in the meantime, the claim cancels the
+/// delivery.
 async fn release_failed(db: &PgPool, ids: &[Uuid]) -> sqlx::Result<u64> {
     let released = sqlx::query!(
         "update deliveries set status = 'pending', due_at = now(), released_at = now(), updated_at = now(),

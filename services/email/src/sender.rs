@@ -1,6 +1,6 @@
 //! The sender: claims a delivery, sends the mail to the SMTP server and records the result. It
-//! sends one mail after another over one connection. The record of an accepted mail and the claim of
-//! the next delivery are one transaction, which the senders of a process [share](Batches).
+//! sends one mail after another over one connection. The record of an accepted mail and the claim
+//! of the next delivery are one transaction, which the senders of a process [share](Batches).
 
 use std::sync::{Arc, Mutex};
 
@@ -25,8 +25,8 @@ use crate::smtp::{Connection, Ending, Server, Trouble};
 /// How long an idle sender waits before it looks for a new delivery.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 const DATABASE_RETRY: Duration = Duration::from_millis(500);
-/// How long an idle sender keeps its connection. A new connection costs several round trips, with TLS
-/// and a login. Servers and firewalls close idle connections, and servers limit their number.
+/// How long an idle sender keeps its connection. A new connection costs several round trips, with
+/// TLS and a login. Servers and firewalls close idle connections, and servers limit their number.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
 /// "Mailbox name not allowed" (RFC 5321 §4.2.2): the code that we record for an invalid address.
 const BAD_ADDRESS: u16 = 553;
@@ -162,8 +162,8 @@ impl Sender {
         claimed
     }
 
-    /// Retries until the lease ends. If the result is not recorded by then, another sender sends the
-    /// mail again.
+    /// Retries until the lease ends. If the result is not recorded by then, another sender sends
+    /// the mail again.
     async fn until_recorded(&self, claim: &Claim, attempt: &Attempt, lease: &Lease) -> sqlx::Result<()> {
         while let Err(error) = bounded(self.record(claim, attempt)).await {
             if lease.has_ended() {

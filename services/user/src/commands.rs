@@ -173,8 +173,8 @@ async fn publish_change(
 }
 
 /// Locks the user's row until the end of the transaction, and checks that the caller may change it
-/// and that its preconditions are true. A command that waited for the lock sees the version that the
-/// other one has made.
+/// and that its preconditions are true. A command that waited for the lock sees the version that
+/// the other one has made.
 async fn lock(tx: &mut PgConnection, caller: &Caller, id: Uuid, preconditions: &Preconditions) -> Result<(), Error> {
     let row = sqlx::query!("select version, owner from users where id = $1 and email is not null for update", id);
     let row = row.fetch_optional(tx).await?.ok_or(Error::UnknownUser)?;

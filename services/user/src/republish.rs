@@ -17,8 +17,8 @@ use crate::commands::{self, Republished};
 /// Users per transaction. They are locked for a few hundred milliseconds, and a command on one of
 /// them waits for that long.
 const BATCH_USERS: i64 = 500;
-/// The command waits while the outbox has this many rows of the state topic: all users at once would
-/// fill the database.
+/// The command waits while the outbox has this many rows of the state topic: all users at once
+/// would fill the database.
 const OUTBOX_LIMIT: i64 = 2_000;
 const ROOM_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// How often the command reports that it waits.

@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use crate::problem::Error;
 
-/// Commands in progress on one user, or with one key, in this process: one works and two wait for its
-/// locks. Further ones are refused at once.
+/// Commands in progress on one user, or with one key, in this process: one works and two wait for
+/// its locks. Further ones are refused at once.
 const PER_TARGET: usize = 3;
 /// Sessions of the pool that commands leave to other statements, whatever the commands wait for.
 const SESSIONS_FOR_READS: u32 = 3;
@@ -138,12 +138,12 @@ impl Turn {
 
 impl Session {
     /// Commits. If a command waits, its transaction begins in the same statement, and it gets the
-    /// session. Thus under load a command does not wait for a `begin`, and its session is not tested
-    /// as the pool tests it: a session that has just committed works.
+    /// session. Thus under load a command does not wait for a `begin`, and its session is not
+    /// tested as the pool tests it: a session that has just committed works.
     ///
     /// Crash before the commit: this command changed nothing. Crash after it: this command took
-    /// effect, and the transaction of the next one is empty. If the next one gives up in this moment,
-    /// its empty transaction is rolled back.
+    /// effect, and the transaction of the next one is empty. If the next one gives up in this
+    /// moment, its empty transaction is rolled back.
     async fn commit(mut self) -> sqlx::Result<()> {
         self.commands += 1;
         let is_awaited = lock(&self.waiting).iter().any(|waiter| !waiter.is_closed());

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// A record of `operator.actions.v1`. Its key is what was acted on. It contains no personal data: an
-/// operator is the name of a token, and the reasons name no person.
+/// A record of `operator.actions.v1`. Its key is what was acted on. It contains no personal data:
+/// an operator is the name of a token, and the reasons name no person.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperatorAction {
     /// Both records of an action have the same id.

@@ -93,14 +93,15 @@ pub fn now() -> OffsetDateTime {
 }
 
 impl Envelope {
-    /// Hands each header of the record to `add`: its name and its value. An absent optional attribute
-    /// has no header. There are at most [`MAX_HEADERS`].
+    /// Hands each header of the record to `add`: its name and its value. An absent optional
+    /// attribute has no header. There are at most [`MAX_HEADERS`].
     ///
     /// The relay writes millions of records, so each value is formatted into one buffer.
     pub fn each_header(&self, mut add: impl FnMut(&'static str, &str)) {
         let mut id = Uuid::encode_buffer();
         let mut time = [0; TIME_LENGTH];
-        // The length comes from the rest of the buffer: `format_into` returns less than it has written.
+        // The length comes from the rest of the buffer: `format_into` returns less than it has
+        // written.
         let mut rest = &mut time[..];
         self.time.format_into(&mut rest, &Rfc3339).expect("the year of an event has four digits");
         let length = TIME_LENGTH - rest.len();

@@ -38,8 +38,9 @@ impl Topic {
     /// What happened to mails.
     pub const EMAIL_EVENTS: Self = Self::facts("email.events.v1", "delivery");
 
-    /// What operators did: see [`OperatorAction`](super::OperatorAction). Every service that consumes
-    /// writes it, and each creates it. It has one partition, so that the list of actions is in order.
+    /// What operators did: see [`OperatorAction`](super::OperatorAction). Every service that
+    /// consumes writes it, and each creates it. It has one partition, so that the list of actions
+    /// is in order.
     pub const OPERATOR_ACTIONS: Self =
         Self { name: "operator.actions.v1", aggregate: "action", partitions: 1, kind: Kind::Facts };
 

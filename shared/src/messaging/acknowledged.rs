@@ -42,9 +42,9 @@ impl AcknowledgedWriter {
         sent.with_context(|| format!("cannot write to the topic {}", self.topic))
     }
 
-    /// The producer, which the first record creates. A producer that failed is replaced. It fails for
-    /// good if the broker refuses its first request, for example because this service may not write to
-    /// any topic yet.
+    /// The producer, which the first record creates. A producer that failed is replaced. It fails
+    /// for good if the broker refuses its first request, for example because this service may not
+    /// write to any topic yet.
     fn producer(&self) -> anyhow::Result<FutureProducer> {
         let mut current = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(working) = current.as_ref().filter(|producer| producer.client().fatal_error().is_none()) {

@@ -1,7 +1,7 @@
 //! The record of what operators did, in the topic `operator.actions.v1`. An action leaves two
-//! records. Kafka acknowledges the first before anything is done, and the second before the operator
-//! gets an answer. So a crash leaves at most an action without an outcome, and never an effect
-//! without a record.
+//! records. Kafka acknowledges the first before anything is done, and the second before the
+//! operator gets an answer. So a crash leaves at most an action without an outcome, and never an
+//! effect without a record.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -27,8 +27,8 @@ const LISTED_RECORDS: i64 = 10_000;
 /// than one, because the action has already been done.
 const END_ATTEMPTS: u32 = 3;
 
-/// The topic as each service that writes it declares it. The list of actions reads one partition, so
-/// the topic may not have more.
+/// The topic as each service that writes it declares it. The list of actions reads one partition,
+/// so the topic may not have more.
 pub fn declared_topic(kafka: &KafkaConfig) -> Declared {
     Declared { may_grow: false, ..Declared::of(kafka, &Topic::OPERATOR_ACTIONS) }
 }
@@ -147,8 +147,8 @@ pub struct Listed {
     pub service: String,
     pub operator: String,
     pub reason: Option<String>,
-    /// When the action began and ended, as RFC 3339. Without `ended` it is in progress, or its process
-    /// has died: then it may have been done or not.
+    /// When the action began and ended, as RFC 3339. Without `ended` it is in progress, or its
+    /// process has died: then it may have been done or not.
     pub begun: Option<String>,
     pub ended: Option<String>,
     /// `done`, `failed`, or null.
@@ -204,8 +204,8 @@ pub fn newest(reader: &mut TopicReader, kafka: &KafkaConfig) -> anyhow::Result<V
     Ok(fold(records))
 }
 
-/// One entry for each action. The first record of an old action may be before the part that was read;
-/// the second one has the same fields.
+/// One entry for each action. The first record of an old action may be before the part that was
+/// read; the second one has the same fields.
 fn fold(records: Vec<OperatorAction>) -> Vec<Listed> {
     let mut actions: Vec<Listed> = vec![];
     let mut places: HashMap<Uuid, usize> = HashMap::new();

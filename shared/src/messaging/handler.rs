@@ -266,13 +266,14 @@ pub(super) async fn deliver_all<D: Delivery<Error = Failure>, H: Handler>(
 
 /// Hands records to a handler, all at once if possible. The SQL error of one record rolls back the
 /// whole transaction. So when a call is rejected, its records are halved until the rejected one is
-/// alone: one bad record among 2,000 costs about 22 calls and not 2,000. The first half comes first,
-/// so the order is kept. With [`Split`], records are also tried one by one. A record counts as rejected
-/// after two rejected calls, the second one with it alone: a panic that happens once rejects nothing.
+/// alone: one bad record among 2,000 costs about 22 calls and not 2,000. The first half comes
+/// first, so the order is kept. With [`Split`], records are also tried one by one. A record counts
+/// as rejected after two rejected calls, the second one with it alone: a panic that happens once
+/// rejects nothing.
 ///
-/// A halved call takes about half as long, so all rejected calls before the first success take about
-/// as long as the first one. The caller's time limit for a split batch therefore leaves time for
-/// progress.
+/// A halved call takes about half as long, so all rejected calls before the first success take
+/// about as long as the first one. The caller's time limit for a split batch therefore leaves time
+/// for progress.
 ///
 /// # Errors
 /// A failure that concerns no single record. The records that succeeded before the failure have taken

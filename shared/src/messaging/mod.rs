@@ -1,6 +1,6 @@
 //! The journey of an event: [`outbox`] → [`relay`] → (topic) → [`consumer`] → [`handler`] or
-//! [`inbox`] → [`dead_letters`]. [`replay`] reads a topic again from its beginning. [`admin`] has what
-//! operators do on the admin port, and [`actions`] the record of it.
+//! [`inbox`] → [`dead_letters`]. [`replay`] reads a topic again from its beginning. [`admin`] has
+//! what operators do on the admin port, and [`actions`] the record of it.
 
 mod kafka;
 mod errors;

@@ -54,8 +54,8 @@ impl Entry {
 
 /// Writes the events to the outbox, within the caller's transaction, in one statement. The relay
 /// publishes events of one key in the order in which they are here. Call
-/// [`Wake::notify`](super::Wake::notify) after the commit, not before it: the relay could not see the
-/// rows yet.
+/// [`Wake::notify`](super::Wake::notify) after the commit, not before it: the relay could not see
+/// the rows yet.
 ///
 /// Crash before the commit: neither the change nor the events exist. Crash after it: the relay of
 /// any replica publishes the rows.
@@ -156,9 +156,9 @@ pub async fn publish<E: Event>(
     Ok(event_id)
 }
 
-/// How many rows of this event's topic wait to be published, counted up to `limit`. Bulk writers use
-/// this to throttle themselves. The rows of other topics do not count: Kafka may refuse them for any
-/// time, and the relay publishes the others meanwhile.
+/// How many rows of this event's topic wait to be published, counted up to `limit`. Bulk writers
+/// use this to throttle themselves. The rows of other topics do not count: Kafka may refuse them
+/// for any time, and the relay publishes the others meanwhile.
 ///
 /// The topic is compared by `between`, as the relay does it: with `=` Postgres could read the whole
 /// table instead of the index range.

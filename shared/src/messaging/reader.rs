@@ -20,8 +20,8 @@ use super::record::Coordinates;
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A client that blocks no worker of the runtime when it is dropped: it then closes its connections and
-/// waits for its threads.
+/// A client that blocks no worker of the runtime when it is dropped: it then closes its connections
+/// and waits for its threads.
 struct Client(Option<BaseConsumer>);
 
 impl Client {

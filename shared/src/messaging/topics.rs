@@ -288,8 +288,8 @@ fn compare(topic: &Declared, existing: &Existing) -> Differences {
 async fn existing(admin: &Admin, name: &str) -> anyhow::Result<Option<Existing>> {
     let Some((partitions, replicas)) = existing_partitions(admin, name)? else { return Ok(None) };
     let settings = settings(admin, ResourceSpecifier::Topic(name)).await?;
-    // A broker that does not know a new topic yet answers without values, and so does one that refuses
-    // the request: rust-rdkafka drops the code. This is an error, so the caller retries.
+    // A broker that does not know a new topic yet answers without values, and so does one that
+    // refuses the request: rust-rdkafka drops the code. This is an error, so the caller retries.
     anyhow::ensure!(
         settings.contains_key(CLEANUP_POLICY),
         "Kafka sent no settings of the topic: it does not know them yet, or this service may not see them (DescribeConfigs)"

@@ -1,11 +1,11 @@
-//! Which clients may act on the admin port. Reading is open to every client that reaches the port. An
-//! action, which is every request other than GET and HEAD, needs one of several named tokens. The
-//! name of the token is in the log.
+//! Which clients may act on the admin port. Reading is open to every client that reaches the port.
+//! An action, which is every request other than GET and HEAD, needs one of several named tokens.
+//! The name of the token is in the log.
 //!
-//! Without tokens, actions are accepted only on a loopback address, where only processes of the same
-//! machine reach the port. A browser is one of them, and every website that it shows can send requests
-//! through it. So a request with an `Origin`, which browsers add to everything but GET and HEAD, needs
-//! a token on a loopback address, too.
+//! Without tokens, actions are accepted only on a loopback address, where only processes of the
+//! same machine reach the port. A browser is one of them, and every website that it shows can send
+//! requests through it. So a request with an `Origin`, which browsers add to everything but GET and
+//! HEAD, needs a token on a loopback address, too.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
-//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`, `/metrics/descriptions`. The messaging
-//! layer adds what operators need about consumers.
+//! The admin port: `/livez`, `/readyz`, `/status`, `/metrics`, `/metrics/descriptions`. The
+//! messaging layer adds what operators need about consumers.
 //!
 //! `/livez` does not check any dependency, because a restart would not repair the database.
 //! `/readyz` is for load balancers: whether this process can answer its own public requests.

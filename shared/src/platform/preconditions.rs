@@ -74,8 +74,8 @@ pub fn names() -> [&'static HeaderName; 2] {
 /// Replaces each byte that the crate `headers` cannot read by a character that no tag of ours
 /// contains. The crate ignores a whole list if one byte is not ASCII, and in a debug build it
 /// panics at white space within a tag. A tag that the line does not end would continue in the next
-/// line, after the white space with which the crate joins them. So it is ended, as a tag that matches
-/// no version.
+/// line, after the white space with which the crate joins them. So it is ended, as a tag that
+/// matches no version.
 fn readable_line(line: &HeaderValue) -> HeaderValue {
     let mut in_quotes = false;
     let readable = line.as_bytes().iter().map(|byte| {

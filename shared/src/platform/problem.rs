@@ -57,8 +57,8 @@ pub fn internal_error() -> ProblemDetails {
 }
 
 /// A request failed because the database refused a statement or did not answer. Answers 503 with
-/// `Retry-After`. If the database refused a value of the request, that is a bug, because requests are
-/// checked before. A retry would fail again, so the answer is 500.
+/// `Retry-After`. If the database refused a value of the request, that is a bug, because requests
+/// are checked before. A retry would fail again, so the answer is 500.
 #[derive(Debug, thiserror::Error)]
 #[error("the database does not answer")]
 pub struct Unavailable(#[from] sqlx::Error);

@@ -1,6 +1,6 @@
 //! Which traces are exported. The decision is made once, by the service that starts the trace. It
-//! travels with the trace context through the outbox and the records, and every later service follows
-//! it: a trace is exported completely or not at all.
+//! travels with the trace context through the outbox and the records, and every later service
+//! follows it: a trace is exported completely or not at all.
 
 use clap::{Args, ValueEnum};
 use opentelemetry_sdk::trace::Sampler;

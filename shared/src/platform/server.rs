@@ -70,8 +70,8 @@ impl HttpConfig {
         Ok(())
     }
 
-    /// Raises the process's limit of open files, as far as the connections need it and the operating
-    /// system allows it.
+    /// Raises the process's limit of open files, as far as the connections need it and the
+    /// operating system allows it.
     ///
     /// # Errors
     /// The limit is too low for HTTP_CONNECTIONS.

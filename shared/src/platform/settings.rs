@@ -9,9 +9,9 @@ use clap::builder::Resettable;
 use clap::error::ErrorKind;
 use clap::{Arg, Command, Parser};
 
-/// Reads the settings of a program from its flags and from the environment, or ends the process with
-/// an error. An empty variable counts as unset: Docker Compose sets a variable without a value to the
-/// empty text.
+/// Reads the settings of a program from its flags and from the environment, or ends the process
+/// with an error. An empty variable counts as unset: Docker Compose sets a variable without a value
+/// to the empty text.
 pub fn parse<P: Parser>() -> P {
     let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
     let command = without(P::command(), &is_empty);

@@ -93,8 +93,8 @@ impl TraceContext {
 
 /// Installs logging and tracing for the whole process. `service` is the service's name, which is
 /// also the name of its crate. Without an OTLP endpoint spans are still created, so that log lines
-/// and records carry a trace id, and then dropped. Only a consumer creates none for the records of a
-/// batch, because nothing would carry their trace ids.
+/// and records carry a trace id, and then dropped. Only a consumer creates none for the records of
+/// a batch, because nothing would carry their trace ids.
 ///
 /// # Errors
 /// A setting of the collector cannot be used, or RUST_LOG is not a valid filter.
@@ -112,8 +112,8 @@ pub fn init(service: &'static str, config: &TelemetryConfig, metrics: &Metrics) 
         }
         LogFormat::Pretty => tracing_subscriber::fmt::layer().with_ansi(false).boxed(),
     };
-    // Without the work that each poll of a future would cause: measuring how long its span was busy,
-    // and setting OpenTelemetry's own current context, which nothing here reads.
+    // Without the work that each poll of a future would cause: measuring how long its span was
+    // busy, and setting OpenTelemetry's own current context, which nothing here reads.
     let traces = tracing_opentelemetry::layer()
         .with_tracer(provider.tracer(service))
         .with_tracked_inactivity(false)
@@ -154,8 +154,8 @@ pub fn current() -> TraceContext {
     }
 }
 
-/// Adds an event to the current span, with the place of the caller in the code. Unlike a log line it
-/// is seen in the trace only. `what` is a fixed text, so it contains no data.
+/// Adds an event to the current span, with the place of the caller in the code. Unlike a log line
+/// it is seen in the trace only. `what` is a fixed text, so it contains no data.
 #[track_caller]
 pub fn note(what: &'static str) {
     let place = Location::caller();

@@ -33,14 +33,14 @@ const MAX_LOGGED_REASONS: usize = 8;
 #[derive(Args, Clone, Debug)]
 pub struct CollectorConfig {
     /// The collector for traces, by OTLP over gRPC, for example https://collector.example.com:4317.
-    /// With https:// its certificate must be valid for the host name. Without a collector traces are
-    /// dropped.
+    /// With https:// its certificate must be valid for the host name. Without a collector traces
+    /// are dropped.
     #[arg(long, env, hide_env_values = true)]
     otel_exporter_otlp_endpoint: Option<String>,
     #[command(flatten)]
     headers: OptionalSecret<Headers>,
-    /// A file with the certificates of the authorities that may sign the collector's certificate, in
-    /// PEM format. Without it, the well-known public authorities may.
+    /// A file with the certificates of the authorities that may sign the collector's certificate,
+    /// in PEM format. Without it, the well-known public authorities may.
     #[arg(long, env)]
     otel_exporter_otlp_certificate: Option<PathBuf>,
     /// A file with the certificate of this service, in PEM format, if the collector asks for one.

@@ -16,9 +16,9 @@ use crate::platform::telemetry::TelemetryConfig;
 /// Settings that every service has. Each can be given as a flag or as an environment variable.
 #[derive(Args, Clone, Debug)]
 pub struct ServiceConfig {
-    /// Address of the admin port: /livez, /readyz, /status and /metrics, and what the subcommands for
-    /// operators ask for, such as /dead-letters. Keep it off the public network: reading needs no token. Actions
-    /// need one of ADMIN_TOKENS.
+    /// Address of the admin port: /livez, /readyz, /status and /metrics, and what the subcommands
+    /// for operators ask for, such as /dead-letters. Keep it off the public network: reading needs
+    /// no token. Actions need one of ADMIN_TOKENS.
     #[arg(long, env, default_value = "127.0.0.1:9080")]
     pub admin_addr: SocketAddr,
     #[command(flatten)]

@@ -4,8 +4,8 @@ use crate::events::Topic;
 use crate::messaging::{self, Declared, KafkaConfig};
 
 /// Creates the topics that a service owns, the dead-letter topics of its consumer groups and, if it
-/// has any, the topic of the operators' actions. Checks those that exist. An operator runs it with a login that may create topics, so that the
-/// service does not need this right. Safe to repeat.
+/// has any, the topic of the operators' actions. Checks those that exist. An operator runs it with
+/// a login that may create topics, so that the service does not need this right. Safe to repeat.
 ///
 /// # Errors
 /// Kafka refuses a topic or does not answer, or an existing topic differs from its declaration.

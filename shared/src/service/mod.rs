@@ -230,8 +230,8 @@ impl Service {
         self.thread(format!("{group} redrives"), move || redriver.run(jobs));
     }
 
-    /// Keeps the topic in which the actions of operators are recorded, and waits at the stop for those
-    /// in progress. Only once, with the first consumer group.
+    /// Keeps the topic in which the actions of operators are recorded, and waits at the stop for
+    /// those in progress. Only once, with the first consumer group.
     fn record_actions(&mut self) {
         if std::mem::replace(&mut self.consumes, true) {
             return;
@@ -348,7 +348,8 @@ impl Service {
         };
         if drained.is_err() {
             // A thread is blocked in a call to a dependency that does not answer, and the runtime
-            // would wait for it indefinitely. Nothing is lost: every task tolerates a crash at any line.
+            // would wait for it indefinitely. Nothing is lost: every task tolerates a crash at any
+            // line.
             tracing::warn!("some tasks did not finish in time; exiting without them");
             if let Err(error) = &result {
                 tracing::error!(error = %format!("{error:#}"), "the service failed");

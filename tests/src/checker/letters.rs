@@ -22,8 +22,8 @@ pub fn check(history: &History, found: &mut Found) {
     }
 }
 
-/// I11: what an operator discarded was a dead letter of that group before. What was discarded is not
-/// open any more.
+/// I11: what an operator discarded was a dead letter of that group before. What was discarded is
+/// not open any more.
 fn check_discard(history: &History, Discard { group, letter, is_done }: &Discard, found: &mut Found) {
     let has = |letters: &BTreeMap<&'static str, Vec<Record>>| {
         letters.get(group.as_str()).into_iter().flatten().any(|written| written.key_text() == *letter)

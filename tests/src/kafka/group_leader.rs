@@ -42,8 +42,8 @@ impl GroupLeader {
         leader
     }
 
-    /// Waits until a member joins or leaves, and takes part in that rebalance. Returns the number of
-    /// members afterwards.
+    /// Waits until a member joins or leaves, and takes part in that rebalance. Returns the number
+    /// of members afterwards.
     pub async fn rebalance(&mut self) -> i32 {
         self.until_rebalance().await;
         let members = self.rejoin().await.unwrap();

@@ -21,16 +21,16 @@ impl Kafka {
         ids
     }
 
-    /// Whether Kafka has distributed the partitions among this number of members. A member that does not
-    /// poll may not know its share yet.
+    /// Whether Kafka has distributed the partitions among this number of members. A member that
+    /// does not poll may not know its share yet.
     pub fn has_distributed(&self, group: &str, members: usize) -> bool {
         let consumer: BaseConsumer = self.client().create().unwrap();
         let groups = consumer.fetch_group_list(Some(&self.prefixed(group)), TIMEOUT).unwrap();
         groups.groups().iter().any(|group| group.state() == "Stable" && group.members().len() == members)
     }
 
-    /// A line for each partition whose committed offset is not its end. An offset after the end would
-    /// skip records that are yet to be written. Transaction markers have offsets too.
+    /// A line for each partition whose committed offset is not its end. An offset after the end
+    /// would skip records that are yet to be written. Transaction markers have offsets too.
     pub fn lag(&self, group: &str) -> Vec<String> {
         let name = self.prefixed(topic_of(group));
         let consumer = self.member(group);

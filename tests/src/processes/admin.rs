@@ -31,8 +31,8 @@ impl Admin {
         Some((answer.status.is_success(), answer.body))
     }
 
-    /// Whether `/readyz` answers that the service can answer its own requests. `None` if there is no
-    /// answer.
+    /// Whether `/readyz` answers that the service can answer its own requests. `None` if there is
+    /// no answer.
     pub async fn is_ready(&self) -> Option<bool> {
         let answer = send(Client::new().get(self.url("/readyz"))).await.ok()?;
         Some(answer.status.is_success())

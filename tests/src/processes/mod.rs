@@ -227,8 +227,8 @@ impl Processes {
     }
 }
 
-/// `WAYBILL_TEST_SETTINGS`: variables with which every service of every test is started, for example
-/// `CONSUMERS=6 BATCH_RECORDS=1`. What a test sets itself takes precedence.
+/// `WAYBILL_TEST_SETTINGS`: variables with which every service of every test is started, for
+/// example `CONSUMERS=6 BATCH_RECORDS=1`. What a test sets itself takes precedence.
 fn settings_of_the_run() -> Vec<(String, String)> {
     let settings = std::env::var("WAYBILL_TEST_SETTINGS").unwrap_or_default();
     let parsed = settings.split_whitespace().map(|setting| {

@@ -1,5 +1,5 @@
-//! A system whose components ask for TLS and a login, and whose services may do on Kafka only what the
-//! topology says.
+//! A system whose components ask for TLS and a login, and whose services may do on Kafka only what
+//! the topology says.
 
 use std::collections::BTreeSet;
 
@@ -19,8 +19,9 @@ use crate::kafka::Kafka;
 use crate::mail::Mail;
 
 impl System {
-    /// No service yet. The rules are applied and the topics exist. Each service logs in as itself. The
-    /// tests are operators, for whom nothing is forbidden. `further_users` can log in to Kafka too.
+    /// No service yet. The rules are applied and the topics exist. Each service logs in as itself.
+    /// The tests are operators, for whom nothing is forbidden. `further_users` can log in to Kafka
+    /// too.
     pub async fn empty_on_secured_components(further_users: &[&str]) -> Self {
         let ports = Ports::free();
         let secured = |folder: &std::path::Path| {

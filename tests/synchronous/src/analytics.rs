@@ -42,8 +42,8 @@ pub async fn serve(addr: SocketAddr, config: Config) -> anyhow::Result<()> {
     server::serve(addr, routes, Registry::default(), TaskTracker::new()).await
 }
 
-/// One transaction. Crash before its commit: nothing is counted. Crash after it: the caller repeats the
-/// call, which counts nothing.
+/// One transaction. Crash before its commit: nothing is counted. Crash after it: the caller repeats
+/// the call, which counts nothing.
 async fn count(State(db): State<PgPool>, Path(user): Path<Uuid>) -> Result<StatusCode, Error> {
     let mut tx = db.begin().await?;
     let insert = sqlx::query("insert into counted (user_id) values ($1) on conflict do nothing").bind(user);

@@ -1,5 +1,5 @@
-//! The circuit breaker of one receiver: after some failures in a row, calls fail at once, and one call
-//! from time to time tries whether the receiver works again.
+//! The circuit breaker of one receiver: after some failures in a row, calls fail at once, and one
+//! call from time to time tries whether the receiver works again.
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -7,8 +7,8 @@ use tokio::time::{Duration, Instant};
 
 /// Failures in a row that open it.
 const FAILURES: u32 = 5;
-/// Time between two probes. Shorter than that of the email service, because each call that is refused
-/// here is a lost one.
+/// Time between two probes. Shorter than that of the email service, because each call that is
+/// refused here is a lost one.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Default)]

@@ -130,7 +130,8 @@ impl Calls {
         missing
     }
 
-    /// Calls a receiver, with retries if the variant has them. Returns whether it has the registration.
+    /// Calls a receiver, with retries if the variant has them. Returns whether it has the
+    /// registration.
     async fn call(&self, user: &User, receiver: Receiver) -> bool {
         let is_resilient = self.variant.is_resilient();
         let (limit, pauses) = if is_resilient { (ATTEMPT_LIMIT, &PAUSES[..]) } else { (CALL_LIMIT, &[][..]) };

@@ -1,10 +1,12 @@
-//! The synchronous version of Waybill, for the comparison in `docs/compared.md`. It is never shipped.
+//! The synchronous version of Waybill, for the comparison in `docs/compared.md`. It is never
+//! shipped.
 //!
-//! One program with three roles: `user`, `analytics` and `cache`. Each has its own database or store.
-//! `POST /users` inserts the user, commits, and then sends the mail and calls the other two over HTTP.
-//! It has a unique address, an `Idempotency-Key`, time-outs on every pool, request and call, and
-//! idempotent receivers. A request is finished even if the caller has disconnected. The mail client,
-//! the store client, the template, and the settings of the database pool are Waybill's own.
+//! One program with three roles: `user`, `analytics` and `cache`. Each has its own database or
+//! store. `POST /users` inserts the user, commits, and then sends the mail and calls the other two
+//! over HTTP. It has a unique address, an `Idempotency-Key`, time-outs on every pool, request and
+//! call, and idempotent receivers. A request is finished even if the caller has disconnected. The
+//! mail client, the store client, the template, and the settings of the database pool are Waybill's
+//! own.
 //!
 //! # What the caller is answered when a call fails
 //!
@@ -19,18 +21,19 @@
 //!   browser.
 //! - **Answer 201 and name what is missing.** The account exists, and that is what the caller asked for.
 //!
-//! This program does the last: `{"id": …, "version": 1, "missing": ["mail"]}`. The failure is logged and
-//! counted. A caller that wants more repeats the request with the same `Idempotency-Key`. Then the
-//! program makes only the missing calls. This also completes a registration whose process died
-//! between the commit and the calls.
+//! This program does the last: `{"id": …, "version": 1, "missing": ["mail"]}`. The failure is
+//! logged and counted. A caller that wants more repeats the request with the same
+//! `Idempotency-Key`. Then the program makes only the missing calls. This also completes a
+//! registration whose process died between the commit and the calls.
 //!
 //! # Variants
 //!
-//! `VARIANT` is `sequential` (one call after another), `parallel`, `resilient` (parallel, with short
-//! time-outs, two retries with back-off, and a circuit breaker for each receiver), or `background`:
-//! as `resilient`, and after the answer the process makes the missing calls again for a minute. It
-//! remembers them in memory only, so a process that is killed or replaced forgets them. To remember
-//! them it would read the table of keys, which has them, when it starts: a step towards an outbox.
+//! `VARIANT` is `sequential` (one call after another), `parallel`, `resilient` (parallel, with
+//! short time-outs, two retries with back-off, and a circuit breaker for each receiver), or
+//! `background`: as `resilient`, and after the answer the process makes the missing calls again for
+//! a minute. It remembers them in memory only, so a process that is killed or replaced forgets
+//! them. To remember them it would read the table of keys, which has them, when it starts: a step
+//! towards an outbox.
 
 mod analytics;
 mod breaker;

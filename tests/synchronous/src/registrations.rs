@@ -54,9 +54,9 @@ pub struct Key {
     pub request: Vec<u8>,
 }
 
-/// Inserts the user and claims the key in one transaction, or takes over what a request with the same
-/// key has left. Crash before the commit: nothing is stored. Crash after it: the user exists, and no
-/// receiver knows it until a request with the same key is sent after [`REQUEST_TIMEOUT`].
+/// Inserts the user and claims the key in one transaction, or takes over what a request with the
+/// same key has left. Crash before the commit: nothing is stored. Crash after it: the user exists,
+/// and no receiver knows it until a request with the same key is sent after [`REQUEST_TIMEOUT`].
 pub async fn begin(
     db: &PgPool,
     hasher: &Hasher,
@@ -91,8 +91,8 @@ pub async fn begin(
     Ok(Begun { user, missing: Receiver::ALL.to_vec(), key: claimed })
 }
 
-/// The user and the missing calls of an earlier request with this key. Only one request at a time makes
-/// calls: two would send two mails.
+/// The user and the missing calls of an earlier request with this key. Only one request at a time
+/// makes calls: two would send two mails.
 async fn take_over(tx: &mut PgConnection, key: Vec<u8>, request: &[u8]) -> Result<Begun, Error> {
     let stored = "select request, user_id, missing, calling_until is null or calling_until < now() as free
                   from idempotency_keys where key = $1 for update";
@@ -115,8 +115,8 @@ async fn take_over(tx: &mut PgConnection, key: Vec<u8>, request: &[u8]) -> Resul
     Ok(Begun { user, missing, key: Some(key) })
 }
 
-/// Claims the missing calls of a registration again, and returns them. `None`: it has no key, so that no
-/// other request can make them.
+/// Claims the missing calls of a registration again, and returns them. `None`: it has no key, so
+/// that no other request can make them.
 ///
 /// # Errors
 /// [`Error::Busy`]: a request with the same key makes them now.

@@ -28,8 +28,8 @@ use crate::server;
 
 /// How long the variant `background` makes missing calls again.
 const BACKGROUND_LIMIT: Duration = Duration::from_secs(60);
-/// The pauses before the first and before each later retry. Half of each pause is random, so that the
-/// registrations of an outage are not all retried together.
+/// The pauses before the first and before each later retry. Half of each pause is random, so that
+/// the registrations of an outage are not all retried together.
 const BACKGROUND_PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
 /// Registrations that wait in memory at the same time: some 20 MB.
 const BACKGROUND_MOST: usize = 10_000;
@@ -125,15 +125,16 @@ async fn register(
     tasks.spawn(work).await.map_err(anyhow::Error::new)?
 }
 
-/// `false`: the calls of the user are already made again, after an earlier request, or too many wait.
+/// `false`: the calls of the user are already made again, after an earlier request, or too many
+/// wait.
 fn begin_waiting(app: &App, user: Uuid) -> bool {
     let mut waiting = app.waiting.lock().expect("no thread panics while it holds this lock");
     waiting.len() < BACKGROUND_MOST && waiting.insert(user)
 }
 
-/// Makes missing calls again, until there are none or the time is over. Crash while it waits: the calls
-/// are made only if the caller repeats the request. Crash between the calls and their note: as after
-/// [`registrations::finish`].
+/// Makes missing calls again, until there are none or the time is over. Crash while it waits: the
+/// calls are made only if the caller repeats the request. Crash between the calls and their note:
+/// as after [`registrations::finish`].
 async fn keep_trying(app: App, begun: Begun, mut missing: Vec<Receiver>) {
     let end = Instant::now() + BACKGROUND_LIMIT;
     let [mut pause, later] = BACKGROUND_PAUSES;

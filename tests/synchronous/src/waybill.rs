@@ -1,5 +1,5 @@
-//! Files of the services: the same code, so that the comparison does not measure two clients. Not all of
-//! it is used here.
+//! Files of the services: the same code, so that the comparison does not measure two clients. Not
+//! all of it is used here.
 
 #[allow(dead_code)]
 #[path = "../../../services/email/src/mail.rs"]

@@ -67,8 +67,8 @@ async fn a_rebuild_killed_at_any_step_leaves_a_complete_model() {
     assert!(!system.processes.has_ended(ANALYTICS), "the service has ended");
 }
 
-/// T35: the last statement of a rebuild that was killed may still run when the next rebuild drops its
-/// tables. Postgres ends one of them because of the deadlock, and the rebuild tries again.
+/// T35: the last statement of a rebuild that was killed may still run when the next rebuild drops
+/// its tables. Postgres ends one of them because of the deadlock, and the rebuild tries again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rebuild_drops_the_tables_of_a_killed_one_whose_statement_still_runs() {
     let (system, db) = analytics().await;
@@ -193,8 +193,8 @@ async fn a_rebuild_is_refused_if_kafka_lacks_an_event_or_the_service_is_down() {
     assert!(error.contains("is the service running?"), "{error}");
 }
 
-/// Everything is compared before the lock that stops the consumers, and not again under it. Events that
-/// arrive after the comparison are in the new tables.
+/// Everything is compared before the lock that stops the consumers, and not again under it. Events
+/// that arrive after the comparison are in the new tables.
 #[tokio::test(flavor = "multi_thread")]
 async fn consumers_continue_after_the_comparison_and_the_swap_looks_only_at_what_came_since() {
     let (system, db) = analytics().await;

@@ -26,8 +26,8 @@ fn column<'a>(entries: &'a [Value], name: &str) -> Vec<&'a Value> {
     entries.iter().map(|entry| &entry[name]).collect()
 }
 
-/// I7, I14, I15: each change has one entry with its actor, its command and the time of the event. The
-/// audit stays when the user is erased, for the owner and for administrators.
+/// I7, I14, I15: each change has one entry with its actor, its command and the time of the event.
+/// The audit stays when the user is erased, for the owner and for administrators.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_change_of_a_user_has_an_entry_with_its_actor_and_its_cause() {
     let mut system = System::empty().await;

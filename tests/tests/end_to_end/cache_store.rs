@@ -97,8 +97,8 @@ async fn the_cache_does_not_answer_from_a_replica_that_lagged_when_it_was_promot
     assert_refilled(&system, renamed, erased, unchanged).await;
 }
 
-/// T50, I8: a master fails over to a replica that lags, and back. It has the data of the replica then,
-/// and the same process and the same connections as before.
+/// T50, I8: a master fails over to a replica that lags, and back. It has the data of the replica
+/// then, and the same process and the same connections as before.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_does_not_answer_from_a_master_that_was_a_replica_in_between() {
     let (mut system, mut kafka) = with_own_kafka().await;
@@ -126,8 +126,8 @@ async fn the_cache_does_not_answer_from_a_master_that_was_a_replica_in_between()
     assert_refilled(&system, renamed, erased, unchanged).await;
 }
 
-/// T67, I8: Valkey is set to evict keys and loses a profile. The cache answers 503 and says why. When Valkey
-/// evicts no more, the cache fills the view from the beginning of the topic.
+/// T67, I8: Valkey is set to evict keys and loses a profile. The cache answers 503 and says why.
+/// When Valkey evicts no more, the cache fills the view from the beginning of the topic.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_does_not_answer_from_a_store_that_evicts_keys() {
     let mut system = System::empty().await;

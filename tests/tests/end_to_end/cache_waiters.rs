@@ -63,7 +63,8 @@ async fn waiting_requests_share_the_reads_of_the_store() {
     }
 }
 
-/// T74: a request beyond the limit gets 503 with `Retry-After`, and requests that do not wait are answered.
+/// T74: a request beyond the limit gets 503 with `Retry-After`, and requests that do not wait are
+/// answered.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_beyond_the_limit_of_waiters_get_503_at_once() {
     let mut system = System::start_only(&[USER]).await;

@@ -24,8 +24,8 @@ async fn answer_of(request: RequestBuilder) -> Answer {
     send(request).await.unwrap()
 }
 
-/// T73: a repetition gets the first answer and changes nothing, also if the version that it requires
-/// has changed by its own first attempt.
+/// T73: a repetition gets the first answer and changes nothing, also if the version that it
+/// requires has changed by its own first attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_command_that_is_repeated_with_its_key_gets_the_first_answer() {
     let mut system = System::start_only(&[USER]).await;

@@ -236,8 +236,8 @@ async fn a_hostile_page_cannot_act_on_letters() {
     assert!(page.contains(&coordinates) && !page.contains("hostile"), "{page}");
 }
 
-/// An operator logs in with a token of the services and acts under its name. A service that does not know
-/// the token any more refuses. After the logout the session is gone.
+/// An operator logs in with a token of the services and acts under its name. A service that does
+/// not know the token any more refuses. After the logout the session is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_acts_under_the_name_of_a_token() {
     let mut system = System::start_only(&[USER, EMAIL]).await;

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 const MARKUP: &str = "<img src=x onerror=\"document.title='hacked'\">";
 
-/// What a visitor sees first: everything works, an event travels, a service is killed, its lag grows,
-/// and it catches up.
+/// What a visitor sees first: everything works, an event travels, a service is killed, its lag
+/// grows, and it catches up.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_visitor_sees_an_event_travel_something_break_and_it_recover() {
     let mut system = System::start().await;
@@ -39,8 +39,8 @@ async fn a_visitor_sees_an_event_travel_something_break_and_it_recover() {
     browser.close().await;
 }
 
-/// New records appear at the top, a pause holds the list, a record opens with the keyboard alone, and
-/// markup in a record stays text.
+/// New records appear at the top, a pause holds the list, a record opens with the keyboard alone,
+/// and markup in a record stays text.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_appear_live_and_open_with_the_keyboard() {
     let system = System::start_only(&[USER]).await;
@@ -70,8 +70,8 @@ async fn records_appear_live_and_open_with_the_keyboard() {
     browser.close().await;
 }
 
-/// A malformed record becomes a dead letter. An operator finds it, sees the record, redrives it, and
-/// discards it.
+/// A malformed record becomes a dead letter. An operator finds it, sees the record, redrives it,
+/// and discards it.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_settles_a_letter_in_the_browser() {
     let system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
@@ -103,8 +103,8 @@ async fn an_operator_settles_a_letter_in_the_browser() {
     browser.close().await;
 }
 
-/// On a telephone, in the dark, with less motion: the page never scrolls sideways, and it follows the
-/// preferences.
+/// On a telephone, in the dark, with less motion: the page never scrolls sideways, and it follows
+/// the preferences.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_pages_fit_a_telephone_and_follow_preferences() {
     let system = System::start_only(&[USER]).await;

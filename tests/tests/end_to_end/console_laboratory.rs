@@ -274,8 +274,8 @@ async fn a_website_and_a_form_without_the_token_break_nothing() {
     console.until_updated("/live/laboratory", "condition:user").await;
 }
 
-/// Without the setting there is no page, no route and no entry. Without a control port the page shows
-/// the commands to type.
+/// Without the setting there is no page, no route and no entry. Without a control port the page
+/// shows the commands to type.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_laboratory_is_off_by_default_and_shows_commands_without_a_control_port() {
     let system = System::empty().await;

@@ -295,8 +295,8 @@ async fn traces_are_passed_on_to_another_collector() {
     assert!(!page.contains("FORWARD_OTLP did not get"), "{page}");
 }
 
-/// T106: a collector that does not answer, and then none at all, delay no service. The console says once that
-/// traces are lost for it, and counts them.
+/// T106: a collector that does not answer, and then none at all, delay no service. The console says
+/// once that traces are lost for it, and counts them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_does_not_answer_loses_traces_only() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -327,7 +327,8 @@ async fn a_collector_that_does_not_answer_loses_traces_only() {
     assert_eq!(reports, 1, "{logs}");
 }
 
-/// T106: a flood of spans neither grows the memory of the console nor stops it. The newest are kept.
+/// T106: a flood of spans neither grows the memory of the console nor stops it. The newest are
+/// kept.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_spans_does_not_grow_the_memory() {
     const REQUESTS: u128 = 400;

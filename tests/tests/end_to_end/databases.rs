@@ -65,8 +65,8 @@ fn name_of(url: &str) -> String {
     url.rsplit('/').next().unwrap().to_owned()
 }
 
-/// T65, I12: during a failover a proxy accepts connections and closes them without an answer. A service that
-/// starts waits, and so does `migrate`.
+/// T65, I12: during a failover a proxy accepts connections and closes them without an answer. A
+/// service that starts waits, and so does `migrate`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_starts_waits_for_a_database_that_closes_connections() {
     let mut system = System::empty().await;
@@ -92,8 +92,8 @@ async fn a_service_that_starts_waits_for_a_database_that_closes_connections() {
     system.users.register().await;
 }
 
-/// T65, I12: a server that is frozen accepts connections and answers nothing. The connection stays silent
-/// after the failover.
+/// T65, I12: a server that is frozen accepts connections and answers nothing. The connection stays
+/// silent after the failover.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_starts_gives_up_a_connection_that_is_not_answered() {
     let mut system = System::empty().await;
@@ -122,8 +122,8 @@ async fn a_service_that_starts_waits_for_a_writable_database() {
     system.users.register().await;
 }
 
-/// I1, I3: an operator has switched off durable commits for the database. The sessions of the service
-/// switch them on. A value that is stronger than the default stays.
+/// I1, I3: an operator has switched off durable commits for the database. The sessions of the
+/// service switch them on. A value that is stronger than the default stays.
 #[tokio::test(flavor = "multi_thread")]
 async fn commits_are_durable_whatever_the_default_of_the_database_is() {
     let mut system = System::empty().await;
@@ -168,8 +168,8 @@ async fn a_database_with_another_encoding_is_refused_at_start() {
     assert!(log.contains("the encoding of the database is LATIN1"), "{log}");
 }
 
-/// The database refuses a value that the service had accepted: a retry would fail again, so the answer
-/// does not ask for one.
+/// The database refuses a value that the service had accepted: a retry would fail again, so the
+/// answer does not ask for one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_value_that_the_database_refuses_is_a_bug_and_not_an_outage() {
     let system = System::start_only(&[USER]).await;

@@ -37,8 +37,8 @@ fn lag(system: &System, partition: i32) -> Option<String> {
 }
 
 /// T54, I9, I11, I12: one record of a batch fails with an error of the database that names no class
-/// of data. What precedes it in its partition is kept, the other partitions continue, and it gets no
-/// dead letter. When the bug is fixed, its partition continues in order.
+/// of data. What precedes it in its partition is kept, the other partitions continue, and it gets
+/// no dead letter. When the bug is fixed, its partition continues in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_fails_blocks_only_its_partition_until_the_cause_is_fixed() {
     for error in ["raise exception 'ada@secret.example is not welcome'", "raise program_limit_exceeded"] {
@@ -84,9 +84,9 @@ async fn a_record_that_fails_blocks_only_its_partition_until_the_cause_is_fixed(
     }
 }
 
-/// T54, I9, I11: an operator dead-letters the record by its coordinates, and its partition continues.
-/// Only a record that blocks a partition can be dead-lettered. The letter can be redriven when the
-/// bug is fixed.
+/// T54, I9, I11: an operator dead-letters the record by its coordinates, and its partition
+/// continues. Only a record that blocks a partition can be dead-lettered. The letter can be
+/// redriven when the bug is fixed.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     let (mut system, db) = analytics().await;
@@ -136,8 +136,8 @@ async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     system.users.until_counted(2, 0).await;
 }
 
-/// T34 T54, I11: ten records were dead-lettered, and one of them fails with an error of the database
-/// that names no class of data. A redrive settles the others.
+/// T34 T54, I11: ten records were dead-lettered, and one of them fails with an error of the
+/// database that names no class of data. A redrive settles the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_settles_all_letters_but_the_one_that_fails() {
     let (system, db) = analytics().await;

@@ -40,7 +40,8 @@ fn header(response: &Response, name: &str) -> String {
     response.headers().get(name).map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default()
 }
 
-/// Whether the answer refuses the request because of the load: 503 with `Retry-After`, as a problem.
+/// Whether the answer refuses the request because of the load: 503 with `Retry-After`, as a
+/// problem.
 async fn assert_overloaded(response: Response) {
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(header(&response, "retry-after"), "1");

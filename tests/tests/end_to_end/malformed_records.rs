@@ -96,9 +96,9 @@ async fn a_record_with_a_header_name_that_is_not_utf8_is_dead_lettered() {
     assert!(!system.processes.has_ended(ANALYTICS));
 }
 
-/// T42, I11: an older release reads an event that only a newer one knows, in a roll-out that deploys
-/// the writer first. It is skipped and counted, and the log says where the first one is. If the group
-/// is set back to it, nothing happens twice.
+/// T42, I11: an older release reads an event that only a newer one knows, in a roll-out that
+/// deploys the writer first. It is skipped and counted, and the log says where the first one is. If
+/// the group is set back to it, nothing happens twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_of_a_newer_release_is_skipped_counted_and_logged_once() {
     let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;

@@ -70,8 +70,8 @@ async fn until_lag_is(system: &System, group: &str, expected: &[f64]) {
 }
 
 /// T44: a slow request and a late effect lead to a trace that the collector has: that of the
-/// registration, in each service. Only OpenMetrics text may have exemplars, and Prometheus decides by
-/// the content type which text it is.
+/// registration, in each service. Only OpenMetrics text may have exemplars, and Prometheus decides
+/// by the content type which text it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn exemplars_lead_to_traces_that_the_collector_has() {
     let otlp = Otlp::start().await;
@@ -124,9 +124,9 @@ async fn there_is_no_exemplar_without_a_trace_at_the_collector() {
     }
 }
 
-/// T39: the clock of the user service is two hours fast, so its events are younger than nothing. Their
-/// ages count as 0, and as negative. Events of the email service, whose clock is right, are not
-/// counted.
+/// T39: the clock of the user service is two hours fast, so its events are younger than nothing.
+/// Their ages count as 0, and as negative. Events of the email service, whose clock is right, are
+/// not counted.
 #[tokio::test(flavor = "multi_thread")]
 async fn negative_ages_count_as_zero_and_are_counted() {
     let clock = Clock::off_by(2 * HOUR);
@@ -205,8 +205,8 @@ async fn the_lag_in_seconds_grows_while_a_handler_is_blocked_and_is_absent_while
     eventually_eq("waiting components", Some(0.0), waiting).await;
 }
 
-/// T17: a second process joins the groups of a service, and dies. The first one counts that it loses
-/// partitions and gets them back, and each partition is read by one of them.
+/// T17: a second process joins the groups of a service, and dies. The first one counts that it
+/// loses partitions and gets them back, and each partition is read by one of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn rebalances_are_counted_and_each_partition_has_one_process() {
     let system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;

@@ -1,5 +1,5 @@
-//! Migrations: applied by the role that owns the tables, while other releases and other sessions use
-//! the database.
+//! Migrations: applied by the role that owns the tables, while other releases and other sessions
+//! use the database.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -134,8 +134,8 @@ async fn a_migration_is_applied_once_when_several_processes_migrate() {
     sqlx::query("select number from once").execute(&mut db).await.unwrap();
 }
 
-/// Migrates as the subcommand does, with one more migration than the release has. On a thread of its
-/// own, because the futures of a migrator cannot move between threads.
+/// Migrates as the subcommand does, with one more migration than the release has. On a thread of
+/// its own, because the futures of a migrator cannot move between threads.
 fn spawn(url: &str, sql: &'static str) -> JoinHandle<anyhow::Result<()>> {
     let url = url.to_owned();
     let kind = MigrationType::Simple;

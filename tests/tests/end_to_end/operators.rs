@@ -24,8 +24,8 @@ async fn paused_consumers(system: &System) -> Option<f64> {
     system.processes.group_metric(ANALYTICS_USERS, "consumer_paused").await
 }
 
-/// T93, I9: paused consumers handle nothing and stay in their groups. `/status` and a metric say so,
-/// and who paused them. They continue when they are resumed. A restart resumes them too.
+/// T93, I9: paused consumers handle nothing and stay in their groups. `/status` and a metric say
+/// so, and who paused them. They continue when they are resumed. A restart resumes them too.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_pauses_and_resumes_the_consumers_of_a_process() {
     let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;

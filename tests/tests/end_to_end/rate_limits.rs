@@ -64,8 +64,8 @@ async fn an_address_is_limited_whatever_it_says_about_itself() {
     assert_eq!(limited, Some((MANY - answered) as f64));
 }
 
-/// T84: behind a trusted proxy each caller has a limit of its own, and no metric or log line has its
-/// address.
+/// T84: behind a trusted proxy each caller has a limit of its own, and no metric or log line has
+/// its address.
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_behind_a_trusted_proxy_are_limited_one_by_one() {
     let mut system = System::empty().await;

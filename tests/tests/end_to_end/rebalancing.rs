@@ -123,9 +123,9 @@ async fn a_partition_that_no_member_of_the_group_has_is_found_and_read() {
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
 }
 
-/// I9: a batch holds records of several partitions, and the partitions are of different length. Each
-/// partition gets its own next offset. The consumer stalls after it stored the offsets, and the
-/// Kafka client commits them. If it continued, it would soon store the end of each partition.
+/// I9: a batch holds records of several partitions, and the partitions are of different length.
+/// Each partition gets its own next offset. The consumer stalls after it stored the offsets, and
+/// the Kafka client commits them. If it continued, it would soon store the end of each partition.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_partition_of_a_batch_gets_its_own_next_offset() {
     let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
@@ -200,8 +200,8 @@ async fn a_consumer_that_loses_a_partition_commits_what_it_has_handled() {
 }
 
 /// T17, I9, I11: with a backlog a consumer has polled the next batch while its handler works on the
-/// present one. Partitions move in the meantime: what is handled is committed, and the records that were
-/// only polled go to the new owner. No record is handled twice.
+/// present one. Partitions move in the meantime: what is handled is committed, and the records that
+/// were only polled go to the new owner. No record is handled twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_were_polled_ahead_go_to_the_new_owner() {
     /// There are always this many records to handle, and at most twice as many.
@@ -240,9 +240,9 @@ async fn records_that_were_polled_ahead_go_to_the_new_owner() {
     assert_eq!((at_first, at_other("duplicate").await), (0.0, 0.0), "records that were handled twice");
 }
 
-/// I9: the consumer has polled the last records of a partition, and its end, while the handler still
-/// works on the records before them. It stores no offset after records that are not handled. The
-/// handler is slow, so that the client has fetched everything before the third of four batches.
+/// I9: the consumer has polled the last records of a partition, and its end, while the handler
+/// still works on the records before them. It stores no offset after records that are not handled.
+/// The handler is slow, so that the client has fetched everything before the third of four batches.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_end_of_a_partition_is_not_stored_before_its_last_records_are_handled() {
     let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;

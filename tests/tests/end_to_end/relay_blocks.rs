@@ -52,8 +52,8 @@ pub async fn insert_keys(db: &PgPool, topic: &str, keys: usize) {
     sqlx::query(insert).bind(topic).bind(keys).bind(hashes).execute(db).await.unwrap();
 }
 
-/// The relay has found out once in each term that one topic is blocked, and has blocked no key. A slow
-/// Kafka may end a term, or make a partition of another topic unavailable for a moment.
+/// The relay has found out once in each term that one topic is blocked, and has blocked no key. A
+/// slow Kafka may end a term, or make a partition of another topic unavailable for a moment.
 fn assert_blocked_once_in_each_term(log: &str) {
     for term in log.split("became outbox relay leader").skip(1) {
         let blocked_topics = term.lines().filter_map(|line| {
@@ -165,7 +165,8 @@ async fn a_rejected_record_blocks_only_its_key() {
 }
 
 /// T10, I4: a rejected record and a later row of its key are in different rounds of a backlog. The
-/// relay has read the later round before Kafka rejects the first one. The later row waits all the same.
+/// relay has read the later round before Kafka rejects the first one. The later row waits all the
+/// same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rejected_record_also_blocks_the_rows_that_were_read_ahead() {
     const TOPIC: &str = "small.records";
@@ -311,8 +312,8 @@ async fn the_keys_of_a_partition_without_leader_wait_and_no_others() {
 
 /// T14, I3: a broker has the only replica of a partition. It dies within a round, after the relay
 /// has seen that the partition has a leader: before the records are sent, or after the broker has
-/// acknowledged them. Other events are published meanwhile. When the broker is back and the next round
-/// has written to the partition, everything is.
+/// acknowledged them. Other events are published meanwhile. When the broker is back and the next
+/// round has written to the partition, everything is.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_is_lost_within_a_round_delays_no_other_partition_for_long() {
     for point in ["relay.after_read", "relay.after_ack"] {

@@ -32,8 +32,9 @@ async fn a_relay_killed_at_any_point_loses_and_reorders_nothing_and_duplicates_n
     assert!(duplicates.is_some_and(|count| count > 0.0), "analytics must receive the copies: {duplicates:?}");
 }
 
-/// T04, I3, I4: a backlog waits, so the relay deletes the rows of one round and reads those of another
-/// while it publishes a third. Wherever it is killed, no event is lost or published out of order.
+/// T04, I3, I4: a backlog waits, so the relay deletes the rows of one round and reads those of
+/// another while it publishes a third. Wherever it is killed, no event is lost or published out of
+/// order.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_relay_killed_while_its_rounds_overlap_loses_and_reorders_nothing() {
     const ROWS: i64 = 16;

@@ -67,8 +67,9 @@ impl Secured {
         self.system.processes.metric(USER, name, &[]).await.unwrap_or(0.0)
     }
 
-    /// Requests succeed, batches are lost and counted, and the log says why. Not every attempt shows
-    /// the reason: the collector may close the connection before the service has read its alert.
+    /// Requests succeed, batches are lost and counted, and the log says why. Not every attempt
+    /// shows the reason: the collector may close the connection before the service has read its
+    /// alert.
     async fn until_lost(&self, reason: &str) {
         eventually(&format!("two batches were lost, and the log says {reason:?}"), async || {
             self.system.users.register().await;

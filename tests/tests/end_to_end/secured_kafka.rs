@@ -222,8 +222,8 @@ async fn a_restart_of_a_static_member_causes_no_rebalance() {
     let both =
         |members: &[String]| members.len() == 2 && members[0].starts_with("one-0") && members[1].starts_with("two-0");
     eventually("two static members", async || both(&members().await).then_some(())).await;
-    // With cooperative rebalancing a second rebalance follows, and the members notice it at different
-    // times.
+    // With cooperative rebalancing a second rebalance follows, and the members notice it at
+    // different times.
     let mut last = (0, Instant::now());
     let before = eventually("no rebalance for a while", async || {
         let rebalances = system.processes.rebalances(CACHE);

@@ -48,7 +48,8 @@ async fn requests_succeed_again_when_new_sessions_are_writable() {
     judge.check(&mut system).await;
 }
 
-/// I12: the prepared statements of a session are lost, as behind a pooler that exchanges the server.
+/// I12: the prepared statements of a session are lost, as behind a pooler that exchanges the
+/// server.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_lost_its_prepared_statements_is_replaced() {
     let system = System::start_only(&[USER]).await;

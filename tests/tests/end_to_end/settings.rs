@@ -97,8 +97,9 @@ async fn settings_that_contradict_each_other_are_refused_at_start() {
     }
 }
 
-/// The process raises its limit of open files as far as it may, and does not start if that is too few
-/// for its connections. Where it may, the start continues until the next error: the port is in use.
+/// The process raises its limit of open files as far as it may, and does not start if that is too
+/// few for its connections. Where it may, the start continues until the next error: the port is in
+/// use.
 #[tokio::test(flavor = "multi_thread")]
 async fn more_connections_than_open_files_are_refused_at_start() {
     let system = System::empty().await;
@@ -195,8 +196,8 @@ async fn a_secret_comes_from_its_variable_or_from_a_file() {
 /// The variables that the harness sets for every process.
 const OF_THE_HARNESS: [&str; 3] = ["HTTP_ADDR", "ADMIN_ADDR", "DRAIN_MS"];
 
-/// Docker Compose passes a variable without a value (`${KAFKA_CA_FILE:-}`) as the empty text. It means
-/// "not set", for every setting of every service.
+/// Docker Compose passes a variable without a value (`${KAFKA_CA_FILE:-}`) as the empty text. It
+/// means "not set", for every setting of every service.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_variable_is_not_set() {
     let mut system = System::empty().await;

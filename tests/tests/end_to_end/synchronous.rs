@@ -39,8 +39,8 @@ async fn a_synchronous_registration_has_all_effects_when_it_is_answered() {
     }
 }
 
-/// Each receiver is down once. The caller is told, the others get their call, and a repeated request
-/// makes the missing call and no other.
+/// Each receiver is down once. The caller is told, the others get their call, and a repeated
+/// request makes the missing call and no other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_synchronous_registration_names_the_receiver_that_is_down() {
     for variant in Variant::WITHIN_THE_REQUEST {
@@ -74,7 +74,8 @@ async fn a_synchronous_registration_names_the_receiver_that_is_down() {
 }
 
 /// The user is committed before the calls, so a process that dies in between leaves a user without
-/// effects. A caller that repeats the request repairs it, after the time that the first request may take.
+/// effects. A caller that repeats the request repairs it, after the time that the first request may
+/// take.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_synchronous_registration_that_is_killed_between_commit_and_calls_lacks_its_effects() {
     let mut synchronous = Synchronous::start(Variant::Sequential).await;
@@ -98,8 +99,8 @@ async fn a_synchronous_registration_that_is_killed_between_commit_and_calls_lack
     assert_eq!(synchronous.counted().await, 1);
 }
 
-/// The call is repeated by the program while the request waits. When a receiver fails for longer, the
-/// breaker refuses calls at once, and permits them again when the receiver works.
+/// The call is repeated by the program while the request waits. When a receiver fails for longer,
+/// the breaker refuses calls at once, and permits them again when the receiver works.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resilient_call_is_retried_and_a_breaker_ends_the_retries() {
     let synchronous = Synchronous::start(Variant::Resilient).await;
@@ -121,8 +122,8 @@ async fn a_resilient_call_is_retried_and_a_breaker_ends_the_retries() {
     .await;
 }
 
-/// The variant `background` makes missing calls again after the answer. It sends one mail, even if the
-/// caller repeats the request at the same time. A killed process loses the missing calls.
+/// The variant `background` makes missing calls again after the answer. It sends one mail, even if
+/// the caller repeats the request at the same time. A killed process loses the missing calls.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_synchronous_registration_in_the_background_forgets_what_it_misses_when_it_is_killed() {
     let mut synchronous = Synchronous::start(Variant::Background).await;

@@ -242,8 +242,8 @@ async fn one_idempotency_key_of_two_principals_is_two_keys() {
     assert_eq!(register("first", &mine).await, first, "a repetition");
 }
 
-/// T81, I14: the actor of an event is a keyed hash. The subject of the token is in no record, table,
-/// cache key, log line or metric, not even if it is a UUID and would fit.
+/// T81, I14: the actor of an event is a keyed hash. The subject of the token is in no record,
+/// table, cache key, log line or metric, not even if it is a UUID and would fit.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_subject_of_a_token_is_stored_nowhere() {
     let mut system = System::empty().await;
@@ -360,8 +360,8 @@ async fn keys_come_from_a_url_that_may_be_down() {
     assert_eq!(answer().await, Some(404), "the known keys stay");
 }
 
-/// T81: a service that cannot check tokens as its operator wants does not start. One that checks none
-/// says so.
+/// T81: a service that cannot check tokens as its operator wants does not start. One that checks
+/// none says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_incomplete_check_of_tokens_is_refused_at_start() {
     let mut system = System::empty().await;

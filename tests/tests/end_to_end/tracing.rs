@@ -180,9 +180,9 @@ async fn a_malformed_traceparent_is_ignored() {
     }
 }
 
-/// T44: the service that starts a trace decides whether it is exported, and the others follow. With a
-/// share of a half, each registration is exported by all four services or by none. With a share of
-/// 0, none is exported, except that of a trusted caller who exports its own spans.
+/// T44: the service that starts a trace decides whether it is exported, and the others follow. With
+/// a share of a half, each registration is exported by all four services or by none. With a share
+/// of 0, none is exported, except that of a trusted caller who exports its own spans.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sampled_trace_is_exported_by_every_service_or_by_none() {
     const REGISTRATIONS: usize = 24;

@@ -108,8 +108,8 @@ fn no_compose_file_gives_a_container_more_rights() {
     }
 }
 
-/// The containers that `docker compose up` starts may use less than 2 GB together. Those of the profile
-/// come on top, and each of them has a limit too.
+/// The containers that `docker compose up` starts may use less than 2 GB together. Those of the
+/// profile come on top, and each of them has a limit too.
 #[test]
 fn the_containers_have_limits_and_the_usual_ones_stay_below_two_gigabytes() {
     let compose = services(&read("docker-compose.yml")).unwrap();
@@ -132,7 +132,8 @@ fn the_containers_have_limits_and_the_usual_ones_stay_below_two_gigabytes() {
     assert_eq!(observing, ["grafana", "jaeger", "kafka-ui", "prometheus"]);
 }
 
-/// The image has an unprivileged user, by number: a container platform can check that it is not root.
+/// The image has an unprivileged user, by number: a container platform can check that it is not
+/// root.
 #[test]
 fn our_image_runs_as_an_unprivileged_user() {
     let dockerfile = read("Dockerfile");

@@ -122,8 +122,8 @@ fn the_compose_files_have_the_containers_that_the_laboratory_names() {
     assert!(compose.contains("MP_ENABLE_CHAOS: \"true\""), "Mailpit cannot refuse mails");
 }
 
-/// The console is a client. Its folder, its entry in the topology and its stanza in the compose file
-/// can be deleted.
+/// The console is a client. Its folder, its entry in the topology and its stanza in the compose
+/// file can be deleted.
 #[test]
 fn nothing_depends_on_the_console() {
     let folders = ["services", "shared", "tests", "tools"];

@@ -129,8 +129,8 @@ fn members_take_versions_and_lints_from_the_workspace() {
     }
 }
 
-/// rustls takes its cryptography from one crate. With two of them in a program it panics at the first
-/// handshake.
+/// rustls takes its cryptography from one crate. With two of them in a program it panics at the
+/// first handshake.
 #[test]
 fn rustls_has_one_provider_of_cryptography() {
     let lock = read("Cargo.lock");

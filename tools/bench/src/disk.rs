@@ -1,5 +1,5 @@
-//! How long the disk takes to store data durably. Most figures of a benchmark with a database follow
-//! from it.
+//! How long the disk takes to store data durably. Most figures of a benchmark with a database
+//! follow from it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,6 +1,6 @@
 //! The benchmark. Each job measures a part of Waybill and, in the same run and in turn with it, the
-//! limit: what a bare client reaches that does the same work on the same components. So the ratio of
-//! the two can be compared between machines, which a rate cannot.
+//! limit: what a bare client reaches that does the same work on the same components. So the ratio
+//! of the two can be compared between machines, which a rate cannot.
 //!
 //! The services are release programs on a real Kafka, Postgres, Redis and SMTP sink. After each job
 //! everything that it wrote is read back and checked.

@@ -46,8 +46,8 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Begins a slice. All are pids: of Postgres, Kafka and Redis, and of the processes that are measured
-    /// as the service.
+    /// Begins a slice. All are pids: of Postgres, Kafka and Redis, and of the processes that are
+    /// measured as the service.
     pub fn start(components: [u32; 3], services: &[u32]) -> Result<Self> {
         services.iter().try_for_each(|pid| forget_peak(*pid))?;
         let before = Snapshot::take()?;

@@ -15,8 +15,8 @@ const PAYLOAD: usize = 300;
 /// What every row of the backlog has.
 const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
 
-/// Inserts rows into a table with the columns of an outbox, in one transaction, so that a relay sees
-/// all of them at one moment. Ten versions of each key follow each other at a distance, as in
+/// Inserts rows into a table with the columns of an outbox, in one transaction, so that a relay
+/// sees all of them at one moment. Ten versions of each key follow each other at a distance, as in
 /// practice. Returns the id of the last row, and calls `before_commit` when all rows are inserted.
 pub async fn insert(db: &PgPool, table: &str, rows: u64) -> Result<(i64, sqlx::Transaction<'static, sqlx::Postgres>)> {
     let keys: Vec<Uuid> = (0..rows.div_ceil(VERSIONS)).map(|_| mint_id()).collect();

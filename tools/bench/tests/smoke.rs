@@ -1,5 +1,5 @@
-//! Runs every job with few events on the programs of the tests. Each job fails unless the effects are
-//! exact. The times say nothing here, so none is asserted.
+//! Runs every job with few events on the programs of the tests. Each job fails unless the effects
+//! are exact. The times say nothing here, so none is asserted.
 
 use std::path::Path;
 

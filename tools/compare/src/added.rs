@@ -33,10 +33,12 @@ pub struct Added {
     /// Users that existed when the change began, and those of them in the index at the end.
     pub earlier: usize,
     pub earlier_in_index: usize,
-    /// Users that were registered afterwards, and those of them that are not in the index at the end.
+    /// Users that were registered afterwards, and those of them that are not in the index at the
+    /// end.
     pub later: usize,
     pub later_without_entry: usize,
-    /// Seconds from the start of the change until the index had all earlier users. `None`: it never had.
+    /// Seconds from the start of the change until the index had all earlier users. `None`: it never
+    /// had.
     pub history: Option<f64>,
 }
 

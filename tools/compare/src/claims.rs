@@ -1,5 +1,5 @@
-//! What docs/compared.md says as a relation. The list is printed on the page and checked twice: by a
-//! test, in a short comparison, and by every run that writes the page.
+//! What docs/compared.md says as a relation. The list is printed on the page and checked twice: by
+//! a test, in a short comparison, and by every run that writes the page.
 
 use crate::outcome::Outcome;
 use crate::results::Results;

@@ -1,8 +1,9 @@
-//! The comparison of Waybill with its synchronous version (`tests/synchronous`). Both sides get the same
-//! load and the same faults, on the same components, one after another.
+//! The comparison of Waybill with its synchronous version (`tests/synchronous`). Both sides get the
+//! same load and the same faults, on the same components, one after another.
 //!
-//! Reading order: `subject` (one side, running), `load` (the clients), `tally` (what their requests have
-//! left), `runs` (the scenarios and their faults), `added` (the fourth receiver), `outcome` (what is measured), `claims` (what the page says), `page`.
+//! Reading order: `subject` (one side, running), `load` (the clients), `tally` (what their requests
+//! have left), `runs` (the scenarios and their faults), `added` (the fourth receiver), `outcome`
+//! (what is measured), `claims` (what the page says), `page`.
 
 #![allow(
     clippy::disallowed_methods,
@@ -83,8 +84,8 @@ async fn faults(plan: &Plan, slowest: f64) -> Result<Vec<(Vec<Outcome>, Vec<Stri
     Ok(results)
 }
 
-/// Writes target/compare/results.json. After a full run also writes docs/compared.md, unless a claim of
-/// the page does not hold.
+/// Writes target/compare/results.json. After a full run also writes docs/compared.md, unless a
+/// claim of the page does not hold.
 ///
 /// # Errors
 /// A file cannot be written, or a claim does not hold.

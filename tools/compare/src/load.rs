@@ -1,5 +1,5 @@
-//! The clients. They send registrations at intended times, however late earlier answers come (an open
-//! loop), and read the profiles of some of the users.
+//! The clients. They send registrations at intended times, however late earlier answers come (an
+//! open loop), and read the profiles of some of the users.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -34,8 +34,8 @@ pub struct Target {
 #[derive(Clone, Debug)]
 pub struct Registration {
     pub email: String,
-    /// Whether the client repeats its request while it has no answer, or one that names a missing effect.
-    /// Every other client gives up.
+    /// Whether the client repeats its request while it has no answer, or one that names a missing
+    /// effect. Every other client gives up.
     pub repeats: bool,
     /// Seconds from the start of the load to the intended start of the request.
     pub intended: f64,
@@ -61,9 +61,9 @@ pub struct Read {
     pub readable: Option<f64>,
 }
 
-/// Sends registrations in the background: so many per second for so long, one part after another. Every
-/// second client repeats its request while it has no answer, or one that names a missing effect, for the time
-/// `repeat`.
+/// Sends registrations in the background: so many per second for so long, one part after another.
+/// Every second client repeats its request while it has no answer, or one that names a missing
+/// effect, for the time `repeat`.
 pub fn start(target: Target, parts: &[(f64, Duration)], repeat: Duration) -> JoinHandle<Vec<Registration>> {
     let target = Arc::new(target);
     let times = times(parts);
@@ -81,8 +81,8 @@ pub fn start(target: Target, parts: &[(f64, Duration)], repeat: Duration) -> Joi
     })
 }
 
-/// Sends registrations one after another from each of so many clients (a closed loop), and returns how
-/// many were answered.
+/// Sends registrations one after another from each of so many clients (a closed loop), and returns
+/// how many were answered.
 pub async fn saturate(target: &Target, clients: usize, lasting: Duration) -> usize {
     let client = Client::builder().no_proxy().timeout(ANSWER_LIMIT).build().expect("the settings are valid");
     let end = Instant::now() + lasting;

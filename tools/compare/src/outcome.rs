@@ -25,7 +25,8 @@ pub struct Outcome {
     pub answered_in_fault: usize,
     /// Answers 201 that name a missing effect.
     pub told_missing: usize,
-    /// Milliseconds from the intended start to the answer 201, of all requests and of those in the fault.
+    /// Milliseconds from the intended start to the answer 201, of all requests and of those in the
+    /// fault.
     pub answer: Spread,
     pub answer_in_fault: Spread,
     /// Users that exist afterwards.
@@ -37,9 +38,9 @@ pub struct Outcome {
     /// Users that lack an effect, by whether their client repeats requests or gives up.
     pub incomplete_of_repeating: usize,
     pub incomplete_of_giving_up: usize,
-    /// Seconds from the end of the fault until the mail was sent to, and analytics had counted, every user
-    /// that was wanted before. Without a fault: seconds from the end of the load until every effect
-    /// existed. `None`: never.
+    /// Seconds from the end of the fault until the mail was sent to, and analytics had counted,
+    /// every user that was wanted before. Without a fault: seconds from the end of the load until
+    /// every effect existed. `None`: never.
     pub recovered: Option<f64>,
     pub retried: f64,
     /// Milliseconds from the answer until the effect. 0: before the answer.
@@ -74,7 +75,8 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Milliseconds of CPU per registration of the services and of the components that the side uses.
+    /// Milliseconds of CPU per registration of the services and of the components that the side
+    /// uses.
     pub fn total(&self, side: Side) -> f64 {
         let components = self.components.map_or(0.0, |components| {
             let kafka = if side == Side::Waybill { components.kafka } else { 0.0 };
@@ -197,7 +199,8 @@ fn spread(values: impl Iterator<Item = f64>) -> Spread {
     if values.peek().is_none() { Spread::default() } else { Spread::of(values) }
 }
 
-/// Seconds from the end of the fault until the users that were wanted before it had their mail and count.
+/// Seconds from the end of the fault until the users that were wanted before it had their mail and
+/// count.
 fn recovered(fault: During, requests: &[Registration], tally: &Tally) -> Option<f64> {
     let incomplete = tally.incomplete();
     let mut last = fault.ended_at;

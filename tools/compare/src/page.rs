@@ -116,8 +116,8 @@ fn answer(results: &Results) -> Result<String> {
     Ok(text)
 }
 
-/// Breaks the lines of a paragraph at blanks, as the other documents do. Lines after the first begin with
-/// `indent`.
+/// Breaks the lines of a paragraph at blanks, as the other documents do. Lines after the first
+/// begin with `indent`.
 fn wrapped(text: &str, indent: &str) -> String {
     let mut wrapped = String::new();
     let mut column = 0;

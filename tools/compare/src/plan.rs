@@ -1,4 +1,5 @@
-//! How long everything takes. A full run of all scenarios must take less than half an hour on two cores.
+//! How long everything takes. A full run of all scenarios must take less than half an hour on two
+//! cores.
 
 use std::time::Duration;
 
@@ -17,8 +18,8 @@ pub const BURST: f64 = 5.0;
 const FAULT_RATE: f64 = 80.0;
 /// How much slower the mail server is, in milliseconds.
 pub const SLOW_MS: u64 = 500;
-/// How long the mail server takes while the registering process is killed, in milliseconds. With a server
-/// that answers in one, most kills would meet no request.
+/// How long the mail server takes while the registering process is killed, in milliseconds. With a
+/// server that answers in one, most kills would meet no request.
 pub const USUAL_MS: u64 = 200;
 /// Registrations per second that debug programs take on any machine, on two sides at once.
 const SMOKE_RATE: f64 = 100.0;
@@ -53,11 +54,11 @@ pub struct Plan {
     /// How often the registering process is killed, and the time from one kill to the next.
     pub kills: u32,
     pub between_kills: Duration,
-    /// How long a client that repeats its request does so. Unless it is short for a test, it is longer than
-    /// the time after which the synchronous version lets a repeated request take over.
+    /// How long a client that repeats its request does so. Unless it is short for a test, it is
+    /// longer than the time after which the synchronous version lets a repeated request take over.
     pub repeat: Duration,
-    /// After the load, a scenario ends when every effect exists, or when no effect was added for so long.
-    /// Longer than any retry of the two sides waits after the faults of this plan.
+    /// After the load, a scenario ends when every effect exists, or when no effect was added for so
+    /// long. Longer than any retry of the two sides waits after the faults of this plan.
     pub quiet: Duration,
     /// Whether the faults of all sides happen at the same time. Then their times say little.
     pub side_by_side: bool,

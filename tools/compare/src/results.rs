@@ -19,7 +19,8 @@ pub struct Results {
     pub outcomes: Vec<Outcome>,
     /// What adding a fourth receiver took. Empty if its programs were not built.
     pub added: Vec<Added>,
-    /// Violated invariants that the checker of the fault tests found at the end of Waybill's faults.
+    /// Violated invariants that the checker of the fault tests found at the end of Waybill's
+    /// faults.
     pub violations: Vec<String>,
     /// Lines of code of Waybill's services, and of the synchronous version.
     pub lines: [usize; 2],

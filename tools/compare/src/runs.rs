@@ -63,8 +63,8 @@ async fn burst(plan: &Plan) -> During {
     During { begin, end: begin + plan.burst().as_secs_f64(), ended_at: load::now() }
 }
 
-/// The scenarios with a fault, on one start of a side, and the violations that the checker of the fault
-/// tests finds afterwards.
+/// The scenarios with a fault, on one start of a side, and the violations that the checker of the
+/// fault tests finds afterwards.
 pub async fn faults(side: Side, plan: &Plan, slowest: f64) -> Result<(Vec<Outcome>, Vec<String>)> {
     let mut subject = Subject::start(side, true).await;
     let mut outcomes = vec![];

@@ -34,8 +34,8 @@ impl Scenario {
     /// Those without a fault, in which CPU and memory are measured.
     pub const MEASURED: [Self; 3] = [Self::Light, Self::Heavy, Self::Burst];
 
-    /// Whether the scenario can tell something about a side. Without a fault `background` does the same as
-    /// `resilient`, and no synchronous variant uses Kafka.
+    /// Whether the scenario can tell something about a side. Without a fault `background` does the
+    /// same as `resilient`, and no synchronous variant uses Kafka.
     pub fn is_for(self, side: Side) -> bool {
         match self {
             Self::KafkaDown => side == Side::Waybill,

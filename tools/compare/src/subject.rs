@@ -19,7 +19,8 @@ use uuid::Uuid;
 
 use crate::load::Target;
 
-/// Mails that both sides may send at the same time. The synchronous version has this limit as a constant.
+/// Mails that both sides may send at the same time. The synchronous version has this limit as a
+/// constant.
 const MAIL_CONNECTIONS: &str = "50";
 /// Waybill's own default. The tests set a shorter one.
 const BACKOFF_MS: &str = "1000";
@@ -93,8 +94,8 @@ enum Kind {
 }
 
 impl Subject {
-    /// Starts a side on fresh databases and waits until it is ready. With `breakable`, faults can be
-    /// injected, and the checker of the fault tests records Waybill's run.
+    /// Starts a side on fresh databases and waits until it is ready. With `breakable`, faults can
+    /// be injected, and the checker of the fault tests records Waybill's run.
     pub async fn start(side: Side, breakable: bool) -> Self {
         let variant = match side {
             Side::Sequential => Variant::Sequential,
@@ -192,7 +193,8 @@ impl Subject {
         }
     }
 
-    /// Calls, batches and mails that were retried so far. A process that was killed has forgotten its own.
+    /// Calls, batches and mails that were retried so far. A process that was killed has forgotten
+    /// its own.
     pub async fn retried(&self) -> f64 {
         match &self.kind {
             Kind::Waybill(system, _) => {
@@ -207,8 +209,8 @@ impl Subject {
         }
     }
 
-    /// Adds the fourth receiver while the others run, with the programs in this folder. Returns the database
-    /// of its index.
+    /// Adds the fourth receiver while the others run, with the programs in this folder. Returns the
+    /// database of its index.
     pub async fn add_search(&mut self, programs: &Path) -> PgPool {
         let system = match &mut self.kind {
             Kind::Waybill(system, _) => system,
@@ -225,8 +227,8 @@ impl Subject {
         PgPool::connect(&database.owner_url).await.unwrap()
     }
 
-    /// The violated invariants of Waybill's run. None for the synchronous version: the invariants are
-    /// about topics, inboxes and deliveries, which it does not have.
+    /// The violated invariants of Waybill's run. None for the synchronous version: the invariants
+    /// are about topics, inboxes and deliveries, which it does not have.
     pub async fn violations(mut self, answers: &tests::load::Answers) -> Result<Vec<String>> {
         let Kind::Waybill(system, Some(judge)) = &mut self.kind else { return Ok(vec![]) };
         let (_, violations) = judge.violations(system, answers).await;

@@ -28,8 +28,8 @@ pub struct Tally {
     pub doubled_mails: usize,
     /// The id of each user, by address.
     pub users: BTreeMap<String, Uuid>,
-    /// When the mail server got each user's first mail, and when the user was counted, in milliseconds
-    /// since 1970.
+    /// When the mail server got each user's first mail, and when the user was counted, in
+    /// milliseconds since 1970.
     pub mailed_at: BTreeMap<Uuid, u64>,
     pub counted_at: BTreeMap<Uuid, u64>,
 }
@@ -70,8 +70,8 @@ pub async fn settle(subject: &Subject, requests: &[Registration], quiet: Duratio
     }
 }
 
-/// Waits until as many users are counted and mailed as there are, or until nothing changed for the time
-/// `quiet`.
+/// Waits until as many users are counted and mailed as there are, or until nothing changed for the
+/// time `quiet`.
 pub async fn until_all_have_effects(subject: &Subject, quiet: Duration) {
     let users = subject.users().await;
     let counts = subject.counts().await;

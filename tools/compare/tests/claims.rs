@@ -1,4 +1,5 @@
-//! The relations that docs/compared.md claims hold in a short comparison of the programs of the tests.
+//! The relations that docs/compared.md claims hold in a short comparison of the programs of the
+//! tests.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 

@@ -38,8 +38,8 @@ pub struct Config {
     #[arg(long, env, default_value = "127.0.0.1:9084")]
     pub admin_addr: SocketAddr,
     /// Host names under which browsers reach the pages, separated by commas. The console refuses
-    /// requests for any other name, so that a website cannot reach it through a host name of its own
-    /// that points to this machine.
+    /// requests for any other name, so that a website cannot reach it through a host name of its
+    /// own that points to this machine.
     #[arg(long, env, value_delimiter = ',', default_value = "localhost,127.0.0.1")]
     pub console_hosts: Vec<String>,
     /// The admin port of each service, as name=host:port, separated by commas. The console asks all
@@ -116,18 +116,18 @@ fn addresses(
 /// The page that breaks parts of the system, for development.
 #[derive(Args)]
 pub struct LaboratoryConfig {
-    /// Offer the page Laboratory, which breaks parts of the system on purpose and registers users. Only
-    /// for development: every visitor may use it.
+    /// Offer the page Laboratory, which breaks parts of the system on purpose and registers users.
+    /// Only for development: every visitor may use it.
     #[arg(long, env)]
     pub laboratory: bool,
-    /// The control port of `cargo xtask up`, through which the Laboratory acts. Without it the page shows
-    /// the commands of Docker Compose.
+    /// The control port of `cargo xtask up`, through which the Laboratory acts. Without it the page
+    /// shows the commands of Docker Compose.
     #[arg(long, env)]
     pub control_addr: Option<SocketAddr>,
     #[command(flatten)]
     pub control_token: OptionalSecret<ControlToken>,
-    /// URL of Mailpit, for example http://localhost:8025. The Laboratory lets it refuse mails, and counts
-    /// the copies of a mail. Mailpit must run with MP_ENABLE_CHAOS=true.
+    /// URL of Mailpit, for example http://localhost:8025. The Laboratory lets it refuse mails, and
+    /// counts the copies of a mail. Mailpit must run with MP_ENABLE_CHAOS=true.
     #[arg(long, env)]
     pub mailpit_url: Option<String>,
 }

@@ -52,8 +52,8 @@ fn is_known(headers: &HeaderMap, hosts: &[String]) -> bool {
     hosts.iter().any(|known| known.eq_ignore_ascii_case(name))
 }
 
-/// Whether a request may change something. `given` is the page's token in the form, and `expected` the
-/// right one.
+/// Whether a request may change something. `given` is the page's token in the form, and `expected`
+/// the right one.
 pub fn may_change(headers: &HeaderMap, given: &str, expected: &str) -> bool {
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let (Some(origin), Some(host)) = (text(header::ORIGIN), text(header::HOST)) else { return false };

@@ -140,7 +140,8 @@ async fn start_receiver(
     Ok(receiver)
 }
 
-/// Starts the tasks of the Laboratory, if it is on. Returns it with the processes that it has started.
+/// Starts the tasks of the Laboratory, if it is on. Returns it with the processes that it has
+/// started.
 fn start_laboratory(
     tasks: &mut Tasks,
     stop: &CancellationToken,

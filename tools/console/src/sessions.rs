@@ -1,8 +1,8 @@
-//! Who is logged in. An operator types a token once. The browser gets the id of a session, and never the
-//! token back. The sessions are in memory: after a restart every operator logs in again.
+//! Who is logged in. An operator types a token once. The browser gets the id of a session, and
+//! never the token back. The sessions are in memory: after a restart every operator logs in again.
 //!
-//! A session does not decide what is allowed. The service that acts checks the token again, so a token
-//! that was removed there is refused at once.
+//! A session does not decide what is allowed. The service that acts checks the token again, so a
+//! token that was removed there is refused at once.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,8 +32,8 @@ pub struct Session {
 }
 
 impl Sessions {
-    /// Begins a session. Returns the header that gives it to the browser: no script can read it, and the
-    /// browser sends it with no request of another website.
+    /// Begins a session. Returns the header that gives it to the browser: no script can read it,
+    /// and the browser sends it with no request of another website.
     pub fn begin(&self, operator: String, token: SecretString) -> HeaderValue {
         let id = Uuid::new_v4();
         let mut sessions = self.lock();

@@ -19,8 +19,8 @@ impl FromStr for SourceUrl {
 }
 
 impl SourceUrl {
-    /// `None`: the path is not one of a file in this repository. It comes from a span, so it may be any
-    /// text.
+    /// `None`: the path is not one of a file in this repository. It comes from a span, so it may be
+    /// any text.
     pub fn link(&self, file: &str, line: u32) -> Option<String> {
         let is_part = |part: &str| {
             let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');

@@ -5,7 +5,8 @@ use time::OffsetDateTime;
 use time::ext::NumericalDuration;
 use uuid::Uuid;
 
-/// Signs certificates. Its key is kept in memory only, so no further certificate can be signed later.
+/// Signs certificates. Its key is kept in memory only, so no further certificate can be signed
+/// later.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 /// A certificate with its private key.

@@ -1,9 +1,9 @@
 //! The files that compose.secure.yaml mounts: certificates, passwords, URLs, and what is granted on
 //! Kafka.
 //!
-//! The folder is readable by its owner only. The files in it, except `passwords`, are readable by every user: compose
-//! mounts single files with the owner and the mode that they have here, and each image runs as
-//! another user.
+//! The folder is readable by its owner only. The files in it, except `passwords`, are readable by
+//! every user: compose mounts single files with the owner and the mode that they have here, and
+//! each image runs as another user.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -130,7 +130,8 @@ fn write_kafka(files: &Files, passwords: &Passwords) -> Result<()> {
     files.write("kafka-acls", &calls)
 }
 
-/// Kafka UI shows topics, groups and their lags. It may read no record, because some have addresses.
+/// Kafka UI shows topics, groups and their lags. It may read no record, because some have
+/// addresses.
 fn viewer_rules() -> Vec<Rule> {
     use Operation::{Describe, DescribeConfigs};
     let groups = SERVICES.iter().flat_map(|service| service.groups);

@@ -1,5 +1,5 @@
-//! Certificates and passwords for a secured Waybill on one machine: for `cargo xtask up --secure`, for
-//! compose.secure.yaml and for the tests. They are made here and never committed.
+//! Certificates and passwords for a secured Waybill on one machine: for `cargo xtask up --secure`,
+//! for compose.secure.yaml and for the tests. They are made here and never committed.
 
 #![allow(
     clippy::disallowed_methods,

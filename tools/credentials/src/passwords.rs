@@ -1,4 +1,5 @@
-//! Random passwords, kept in a file: what they protect keeps its data, and so must keep its passwords.
+//! Random passwords, kept in a file: what they protect keeps its data, and so must keep its
+//! passwords.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -26,7 +26,8 @@ pub const PASSWORD: &str = "waybill-local";
 /// What a service gets on a server. Docker runs the same files.
 const ROLES: &str = include_str!("../../../deploy/postgres/service/roles.sql");
 const DATABASE: &str = include_str!("../../../deploy/postgres/service/database.sql");
-/// Names the layout of the data. Data of an older layout, with other owners of the tables, is removed.
+/// Names the layout of the data. Data of an older layout, with other owners of the tables, is
+/// removed.
 const MARKER: &str = "initialised-2";
 
 /// SQLSTATE of `create role` and `create database` for what exists.
@@ -126,8 +127,8 @@ impl Postgres {
         self.alter(&[&format!("ssl = {ssl}"), "ssl_ca_file = 'clients.crt'"]).await
     }
 
-    /// From now on new sessions are accepted by these lines of pg_hba.conf. The superuser may always
-    /// connect.
+    /// From now on new sessions are accepted by these lines of pg_hba.conf. The superuser may
+    /// always connect.
     pub async fn set_rules(&self, rules: &str) -> Result<()> {
         self.write("pg_hba.conf", &format!("host all postgres 127.0.0.1/32 scram-sha-256\n{rules}\n"))?;
         self.alter(&[]).await

@@ -1,5 +1,5 @@
-//! A server that speaks the Redis protocol: Valkey or Redis. By itself it stores nothing on disk, like
-//! the Valkey in docker-compose.yml.
+//! A server that speaks the Redis protocol: Valkey or Redis. By itself it stores nothing on disk,
+//! like the Valkey in docker-compose.yml.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -113,8 +113,8 @@ impl Redis {
         Ok(())
     }
 
-    /// As [`Redis::restore`], but loading a key takes this time, and the call returns while the server
-    /// loads. It refuses commands then (LOADING).
+    /// As [`Redis::restore`], but loading a key takes this time, and the call returns while the
+    /// server loads. It refuses commands then (LOADING).
     pub async fn restore_slowly(&mut self, per_key: Duration) -> Result<()> {
         self.process.kill();
         let flags = [&["--key-load-delay".to_owned(), per_key.as_micros().to_string()], &self.flags[..]].concat();
@@ -164,8 +164,8 @@ fn spawn(fetched: &Fetched, folder: &Path, port: u16, flags: &[String], logs: &L
     Process::spawn("redis", command, logs)
 }
 
-/// A server that loads its data looks for commands only from time to time, and on a busy machine not
-/// before the question has timed out. So it is asked several times.
+/// A server that loads its data looks for commands only from time to time, and on a busy machine
+/// not before the question has timed out. So it is asked several times.
 async fn is_loading(port: u16) -> bool {
     for _ in 0..QUESTIONS {
         if let Ok(answer) = ports::ask(port, b"PING\r\n", 8).await {

@@ -23,8 +23,9 @@ pub struct Secured {
 }
 
 impl Secured {
-    /// For a stack on these ports. Takes the certificates and passwords in `folder`, and makes those
-    /// that are missing. `further_users` can log in to Kafka too, and may do nothing there by themselves.
+    /// For a stack on these ports. Takes the certificates and passwords in `folder`, and makes
+    /// those that are missing. `further_users` can log in to Kafka too, and may do nothing there by
+    /// themselves.
     pub fn create(folder: &Path, ports: Ports, further_users: &[&str]) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let further_users: Vec<String> = further_users.iter().map(|user| (*user).to_owned()).collect();

@@ -196,8 +196,8 @@ pub fn traced(console: Tool) -> Vec<(String, String)> {
 /// The program and the package of the synchronous version in `tests/synchronous`.
 pub const SYNCHRONOUS: &str = "synchronous";
 
-/// Builds the services and the console and returns the folder with their programs. Cargo shows its progress on the
-/// terminal.
+/// Builds the services and the console and returns the folder with their programs. Cargo shows its
+/// progress on the terminal.
 pub async fn build(logs: &Logs) -> Result<PathBuf> {
     cargo_build(&[], logs).await?;
     Ok(target().join("debug"))
@@ -215,8 +215,8 @@ pub async fn build_release_with_synchronous(logs: &Logs) -> Result<PathBuf> {
     Ok(target().join("release"))
 }
 
-/// As [`build`], with fault points and with the synchronous version. The programs are copied to a folder of their own, because any
-/// other `cargo build` replaces those in `target/debug`.
+/// As [`build`], with fault points and with the synchronous version. The programs are copied to a
+/// folder of their own, because any other `cargo build` replaces those in `target/debug`.
 pub async fn build_with_fault_points(logs: &Logs) -> Result<PathBuf> {
     cargo_build(&["-p", SYNCHRONOUS, "--features", &fault_points()], logs).await?;
     let folder = target().join("fault-points");

@@ -85,16 +85,16 @@ impl Stack {
         tokio::join!(join_all(brokers.map(Kafka::stop)), postgres.stop(), redis.stop());
     }
 
-    /// Waits until a component has ended, and returns an error that names it and quotes its log. For
-    /// work that has no use for the stack without it.
+    /// Waits until a component has ended, and returns an error that names it and quotes its log.
+    /// For work that has no use for the stack without it.
     pub async fn until_one_ends(&mut self) -> Error {
         let Self { kafka, further_brokers, postgres, redis, .. } = self;
         let brokers = [kafka].into_iter().chain(further_brokers).map(|broker| &mut broker.process);
         until_one_ends(brokers.chain([&mut postgres.process, &mut redis.process])).await
     }
 
-    /// Kafka's bootstrap servers, separated by commas. Those of a secured stack are for clients that
-    /// log in.
+    /// Kafka's bootstrap servers, separated by commas. Those of a secured stack are for clients
+    /// that log in.
     pub fn kafka_addresses(&self) -> String {
         if let Some(secured) = &self.secured {
             return secured.kafka_servers();

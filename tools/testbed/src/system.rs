@@ -16,8 +16,8 @@ use crate::say::{self, say};
 use crate::services::{self, Instance, RunningService, Service};
 use crate::stack::{Access, Ports, Stack};
 
-/// How often `laboratory::run` looks for processes that have ended. It also limits how often a process
-/// that ends at once is started again.
+/// How often `laboratory::run` looks for processes that have ended. It also limits how often a
+/// process that ends at once is started again.
 pub(crate) const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Further processes of one service. Each needs about 30 MB.
 const MAX_FURTHER: usize = 3;
@@ -30,7 +30,8 @@ pub struct System {
     pub stack: Stack,
     programs: PathBuf,
     logs: Logs,
-    /// The names of the processes and components that were ended on purpose. They are not restarted.
+    /// The names of the processes and components that were ended on purpose. They are not
+    /// restarted.
     down: BTreeSet<String>,
 }
 
@@ -155,8 +156,8 @@ impl System {
         self.down.insert(running.name.clone());
     }
 
-    /// Freezes the first process of a service: it keeps its connections and its partitions, and does
-    /// nothing.
+    /// Freezes the first process of a service: it keeps its connections and its partitions, and
+    /// does nothing.
     ///
     /// # Errors
     /// The process does not run.
@@ -178,8 +179,8 @@ impl System {
         Ok(())
     }
 
-    /// Stops the first process of a service, if it runs, and starts it again. Does not wait until it is
-    /// ready.
+    /// Stops the first process of a service, if it runs, and starts it again. Does not wait until
+    /// it is ready.
     ///
     /// # Errors
     /// The process cannot be started.

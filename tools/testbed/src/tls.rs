@@ -27,8 +27,8 @@ pub fn acceptor(certificate: &str, key: &str) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Sends `request` to a port on loopback over TLS and reads `length` bytes of the answer. The server's
-/// certificate must be signed by the authority in this file.
+/// Sends `request` to a port on loopback over TLS and reads `length` bytes of the answer. The
+/// server's certificate must be signed by the authority in this file.
 pub async fn ask(port: u16, authority: &Path, request: &[u8], length: usize) -> Result<Vec<u8>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(authority)?)?;

@@ -1,5 +1,5 @@
-//! What each service may do on Kafka: exactly what the topology says that it does. Nothing is granted
-//! by a wildcard or by a prefix.
+//! What each service may do on Kafka: exactly what the topology says that it does. Nothing is
+//! granted by a wildcard or by a prefix.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -107,9 +107,9 @@ impl Tool {
         format!("waybill-{}", self.name)
     }
 
-    /// What its principal may do: read the topics of the services, and ask how far their groups have
-    /// read. It writes nothing and joins no group. librdkafka looks for the coordinator of the group
-    /// that its readers name, hence the rights on a group of its own.
+    /// What its principal may do: read the topics of the services, and ask how far their groups
+    /// have read. It writes nothing and joins no group. librdkafka looks for the coordinator of the
+    /// group that its readers name, hence the rights on a group of its own.
     pub fn rules(&self, naming: Naming<'_>) -> BTreeSet<Rule> {
         use Operation::{Describe, Read};
         let mut granted: Vec<Grants> = vec![(Resource::Group, self.name, &[Describe])];

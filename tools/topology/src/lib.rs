@@ -32,8 +32,8 @@ pub struct Group {
     pub topic: &'static str,
 }
 
-/// The topic in which services record what operators did. Each service that has consumer groups writes
-/// it, because only these accept actions, and creates it.
+/// The topic in which services record what operators did. Each service that has consumer groups
+/// writes it, because only these accept actions, and creates it.
 pub const OPERATOR_ACTIONS: &str = "operator.actions.v1";
 
 const USER_EVENTS: &str = "user.events.v1";
@@ -98,8 +98,8 @@ pub struct Tool {
     pub http: u16,
     /// The port of `/livez`, `/readyz`, `/status` and `/metrics`.
     pub admin: u16,
-    /// The port on which it receives traces, by OTLP over gRPC. Not the usual 4317, where a collector
-    /// of this machine may be.
+    /// The port on which it receives traces, by OTLP over gRPC. Not the usual 4317, where a
+    /// collector of this machine may be.
     pub otlp: u16,
 }
 

@@ -40,8 +40,8 @@ struct Arguments {
 enum Command {
     /// Start the whole system on its published ports and keep it running until Ctrl-C.
     ///
-    /// A process that ends is restarted. The data is kept from run to run. The console has a laboratory
-    /// that breaks parts of the system.
+    /// A process that ends is restarted. The data is kept from run to run. The console has a
+    /// laboratory that breaks parts of the system.
     Up {
         /// Delete the data of earlier runs first.
         #[arg(long)]
@@ -54,8 +54,8 @@ enum Command {
         /// `cargo xtask acls --table` lists. Has its own data, certificates and passwords.
         #[arg(long, conflicts_with = "brokers")]
         secure: bool,
-        /// Use free ports, so that it disturbs no system that is already running, and delete the data
-        /// at the end.
+        /// Use free ports, so that it disturbs no system that is already running, and delete the
+        /// data at the end.
         #[arg(long, conflicts_with_all = ["brokers", "secure", "fresh"])]
         temporary: bool,
     },
@@ -111,11 +111,12 @@ enum Command {
         /// Jobs to run. Default: all.
         jobs: Vec<String>,
     },
-    /// Put Waybill and a version of it that calls its receivers synchronously under the same load and
-    /// the same faults.
+    /// Put Waybill and a version of it that calls its receivers synchronously under the same load
+    /// and the same faults.
     ///
-    /// Prints a table for each scenario and writes target/compare/results.json, and docs/compared.md
-    /// after a full run, which takes about half an hour. Stop other programs first.
+    /// Prints a table for each scenario and writes target/compare/results.json, and
+    /// docs/compared.md after a full run, which takes about half an hour. Stop other programs
+    /// first.
     Compare {
         /// Take a sixth of the time for each scenario.
         #[arg(long)]

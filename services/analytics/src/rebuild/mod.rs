@@ -111,8 +111,8 @@ async fn lock(server: &PgConnectOptions) -> anyhow::Result<PgConnection> {
 }
 
 /// The last statement of a rebuild that was killed may still run. Then Postgres reports a deadlock
-/// with it, or the statement keeps its locks for longer than the lock time-out. It ends soon, because
-/// its session has no client any more.
+/// with it, or the statement keeps its locks for longer than the lock time-out. It ends soon,
+/// because its session has no client any more.
 async fn drop_schema(live: &mut PgConnection, schema: &str) -> anyhow::Result<()> {
     for _ in 1..DROP_ATTEMPTS {
         match execute(live, format!("drop schema {schema} cascade")).await.map_err(anyhow::Error::new) {

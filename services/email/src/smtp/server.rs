@@ -166,8 +166,9 @@ impl Server {
         for address in addresses {
             match timeout(CONNECT, TcpStream::connect(address)).await {
                 Ok(Ok(stream)) => {
-                    // The dot that ends a mail is a small packet after others. Without this option the
-                    // system keeps it back until the server has acknowledged them, which takes 40 ms.
+                    // The dot that ends a mail is a small packet after others. Without this option
+                    // the system keeps it back until the server has acknowledged them, which takes
+                    // 40 ms.
                     stream.set_nodelay(true)?;
                     return Ok(stream);
                 }

@@ -1,4 +1,5 @@
-//! `POST /consumers/…`: pauses and resumes the consumers of this process, and closes their breakers.
+//! `POST /consumers/…`: pauses and resumes the consumers of this process, and closes their
+//! breakers.
 
 use std::net::SocketAddr;
 

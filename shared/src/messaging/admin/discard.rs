@@ -38,12 +38,12 @@ struct Discarded {
     group: &'static str,
 }
 
-/// The record of the action is written before the tombstone. Crash in between: the letter stays open,
-/// and the action has no outcome. Crash after the tombstone: the letter is settled, and the action has
-/// no outcome. A letter is never settled without a record of who discarded it.
+/// The record of the action is written before the tombstone. Crash in between: the letter stays
+/// open, and the action has no outcome. Crash after the tombstone: the letter is settled, and the
+/// action has no outcome. A letter is never settled without a record of who discarded it.
 ///
-/// If a redrive that runs at the same time fails, it writes the letter again, and the letter is open
-/// again. The operator sees that in the list, and discards it again.
+/// If a redrive that runs at the same time fails, it writes the letter again, and the letter is
+/// open again. The operator sees that in the list, and discards it again.
 async fn discard(
     State(operations): State<Operations>,
     Extension(Operator(operator)): Extension<Operator>,
@@ -83,7 +83,8 @@ pub struct Discard {
     /// The consumer group, if a record is a dead letter of several.
     #[arg(long)]
     group: Option<String>,
-    /// Why the records are never handled. It is recorded with your token's name. Name no person in it.
+    /// Why the records are never handled. It is recorded with your token's name. Name no person in
+    /// it.
     #[arg(long, value_parser = reason)]
     reason: String,
     #[command(flatten)]

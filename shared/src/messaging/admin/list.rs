@@ -66,8 +66,8 @@ pub(super) struct GroupLetters {
     pub open: usize,
 }
 
-/// Reads at most one page of one topic, so the answer takes a limited time however many letters there
-/// are and however few match.
+/// Reads at most one page of one topic, so the answer takes a limited time however many letters
+/// there are and however few match.
 async fn list(
     State(operations): State<Operations>,
     parameters: Result<Query<Parameters>, QueryRejection>,

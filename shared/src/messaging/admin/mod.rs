@@ -44,11 +44,11 @@ async fn operator(Extension(Operator(operator)): Extension<Operator>) -> Json<Va
 pub enum AdminCommand {
     /// List the open dead letters. Shows no personal data.
     DeadLetters(list::ListDeadLetters),
-    /// Show one dead letter with the headers and the value of its record. This is an action, because
-    /// the record may contain personal data.
+    /// Show one dead letter with the headers and the value of its record. This is an action,
+    /// because the record may contain personal data.
     ShowDeadLetter(show::ShowDeadLetter),
-    /// Show one record of a topic that the service consumes, with its headers and its value. This is an
-    /// action, because the record may contain personal data.
+    /// Show one record of a topic that the service consumes, with its headers and its value. This
+    /// is an action, because the record may contain personal data.
     ShowRecord(show_record::ShowRecord),
     /// Hand open dead letters to their handlers again.
     Redrive(redrive::Redrive),

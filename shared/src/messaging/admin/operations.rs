@@ -33,8 +33,8 @@ const OUTCOME_NOT_RECORDED: Kind = Kind::new("outcome-not-recorded", StatusCode:
 
 /// Characters of a reason.
 const REASON_MAX_LENGTH: usize = 200;
-/// Requests that read from Kafka at the same time. Each has a client of its own, with its threads and
-/// connections. Further requests wait.
+/// Requests that read from Kafka at the same time. Each has a client of its own, with its threads
+/// and connections. Further requests wait.
 const READS: usize = 4;
 
 /// Checks a reason that an operator gives.
@@ -255,8 +255,8 @@ impl Operations {
         Ok((reader, permit))
     }
 
-    /// Waits until the group's index has all letters that are written by now. Returns the end of their
-    /// topic.
+    /// Waits until the group's index has all letters that are written by now. Returns the end of
+    /// their topic.
     ///
     /// # Errors
     /// Kafka does not answer, or the topic does not exist.

@@ -1,5 +1,5 @@
-//! `POST /dead-letters/redrive`: hands letters of one group to its handler again. The answer has one
-//! line of JSON each second, and a last one with the result.
+//! `POST /dead-letters/redrive`: hands letters of one group to its handler again. The answer has
+//! one line of JSON each second, and a last one with the result.
 //!
 //! The redrive continues if the client disconnects; its outcome is then in the list of actions. If
 //! the process dies, the letters that are not settled stay open, and the action has no outcome.
@@ -35,11 +35,11 @@ use crate::platform::settings::number;
 
 const REDRIVE_RUNNING: Kind = Kind::new("redrive-running", StatusCode::CONFLICT);
 
-/// Letters that one request may name. Each is read from Kafka by itself, and the body of a request has
-/// at most 16 KiB.
+/// Letters that one request may name. Each is read from Kafka by itself, and the body of a request
+/// has at most 16 KiB.
 const NAMED_MAX: usize = 100;
-/// Letters per second. The handler shares its database with the consumers: a consumer with a backlog
-/// handles several times as many.
+/// Letters per second. The handler shares its database with the consumers: a consumer with a
+/// backlog handles several times as many.
 const RATE_DEFAULT: u32 = 500;
 const RATE_MAX: u32 = 100_000;
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
@@ -52,8 +52,8 @@ pub(super) fn routes() -> Router<Operations> {
 #[serde(deny_unknown_fields)]
 struct Request {
     group: String,
-    /// Redrives only these letters, even if they are parked. Without it: all that match the filter and
-    /// are not parked.
+    /// Redrives only these letters, even if they are parked. Without it: all that match the filter
+    /// and are not parked.
     coordinates: Option<Vec<String>>,
     filter: Option<Filter>,
     /// Letters per second, at most.

@@ -37,9 +37,9 @@ struct Request {
 #[derive(Serialize)]
 struct Shown {
     letter: Line,
-    /// `copy`: the record as the letter contains it. `original`: the record that the letter points to.
-    /// `compacted`: the letter is a pointer, and Kafka has deleted the record because its key has a
-    /// newer one.
+    /// `copy`: the record as the letter contains it. `original`: the record that the letter points
+    /// to. `compacted`: the letter is a pointer, and Kafka has deleted the record because its key
+    /// has a newer one.
     from: &'static str,
     record: Option<Content>,
 }

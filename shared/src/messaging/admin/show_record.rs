@@ -1,5 +1,5 @@
-//! `POST /records/show`: one record of a topic that this service consumes. An action, because a state
-//! contains personal data: who has seen it is recorded.
+//! `POST /records/show`: one record of a topic that this service consumes. An action, because a
+//! state contains personal data: who has seen it is recorded.
 
 use std::net::SocketAddr;
 

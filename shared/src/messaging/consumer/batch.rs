@@ -21,8 +21,8 @@ use crate::messaging::handler::{self, Delivery, Failure, Handler, OneByOneTooLon
 use crate::messaging::record::{Coordinates, Record, headers};
 use crate::platform::telemetry::{self, TraceContext};
 
-/// The default of the setting BATCH_RECORDS. A transaction has a cost of its own, which is shared by
-/// the records of a batch: with more records it is hardly visible any more.
+/// The default of the setting BATCH_RECORDS. A transaction has a cost of its own, which is shared
+/// by the records of a batch: with more records it is hardly visible any more.
 pub(crate) const BATCH_RECORDS: u16 = 2_000;
 /// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
 /// most 1 MiB more. With a backlog a consumer has three batches: the present one, the next one, and
@@ -393,9 +393,9 @@ impl<H: Handler> Delivery for BatchDelivery<'_, H> {
     type Error = Halt;
 
     /// A single record is handled within its own span, so that what the handler does and publishes
-    /// belongs to the record's trace. Several records are handled within the span of the batch. They
-    /// have spans of their own only if a collector or the log line of each event needs them: making the
-    /// spans costs a large part of the CPU of a handler such as an inbox.
+    /// belongs to the record's trace. Several records are handled within the span of the batch.
+    /// They have spans of their own only if a collector or the log line of each event needs them:
+    /// making the spans costs a large part of the CPU of a handler such as an inbox.
     async fn attempt(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Failure> {
         let setup = self.context.setup;
         let limit = setup.kafka.handle_timeout();

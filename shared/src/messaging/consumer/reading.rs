@@ -17,8 +17,8 @@ const UNREAD_LIMIT: Duration = Duration::from_secs(10);
 /// it looks every 10 s for transactions that are older than 10 s.
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(25);
 
-/// How long records may exist that this consumer has not polled before their age counts. With a backlog
-/// the client has the next records already, and the consumer polls them within this time.
+/// How long records may exist that this consumer has not polled before their age counts. With a
+/// backlog the client has the next records already, and the consumer polls them within this time.
 const UNPOLLED_LIMIT_MS: i64 = 1_000;
 
 /// A record that was polled and is not handled yet.
@@ -113,14 +113,14 @@ impl Reading {
         self.unhandled = self.unhandled.filter(|record| record.offset >= next_offset);
     }
 
-    /// Notes the end of the log, which was measured because the statistics of a paused partition do not
-    /// change.
+    /// Notes the end of the log, which was measured because the statistics of a paused partition do
+    /// not change.
     pub fn note_end(&mut self, end: i64) {
         self.end = Some(end);
     }
 
-    /// The oldest record that is not handled. A record that cannot be polled, because the partition is
-    /// paused or a transaction is open, counts from when this consumer has noticed it.
+    /// The oldest record that is not handled. A record that cannot be polled, because the partition
+    /// is paused or a transaction is open, counts from when this consumer has noticed it.
     pub fn oldest(&mut self, now_ms: i64) -> Oldest {
         if let Some(record) = self.unhandled {
             return Oldest::Since(record.written_ms);

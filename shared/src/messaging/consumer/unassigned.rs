@@ -91,7 +91,8 @@ impl Partitions<'_> {
         Ok(unassigned)
     }
 
-    /// Leaves the group and joins it again. The client revokes the partitions during the next polls.
+    /// Leaves the group and joins it again. The client revokes the partitions during the next
+    /// polls.
     fn join_again(&self) -> anyhow::Result<()> {
         self.client.unsubscribe();
         self.client.subscribe(&[&self.topic]).context("cannot subscribe to the topic")
@@ -108,9 +109,10 @@ fn assigned(group: &GroupInfo, topic: &str) -> anyhow::Result<BTreeSet<i32>> {
     Ok(partitions)
 }
 
-/// Decodes the partitions of a topic from Kafka's `ConsumerProtocolAssignment`: a version (2 bytes),
-/// then a list of topics, each with its name and a list of partitions. What follows is not needed.
-/// All lists begin with their length in 4 bytes, names in 2. `None`: the bytes end too early.
+/// Decodes the partitions of a topic from Kafka's `ConsumerProtocolAssignment`: a version (2
+/// bytes), then a list of topics, each with its name and a list of partitions. What follows is not
+/// needed. All lists begin with their length in 4 bytes, names in 2. `None`: the bytes end too
+/// early.
 fn decode(mut bytes: &[u8], topic: &str) -> Option<Vec<i32>> {
     let mut partitions = vec![];
     take::<2>(&mut bytes)?;

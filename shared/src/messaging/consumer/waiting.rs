@@ -23,8 +23,8 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) struct Waiting {
     /// Set while the consumer has to wait before it works on.
     pause: Option<Pause>,
-    /// Set while an operator has paused the consumers of the process, until the lag is measured next.
-    /// This pause is independent of the other one.
+    /// Set while an operator has paused the consumers of the process, until the lag is measured
+    /// next. This pause is independent of the other one.
     held: Option<Instant>,
     paused: watch::Receiver<Option<String>>,
     pub(super) breaker: Breaker,
@@ -50,8 +50,9 @@ impl Waiting {
         self.pause.is_some() || self.held.is_some()
     }
 
-    /// Pauses or resumes all partitions as an operator has ordered. Called between two batches. A batch
-    /// that was polled is kept, and is handled when the consumer resumes. A crash ends the pause.
+    /// Pauses or resumes all partitions as an operator has ordered. Called between two batches. A
+    /// batch that was polled is kept, and is handled when the consumer resumes. A crash ends the
+    /// pause.
     pub fn follow_operator<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,

@@ -1,8 +1,8 @@
 //! Which letters of a group are open, and where each is in the letters' topic. A thread of the
 //! process follows the topic, so the index also shows what other processes write.
 //!
-//! The index holds only numbers: a record of the group's topic is a partition and an offset, and its
-//! letter is an offset. A million open letters take less than [`MAX_BYTES_OF_A_MILLION`].
+//! The index holds only numbers: a record of the group's topic is a partition and an offset, and
+//! its letter is an offset. A million open letters take less than [`MAX_BYTES_OF_A_MILLION`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,8 +83,8 @@ impl LetterIndex {
         (self.letter_of(&record) == Some(letter.offset())).then_some(record)
     }
 
-    /// The record that the key of a letter names. `None`: another program wrote a key that is not the
-    /// name of a record of this group.
+    /// The record that the key of a letter names. `None`: another program wrote a key that is not
+    /// the name of a record of this group.
     fn named(&self, key: &[u8]) -> Option<Coordinates> {
         let text = std::str::from_utf8(key).ok()?;
         let record: Coordinates = text.parse().ok()?;
@@ -210,8 +210,8 @@ mod tests {
         assert_eq!((index.count(), index.letter_of(&record)), (0, None));
     }
 
-    /// A tombstone is written with the name of a record as its key. It would not settle a letter with
-    /// another spelling of the name.
+    /// A tombstone is written with the name of a record as its key. It would not settle a letter
+    /// with another spelling of the name.
     #[test]
     fn a_key_that_is_not_the_name_of_a_record_of_the_group_is_not_a_letter() {
         let index = index();

@@ -1,5 +1,5 @@
-//! Redrive: hands open dead letters to the same handler again, outside the topic's order. It does not
-//! write the records to their topic again, because all other groups would read them too.
+//! Redrive: hands open dead letters to the same handler again, outside the topic's order. It does
+//! not write the records to their topic again, because all other groups would read them too.
 //!
 //! It runs in the process of the service, with the handler of its consumers. Each group has one
 //! thread that redrives, so a process tries the letters of a group one job after another.
@@ -91,10 +91,10 @@ impl<H: Handler> Redriver<H> {
     }
 
     /// Tries the chosen letters. The group may consume at the same time, and another process may
-    /// redrive the same letters. Crash after the handler's effect and before the tombstone: the letter
-    /// is still open, and the next redrive handles its record again. Handlers are idempotent, so this
-    /// changes nothing. A letter that fails here after another process has settled it is open again;
-    /// its next redrive settles it.
+    /// redrive the same letters. Crash after the handler's effect and before the tombstone: the
+    /// letter is still open, and the next redrive handles its record again. Handlers are
+    /// idempotent, so this changes nothing. A letter that fails here after another process has
+    /// settled it is open again; its next redrive settles it.
     ///
     /// # Errors
     /// Kafka does not answer, a dependency of the handler is down, or the process stops. Letters that

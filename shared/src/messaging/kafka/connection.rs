@@ -24,8 +24,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long to collect reports.
 const REPORT_TIME: Duration = Duration::from_millis(100);
 const FILE_INTERVAL: Duration = Duration::from_secs(10);
-/// Replicas see a changed file at the same time. Each waits for a random part of this time before it
-/// ends, so that they do not all restart at once.
+/// Replicas see a changed file at the same time. Each waits for a random part of this time before
+/// it ends, so that they do not all restart at once.
 const RESTART_SPREAD: Duration = Duration::from_secs(20);
 
 /// The last report that says why Kafka cannot be reached. It counts until Kafka is reached, because

@@ -34,13 +34,13 @@ pub struct KafkaConfig {
     /// the service.
     #[arg(long, env)]
     pub kafka_client_id: Option<String>,
-    /// The rack or availability zone of this process. Consumers then read from a replica in the same
-    /// rack, if the brokers have a `replica.selector.class`.
+    /// The rack or availability zone of this process. Consumers then read from a replica in the
+    /// same rack, if the brokers have a `replica.selector.class`.
     #[arg(long, env)]
     kafka_client_rack: Option<String>,
     /// Makes this process a static member of its groups: a restart causes no rebalance if it takes
-    /// less than 10 s. But when the process stops, its partitions wait for these 10 s. Every process
-    /// needs a value of its own, for example the name of its pod in a StatefulSet.
+    /// less than 10 s. But when the process stops, its partitions wait for these 10 s. Every
+    /// process needs a value of its own, for example the name of its pod in a StatefulSet.
     #[arg(long, env)]
     kafka_group_instance_id: Option<String>,
     /// Prefix of every topic and consumer group, so that several systems can share a cluster.

@@ -57,8 +57,8 @@ impl Cluster {
         self.known_for(name, MAX_AGE, SETTINGS_MAX_AGE, runtime)
     }
 
-    /// Asks about a topic if the last answer will soon be too old. The relay does so after a round, so
-    /// that the next row need not wait for the answer.
+    /// Asks about a topic if the last answer will soon be too old. The relay does so after a round,
+    /// so that the next row need not wait for the answer.
     ///
     /// # Errors
     /// Kafka does not answer.

@@ -20,15 +20,16 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// The leader polls continuously, so a session that is idle for this long belongs to a frozen
 /// process. Postgres closes it, which releases the lock.
 ///
-/// The plans of its few statements are made once: by an index, whatever the statistics say. They may be
-/// from a time when the table was almost empty.
+/// The plans of its few statements are made once: by an index, whatever the statistics say. They
+/// may be from a time when the table was almost empty.
 const SESSION_SETTINGS: [(&str, &str); 6] = [
     ("idle_session_timeout", "15s"),
     ("statement_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "10s"),
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
-    // The rows of a round are sorted if some are left out. By default the sort would write them to disk.
+    // The rows of a round are sorted if some are left out. By default the sort would write them to
+    // disk.
     ("work_mem", "32MB"),
 ];
 
@@ -107,8 +108,8 @@ impl Election<'_> {
     /// on this connection and never within a request's transaction: `NOTIFY` there would serialise
     /// all commits. Calls `waiting` when another relay leads. `None`: the process stops.
     pub async fn win(&self, waiting: impl Fn()) -> anyhow::Result<Option<(PgConnection, Names)>> {
-        // Checked in each term: a pooler that was switched to transaction mode would hand out the lock
-        // more than once.
+        // Checked in each term: a pooler that was switched to transaction mode would hand out the
+        // lock more than once.
         let mut db = session(self.database, "relay", &SESSION_SETTINGS).await?;
         let names = Names::of(&mut db, self.outbox).await.context("cannot read the name of the database")?;
         let mut measured_at: Option<Instant> = None;

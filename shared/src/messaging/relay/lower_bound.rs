@@ -51,8 +51,8 @@ impl LowerBound {
     }
 
     /// Determines the settled ids, at most once per [`SETTLE_INTERVAL`] and only while there is a
-    /// backlog. While a transaction with a lower id may still commit, the settled ids do not grow, and
-    /// the lower bound stops at them.
+    /// backlog. While a transaction with a lower id may still commit, the settled ids do not grow,
+    /// and the lower bound stops at them.
     pub async fn settle(&mut self, db: &mut PgConnection) -> sqlx::Result<()> {
         if !self.has_backlog || Instant::now() < self.observe_at {
             return Ok(());

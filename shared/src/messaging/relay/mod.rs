@@ -7,8 +7,8 @@
 //! `transactional.id`, and the `init_transactions` of a new leader ends the transactions of its
 //! predecessor.
 //!
-//! While more rows wait than one round takes, rounds overlap: while Kafka takes one round, the rows of
-//! the previous one are deleted and those of the next one are read.
+//! While more rows wait than one round takes, rounds overlap: while Kafka takes one round, the rows
+//! of the previous one are deleted and those of the next one are read.
 //!
 //! A fault of a topic blocks that topic, a fault of a partition the keys of that partition, and a
 //! fault of a row that row and the later rows of its key. Everything else is published.
@@ -60,8 +60,8 @@ pub(crate) use election::listen;
 /// kilobyte more than its payload.
 const ROUND_ROWS: usize = 8_000;
 /// A rejected round is tried again with this fraction of its rows. Each rejection costs a new
-/// producer, half a second or more, and a round that succeeds costs milliseconds: so few large steps
-/// find a record faster than halving.
+/// producer, half a second or more, and a round that succeeds costs milliseconds: so few large
+/// steps find a record faster than halving.
 const SPLIT: usize = 8;
 /// Rows gather for as long as this many rounds take. In the benchmark `register` two cores handled
 /// 2,300 registrations a second without a pause, and 2,800 to 3,000 with it.
@@ -207,8 +207,8 @@ enum Round {
 struct Pipeline {
     /// The rows of the previous round: Kafka has them, and they are not deleted yet.
     published: Vec<i64>,
-    /// The rows of the next round, if they are read already. While they were read the previous round
-    /// was in flight. They have no row of that round, and may have later rows of its keys.
+    /// The rows of the next round, if they are read already. While they were read the previous
+    /// round was in flight. They have no row of that round, and may have later rows of its keys.
     next: Option<Batch>,
 }
 
@@ -243,9 +243,9 @@ impl Term<'_> {
         self.outbox().delete_published(&published)
     }
 
-    /// Lets rows gather after a round that was not full, so that the next one has more. A transaction
-    /// costs Kafka, the database and the relay about the same whatever it contains. The busier they
-    /// are, the longer a round takes, and the fewer rounds there are.
+    /// Lets rows gather after a round that was not full, so that the next one has more. A
+    /// transaction costs Kafka, the database and the relay about the same whatever it contains. The
+    /// busier they are, the longer a round takes, and the fewer rounds there are.
     fn linger(&self, took: Duration) {
         let longest = Duration::from_millis(self.relay.config.outbox_linger_ms);
         let linger = (took * LINGER_ROUNDS).min(longest);
@@ -404,10 +404,10 @@ impl Term<'_> {
     /// recognise them as duplicates. No database transaction is open while the relay waits for
     /// Kafka.
     ///
-    /// If more rows wait (`is_full`), its own rows are deleted while the next round is in flight. So a
-    /// crash between that round's commit and this delete publishes two rounds again, and never more:
-    /// the next but one is read after this delete. If Kafka rejects this round, the rows of the next
-    /// one are forgotten: they may have later rows of a key that is blocked now.
+    /// If more rows wait (`is_full`), its own rows are deleted while the next round is in flight.
+    /// So a crash between that round's commit and this delete publishes two rounds again, and never
+    /// more: the next but one is read after this delete. If Kafka rejects this round, the rows of
+    /// the next one are forgotten: they may have later rows of a key that is blocked now.
     fn round(&mut self, rows: Vec<Row>, is_full: bool, pipeline: &mut Pipeline) -> anyhow::Result<Round> {
         fault::point("relay.after_read");
         let span = tracing::error_span!("publish", rows = rows.len(), "otel.kind" = "producer");
@@ -448,8 +448,8 @@ impl Term<'_> {
         Ok(Round::Published)
     }
 
-    /// Asks Kafka about the topics of these records again, because the next rows are probably for the
-    /// same ones. If Kafka does not answer, the next round asks again.
+    /// Asks Kafka about the topics of these records again, because the next rows are probably for
+    /// the same ones. If Kafka does not answer, the next round asks again.
     fn renew(&mut self, records: &[Outgoing]) {
         let names: BTreeSet<&str> = records.iter().map(|record| &*record.destination).collect();
         for name in names {

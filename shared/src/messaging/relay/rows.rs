@@ -102,9 +102,9 @@ impl Batch {
 /// [`ROUND_BYTES`], but at least one. No row has a lower id than `first`.
 ///
 /// Ordered by id and without a cursor: a row whose transaction commits late has a low id and is
-/// read in the next round. `first` is no cursor: no such row can have a lower id. Versions of one key are always in order, because the row lock on the
-/// aggregate orders their transactions. So a row that becomes visible later has a higher id than all
-/// rows of its key that are in flight.
+/// read in the next round. `first` is no cursor: no such row can have a lower id. Versions of one
+/// key are always in order, because the row lock on the aggregate orders their transactions. So a
+/// row that becomes visible later has a higher id than all rows of its key that are in flight.
 pub async fn read(
     db: &mut PgConnection,
     excluded: &Excluded,
@@ -137,8 +137,8 @@ async fn oldest(db: &mut PgConnection, first: i64, in_flight: &[i64], limit: i64
 /// lookup each. So a million rows of an excluded topic cost one lookup. Rows of excluded keys and
 /// partitions are passed over.
 ///
-/// The topic is compared by `between`. With `=` Postgres would know that the order by topic and id is
-/// the order by id, and could read the primary key past all rows of other topics.
+/// The topic is compared by `between`. With `=` Postgres would know that the order by topic and id
+/// is the order by id, and could read the primary key past all rows of other topics.
 async fn oldest_not_excluded(
     db: &mut PgConnection,
     excluded: &Excluded,
@@ -230,8 +230,8 @@ struct Size {
     dead_rows: i64,
 }
 
-/// Measures the outbox for its metrics. Every replica does, so that the age grows also if the leader
-/// hangs. Alert on the oldest age: it grows while Kafka is down.
+/// Measures the outbox for its metrics. Every replica does, so that the age grows also if the
+/// leader hangs. Alert on the oldest age: it grows while Kafka is down.
 pub async fn report_size(db: &mut PgConnection, metrics: &Metrics) {
     match bounded(measure(db)).await {
         Ok(size) => {

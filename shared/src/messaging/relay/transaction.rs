@@ -24,8 +24,8 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// client that does neither.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(12);
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
-/// The relay checks the number of records in flight after this part of the time that it has waited, so
-/// it notices the end soon and wakes up rarely.
+/// The relay checks the number of records in flight after this part of the time that it has waited,
+/// so it notices the end soon and wakes up rarely.
 const CHECKS_PER_WAIT: u32 = 8;
 const MIN_CHECK_INTERVAL: Duration = Duration::from_micros(100);
 const MAX_CHECK_INTERVAL: Duration = Duration::from_millis(1);
@@ -55,9 +55,9 @@ impl<E: Into<anyhow::Error>> From<E> for RoundError {
     }
 }
 
-/// The producer of one term as leader. It has a thread of its own, so that the relay can work with the
-/// database while a round is in flight. After an error it is dropped. The `init_transactions` of its
-/// successor aborts the transaction that it left open.
+/// The producer of one term as leader. It has a thread of its own, so that the relay can work with
+/// the database while a round is in flight. After an error it is dropped. The `init_transactions`
+/// of its successor aborts the transaction that it left open.
 pub(super) struct Transactions {
     /// `None` while it is dropped.
     rounds: Option<SyncSender<Arc<Vec<Outgoing>>>>,
@@ -108,8 +108,8 @@ impl Transactions {
         Ok(Self { rounds: Some(rounds), results, thread: Some(thread) })
     }
 
-    /// Publishes the records as one transaction, in order. Calls `meanwhile` while they are in flight.
-    /// Returns when the transaction has ended, also if `meanwhile` fails.
+    /// Publishes the records as one transaction, in order. Calls `meanwhile` while they are in
+    /// flight. Returns when the transaction has ended, also if `meanwhile` fails.
     pub fn publish<T>(
         &mut self,
         records: &Arc<Vec<Outgoing>>,

@@ -38,10 +38,10 @@ const LEEWAY: u64 = 30;
 #[derive(Args, Clone, Debug)]
 pub struct AuthConfig {
     /// The file with the public keys of the identity provider, as a JWK set. With this or with
-    /// AUTH_JWKS_URL, each request to the public port needs a bearer token: a JWT signed with RS256,
-    /// ES256 or EdDSA. The bearer owns the users that it registers. With the role `waybill:admin` in
-    /// the claim `roles`, a list of texts, it may do everything. Without these two settings any
-    /// caller may.
+    /// AUTH_JWKS_URL, each request to the public port needs a bearer token: a JWT signed with
+    /// RS256, ES256 or EdDSA. The bearer owns the users that it registers. With the role
+    /// `waybill:admin` in the claim `roles`, a list of texts, it may do everything. Without these
+    /// two settings any caller may.
     #[arg(long, env)]
     auth_jwks_file: Option<PathBuf>,
     /// The URL of the public keys, often https://…/.well-known/jwks.json.

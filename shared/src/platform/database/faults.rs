@@ -1,6 +1,6 @@
-//! Why Postgres and this process do not accept each other. None of these faults ends by waiting alone:
-//! an operator corrects a certificate, a login or a rule. The service continues without a restart
-//! when it is corrected at the server.
+//! Why Postgres and this process do not accept each other. None of these faults ends by waiting
+//! alone: an operator corrects a certificate, a login or a rule. The service continues without a
+//! restart when it is corrected at the server.
 
 use sqlx::error::DatabaseError;
 

@@ -1,6 +1,6 @@
 //! Migrations. The subcommand `migrate` applies them, as the role that owns the tables. The
-//! subcommand `serve` waits until the database has those of its release. It applies them itself only
-//! if its role may create tables, as on a system where a service has a single role.
+//! subcommand `serve` waits until the database has those of its release. It applies them itself
+//! only if its role may create tables, as on a system where a service has a single role.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -100,8 +100,8 @@ pub(super) async fn prepare(options: &PgConnectOptions, migrations: &Migrator) -
     Ok(Schema::Current)
 }
 
-/// Waits for an answer of the database, but only for a limited time: a server that is frozen or in the
-/// middle of a failover accepts connections and does not answer.
+/// Waits for an answer of the database, but only for a limited time: a server that is frozen or in
+/// the middle of a failover accepts connections and does not answer.
 async fn answered<T, E>(answer: impl Future<Output = Result<T, E>>) -> anyhow::Result<T>
 where
     anyhow::Error: From<E>,

@@ -192,8 +192,8 @@ enum State {
     Busy,
 }
 
-/// Asks on a session of the pool. If none becomes free, asks on a session of its own: then either the
-/// sessions wait, for example for a lock, or the database does not answer.
+/// Asks on a session of the pool. If none becomes free, asks on a session of its own: then either
+/// the sessions wait, for example for a lock, or the database does not answer.
 async fn state(db: &PgPool) -> sqlx::Result<State> {
     match db.acquire().await {
         Ok(mut session) => state_of(&mut session).await,

@@ -1,14 +1,14 @@
-//! Recognises a pooler in transaction mode. It gives each transaction any server process, so nothing
-//! that belongs to a session works behind it: the advisory lock of a relay, prepared statements, the
-//! limits of a session. A pooler in session mode works.
+//! Recognises a pooler in transaction mode. It gives each transaction any server process, so
+//! nothing that belongs to a session works behind it: the advisory lock of a relay, prepared
+//! statements, the limits of a session. A pooler in session mode works.
 
 use sqlx::{PgConnection, Row};
 
 use super::faults::Refused;
 
-/// How often the processes are compared. A pooler without other clients is recognised the first time:
-/// it reuses the process that became free last. On a busy one a process may by chance serve the same
-/// session twice.
+/// How often the processes are compared. A pooler without other clients is recognised the first
+/// time: it reuses the process that became free last. On a busy one a process may by chance serve
+/// the same session twice.
 const ROUNDS: usize = 4;
 
 /// Compares the server processes of two sessions that are both open.

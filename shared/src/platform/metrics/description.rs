@@ -1,5 +1,5 @@
-//! What is known about each metric. It is stated once, where the metric is registered: a scrape shows
-//! it as HELP and UNIT, and `docs/metrics.md` is written from it.
+//! What is known about each metric. It is stated once, where the metric is registered: a scrape
+//! shows it as HELP and UNIT, and `docs/metrics.md` is written from it.
 
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Metric, Registry, Unit};
@@ -8,8 +8,8 @@ use serde::Serialize;
 /// A metric, in the words of its readers.
 #[derive(Clone, Copy, Debug)]
 pub struct Description {
-    /// The name, without the `_total` of a counter. If it is measured in seconds or bytes, it ends with
-    /// its unit.
+    /// The name, without the `_total` of a counter. If it is measured in seconds or bytes, it ends
+    /// with its unit.
     pub name: &'static str,
     /// `seconds`, `bytes`, or what is counted. `0 or 1` for a gauge that is a flag.
     pub unit: &'static str,

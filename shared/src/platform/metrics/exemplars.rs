@@ -1,6 +1,6 @@
 //! Exemplars: an observation of a histogram carries the id of its trace, so that a spike in a
-//! dashboard leads to a trace. Prometheus reads them from the OpenMetrics text format only, and keeps
-//! them only with `--enable-feature=exemplar-storage`.
+//! dashboard leads to a trace. Prometheus reads them from the OpenMetrics text format only, and
+//! keeps them only with `--enable-feature=exemplar-storage`.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -78,8 +78,8 @@ pub(super) fn age_histogram() -> TracedHistogram {
     TracedHistogram::new(AGE_BUCKETS.into_iter())
 }
 
-/// Observes a value with its exemplar. An exemplar has a time of its own, because the next scrape may
-/// come much later.
+/// Observes a value with its exemplar. An exemplar has a time of its own, because the next scrape
+/// may come much later.
 pub(crate) fn observe(histogram: &TracedHistogram, value: f64, exemplar: Option<Exemplar>) {
     let time = exemplar.as_ref().map(|_| events::now().into());
     histogram.observe(value, exemplar, time);

@@ -1,5 +1,5 @@
-//! The labels of metrics. No label has a value that a user chooses: no id, no address, no type of an
-//! unknown event. A trace id is a label of exemplars only, which create no series.
+//! The labels of metrics. No label has a value that a user chooses: no id, no address, no type of
+//! an unknown event. A trace id is a label of exemplars only, which create no series.
 
 use prometheus_client::encoding::EncodeLabelSet;
 

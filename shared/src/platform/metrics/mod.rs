@@ -1,6 +1,6 @@
 //! The metrics of a process, with their names and meanings. Each metric is described where it is
-//! registered, and nowhere else: `docs/metrics.md` is written from these descriptions. The admin port
-//! serves the values as OpenMetrics text at `/metrics`.
+//! registered, and nowhere else: `docs/metrics.md` is written from these descriptions. The admin
+//! port serves the values as OpenMetrics text at `/metrics`.
 //!
 //! A process registers what it has: one without an outbox has no metrics of an outbox.
 
@@ -87,8 +87,8 @@ pub struct Metrics {
     pub relay_rounds: Family<RoundLabels, Counter>,
 }
 
-/// The metrics of one consumer group in this process, for each of its batches: without the look-up by
-/// labels.
+/// The metrics of one consumer group in this process, for each of its batches: without the look-up
+/// by labels.
 #[derive(Clone)]
 pub struct GroupMetrics {
     pub applied: Counter,
@@ -102,7 +102,8 @@ pub struct GroupMetrics {
 }
 
 impl Metrics {
-    /// The metrics that every process has. `exports_spans`: whether there is a collector for traces.
+    /// The metrics that every process has. `exports_spans`: whether there is a collector for
+    /// traces.
     pub fn new(exports_spans: bool) -> Self {
         let metrics = Self {
             registered: Arc::default(),
@@ -517,8 +518,8 @@ impl Metrics {
         }
     }
 
-    /// Registers a metric, of a service for example. A metric with this name that is registered already
-    /// stays.
+    /// Registers a metric, of a service for example. A metric with this name that is registered
+    /// already stays.
     pub fn register<M: Metric + Clone>(&self, description: Description, metric: &M) {
         self.registered().add(description, metric);
     }

@@ -70,8 +70,8 @@ impl Process {
         registered.add(description, &self.open_files);
     }
 
-    /// Measures the process, for a scrape. Two scrapes at the same time would count CPU time twice, so
-    /// the caller holds a lock.
+    /// Measures the process, for a scrape. Two scrapes at the same time would count CPU time twice,
+    /// so the caller holds a lock.
     pub fn measure(&self) {
         if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
             let used = seconds(usage.user_time()) + seconds(usage.system_time());

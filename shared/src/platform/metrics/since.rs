@@ -11,8 +11,8 @@ use crate::events;
 /// Instead of a moment: 0 seconds.
 const NEVER: i64 = i64::MAX;
 
-/// The seconds since a moment, computed at each scrape. So the value also grows while the thread that
-/// sets it is busy.
+/// The seconds since a moment, computed at each scrape. So the value also grows while the thread
+/// that sets it is busy.
 #[derive(Clone, Debug)]
 pub struct SecondsSince(Arc<AtomicI64>);
 

@@ -19,10 +19,10 @@ fn discarded(key: &str, outcome: Option<&str>) -> (String, String, Option<String
     ("discard".to_owned(), key.to_owned(), outcome.map(str::to_owned))
 }
 
-/// T91, I11: the process dies between the record of the action and the tombstone. The letter is still
-/// open, and the action has no outcome. The second discard settles the letter. The process dies
-/// between the tombstone and the second record: the letter is settled, and the list shows who asked
-/// for it.
+/// T91, I11: the process dies between the record of the action and the tombstone. The letter is
+/// still open, and the action has no outcome. The second discard settles the letter. The process
+/// dies between the tombstone and the second record: the letter is settled, and the list shows who
+/// asked for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_discard_is_recorded_before_the_letter_is_settled() {
     let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
@@ -56,8 +56,8 @@ async fn a_discard_is_recorded_before_the_letter_is_settled() {
     judge.check(&mut system).await;
 }
 
-/// A reason is required and is one line. A record that is a dead letter of two groups is discarded in
-/// the one that is named.
+/// A reason is required and is one line. A record that is a dead letter of two groups is discarded
+/// in the one that is named.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_discard_names_one_letter_and_a_reason() {
     let (system, _) = analytics().await;

@@ -1,5 +1,5 @@
-//! Dead letters: an operator lists, shows, redrives and discards them, and a consumer waits while they
-//! cannot be written.
+//! Dead letters: an operator lists, shows, redrives and discards them, and a consumer waits while
+//! they cannot be written.
 
 mod list;
 mod pages;
@@ -84,8 +84,8 @@ pub fn summary(action: &Value) -> (String, String, Option<String>) {
     (text("action").unwrap(), text("target").unwrap(), text("outcome"))
 }
 
-/// Writes facts that cannot be decoded, and waits for their dead letters in `analytics.users`. Every
-/// other group that reads the topic has them too. Returns the letters' keys.
+/// Writes facts that cannot be decoded, and waits for their dead letters in `analytics.users`.
+/// Every other group that reads the topic has them too. Returns the letters' keys.
 pub async fn malformed_facts(system: &System, count: usize) -> Vec<String> {
     let bad = |_| Draft::user_event("user.registered", Uuid::now_v7(), 1).with_value(b"?").on(0);
     let facts: Vec<Draft> = (0..count).map(bad).collect();

@@ -32,8 +32,8 @@ async fn all(system: &System, query: &str) -> (Vec<Value>, usize) {
     }
 }
 
-/// I13: the list needs no token. It has pages, and a filter finds letters by group, reason, type, key
-/// and age. Each letter is on one page.
+/// I13: the list needs no token. It has pages, and a filter finds letters by group, reason, type,
+/// key and age. Each letter is on one page.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_finds_letters_by_filters_in_pages() {
     let (system, _) = analytics().await;

@@ -50,8 +50,8 @@ async fn a_redrive_keeps_to_its_rate_and_reports_its_progress() {
     system.users.until_counted(LETTERS as i64, 0).await;
 }
 
-/// T34: the client disconnects. The redrive continues, and its outcome is in the list of actions. One
-/// more redrive of the group may wait meanwhile; a third is refused.
+/// T34: the client disconnects. The redrive continues, and its outcome is in the list of actions.
+/// One more redrive of the group may wait meanwhile; a third is refused.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_continues_without_its_client() {
     let system = fixed_letters().await;

@@ -307,7 +307,8 @@ async fn write_rejected_fact(system: &System, db: &PgPool) -> (Draft, (i32, i64)
     (fact, coordinates)
 }
 
-/// Redrives the letters of analytics with a fault point that kills the process, and starts it again.
+/// Redrives the letters of analytics with a fault point that kills the process, and starts it
+/// again.
 async fn redrive_killed_at(system: &mut System, fault: &str) {
     system.processes.start_with(ANALYTICS, &[("FAULT_AT", fault)]).await;
     let error = system.processes.run(ANALYTICS, &["redrive"]).await.unwrap_err().to_string();

@@ -20,8 +20,8 @@ async fn show(system: &System, group: &str, key: &str) -> Value {
     serde_json::from_str(&printed).unwrap()
 }
 
-/// I14: the copy of a fact is shown with its headers and its value, and each look leaves an action of
-/// the operator. Without the right token nothing is shown and nothing recorded.
+/// I14: the copy of a fact is shown with its headers and its value, and each look leaves an action
+/// of the operator. Without the right token nothing is shown and nothing recorded.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_sees_a_record_and_leaves_an_action() {
     let (mut system, _) = analytics().await;

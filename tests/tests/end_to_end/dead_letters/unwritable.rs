@@ -49,9 +49,9 @@ async fn a_consumer_waits_until_its_dead_letter_can_be_written() {
     assert!(!system.processes.has_ended(ANALYTICS));
 }
 
-/// T33, I11: A service that only consumes starts before it may write to any topic. The broker refuses
-/// a producer id, and its producer of dead letters fails for good. When the service may write, it
-/// writes its letters, without a restart.
+/// T33, I11: A service that only consumes starts before it may write to any topic. The broker
+/// refuses a producer id, and its producer of dead letters fails for good. When the service may
+/// write, it writes its letters, without a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_that_may_write_later_writes_its_dead_letters() {
     let mut system = System::empty().await;

@@ -57,8 +57,8 @@ async fn a_wrong_password_fails_no_mail() {
     assert!(until_not_sent(&system, id).await.contains("reply 535 5.7.8 to AUTH"), "the log must name the reply");
 }
 
-/// A certificate of an unknown authority, for another host, or that has expired is not accepted, and no mail is sent
-/// without encryption to a server that offers none.
+/// A certificate of an unknown authority, for another host, or that has expired is not accepted,
+/// and no mail is sent without encryption to a server that offers none.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_mail_is_sent_to_a_server_that_cannot_prove_its_name() {
     let wrong_name = Front { implicit: true, login: None, name: "mail.example.com" };

@@ -124,8 +124,8 @@ async fn a_released_mail_that_is_deferred_is_not_held_again() {
     assert_eq!(system.mail.to(&email).len(), 1, "mails");
 }
 
-/// I6, T20: a server that defers a mail each time is not asked indefinitely, also if an operator has
-/// released the mail. Here the release was 73 hours ago, and MAX_AGE_HOURS is 72.
+/// I6, T20: a server that defers a mail each time is not asked indefinitely, also if an operator
+/// has released the mail. Here the release was 73 hours ago, and MAX_AGE_HOURS is 72.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mail_that_is_deferred_until_it_is_too_old_fails() {
     let system = System::start_mailing(&[]).await;

@@ -22,9 +22,10 @@ async fn reason(system: &System) -> String {
     body["waiting_for"]["mail"].as_str().unwrap_or_default().to_owned()
 }
 
-/// T47, I5, I6: the server refuses every mail for a reason that is about us or about itself, permanently
-/// or temporarily: a wrong setting, a block list, a full disk. No delivery fails. Sending pauses,
-/// `/status` and a metric say why, and it continues by itself when the server accepts mails again.
+/// T47, I5, I6: the server refuses every mail for a reason that is about us or about itself,
+/// permanently or temporarily: a wrong setting, a block list, a full disk. No delivery fails.
+/// Sending pauses, `/status` and a metric say why, and it continues by itself when the server
+/// accepts mails again.
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_that_are_about_the_sender_pause_sending_and_fail_no_mail() {
     let system = System::start_mailing(&[]).await;
@@ -57,8 +58,8 @@ async fn refusals_that_are_about_the_sender_pause_sending_and_fail_no_mail() {
     assert!(system.processes.log(EMAIL).contains("sending pauses"), "the log must say that sending pauses");
 }
 
-/// T47, I6: the server refuses us before it has heard of a recipient: our address is on a block list, or
-/// it does not know our sender. However few mails wait, none fails.
+/// T47, I6: the server refuses us before it has heard of a recipient: our address is on a block
+/// list, or it does not know our sender. However few mails wait, none fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_refuses_us_before_any_recipient_fails_no_mail() {
     let system = System::start_mailing(&[("BACKOFF_MS", "10")]).await;
@@ -76,9 +77,9 @@ async fn a_server_that_refuses_us_before_any_recipient_fails_no_mail() {
     }
 }
 
-/// T47, I6: the server refuses us with a code that does not say so, as Exim does. The first refusals look
-/// like missing mailboxes, and these mails fail. When several recipients in a row are refused, the cause
-/// is us: sending pauses, and no further mail fails.
+/// T47, I6: the server refuses us with a code that does not say so, as Exim does. The first
+/// refusals look like missing mailboxes, and these mails fail. When several recipients in a row are
+/// refused, the cause is us: sending pauses, and no further mail fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_of_us_without_an_enhanced_code_fails_two_mails_at_most() {
     let system = System::start_mailing(&[]).await;
@@ -98,8 +99,8 @@ async fn a_refusal_of_us_without_an_enhanced_code_fails_two_mails_at_most() {
     }
 }
 
-/// T36, I5: deliveries that became too old while they waited are held, and do not use up the probes of
-/// the mail server. One process, with one sender, finds 40 of them before it finds a mail.
+/// T36, I5: deliveries that became too old while they waited are held, and do not use up the probes
+/// of the mail server. One process, with one sender, finds 40 of them before it finds a mail.
 #[tokio::test(flavor = "multi_thread")]
 async fn deliveries_that_are_too_old_do_not_use_up_the_probes() {
     let system = System::start_mailing(&[("SENDERS", "1"), ("MAX_AGE_HOURS", "1")]).await;
@@ -204,8 +205,8 @@ async fn only_the_digits_of_a_reply_decide() {
     }
 }
 
-/// I6, T21: the answers to a mail are lost, each time. After three attempts the delivery waits for an
-/// operator, because each attempt may have delivered a copy. Other mails are sent.
+/// I6, T21: the answers to a mail are lost, each time. After three attempts the delivery waits for
+/// an operator, because each attempt may have delivered a copy. Other mails are sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mail_whose_answers_are_lost_is_sent_at_most_three_times_without_an_operator() {
     let system = System::start_mailing(&[]).await;

@@ -123,10 +123,10 @@ async fn a_temporarily_refused_mail_waits_longer_after_each_attempt() {
     }
 }
 
-/// T47, I6: mail servers take their time, and RFC 5321 allows it: here 25 s before the greeting, 25 s
-/// before the answer to RCPT, and 25 s before the answer to the mail, which the server has accepted.
-/// The sender renews its lease of 2 s meanwhile, so no other sender takes the mail over. Each mail is
-/// sent once.
+/// T47, I6: mail servers take their time, and RFC 5321 allows it: here 25 s before the greeting, 25
+/// s before the answer to RCPT, and 25 s before the answer to the mail, which the server has
+/// accepted. The sender renews its lease of 2 s meanwhile, so no other sender takes the mail over.
+/// Each mail is sent once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_mail_server_gets_each_mail_once() {
     const SLOW: u64 = 25_000;

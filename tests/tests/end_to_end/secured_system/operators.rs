@@ -29,9 +29,9 @@ async fn until_open(system: &System, count: f64) {
     eventually_eq("dead_letters_open", Some(count), open).await;
 }
 
-/// T43, T63, T94: an operator finds the records behind an alert, sees why they failed, fixes the cause,
-/// redrives one and discards the other, and sees who did what. Another token, or a service that may
-/// not record actions, is refused, and nothing changes.
+/// T43, T63, T94: an operator finds the records behind an alert, sees why they failed, fixes the
+/// cause, redrives one and discards the other, and sees who did what. Another token, or a service
+/// that may not record actions, is refused, and nothing changes.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_gets_from_an_alert_to_the_settled_records() {
     let mut system = System::empty_on_secured_components(&[]).await;

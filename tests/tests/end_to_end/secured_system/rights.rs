@@ -24,8 +24,8 @@ const READER: &str = "reader";
 
 /// T43: the broker holds the rules of the topology and no others, and each service can do what they
 /// allow and nothing else. Every topic, group and `transactional.id` is tried as every service.
-/// Connections without TLS, without a login, or with a wrong password are refused. A program outside
-/// Waybill reads only what it was granted.
+/// Connections without TLS, without a login, or with a wrong password are refused. A program
+/// outside Waybill reads only what it was granted.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_service_may_do_what_the_topology_draws_and_nothing_else() {
     let system = System::empty_on_secured_components(&[READER]).await;
@@ -68,8 +68,8 @@ struct Logins<'a> {
 
 type Tried = Result<(), RDKafkaErrorCode>;
 
-/// What the map draws for a service. It is written down here without the rules, which must agree with
-/// it.
+/// What the map draws for a service. It is written down here without the rules, which must agree
+/// with it.
 struct Drawn(Service);
 
 impl Drawn {
@@ -177,8 +177,8 @@ impl Logins<'_> {
         created.unwrap().remove(0).map(|_| ()).map_err(|(_, code)| code)
     }
 
-    /// A client that does not encrypt, that trusts another authority, or that has the wrong password
-    /// gets no metadata. The same client with the right settings does.
+    /// A client that does not encrypt, that trusts another authority, or that has the wrong
+    /// password gets no metadata. The same client with the right settings does.
     fn assert_others_are_refused(&self) {
         let gets_metadata = |client: &ClientConfig| {
             let consumer: BaseConsumer = client.create().unwrap();
@@ -202,7 +202,8 @@ impl Logins<'_> {
         }
     }
 
-    /// With MANAGE_TOPICS=true a service may also create its own topics, and see the brokers' settings.
+    /// With MANAGE_TOPICS=true a service may also create its own topics, and see the brokers'
+    /// settings.
     async fn assert_a_service_that_manages_topics_may_create_its_own(&self) {
         self.system.grant(&all_rules(Naming { manage_topics: true, topic_prefix: "" })).await;
         let created = self.creates(&USER.kafka_user(), USER_EVENTS).await;

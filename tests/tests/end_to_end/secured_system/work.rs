@@ -19,9 +19,9 @@ use crate::analytics_rebuild::rebuild;
 use crate::dead_letters::redrive;
 use crate::relay_leadership::a_leader_frozen_at;
 
-/// T43: a frozen relay is fenced, registrations and an erasure reach every service, dead letters are
-/// redriven, a read model is rebuilt and states are republished, while each service has only the
-/// rights that the topology draws. No password is shown anywhere.
+/// T43: a frozen relay is fenced, registrations and an erasure reach every service, dead letters
+/// are redriven, a read model is rebuilt and states are republished, while each service has only
+/// the rights that the topology draws. No password is shown anywhere.
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_works_with_the_rights_that_the_topology_draws() {
     let mut system = System::empty_on_secured_components(&[]).await;

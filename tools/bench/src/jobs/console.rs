@@ -1,5 +1,5 @@
-//! `console`: what the console needs while many events arrive and a browser shows them, and whether the
-//! relay is slower while the console runs. The other side is the same relay without a console.
+//! `console`: what the console needs while many events arrive and a browser shows them, and whether
+//! the relay is slower while the console runs. The other side is the same relay without a console.
 
 use std::time::Duration;
 

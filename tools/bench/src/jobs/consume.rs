@@ -1,7 +1,7 @@
 //! `consume`: a backlog of registrations in the topic, until analytics has counted all of them. The
 //! limit executes the same statements in transactions of 2,000 events, one after another on one
-//! connection, without Kafka. Analytics has a second consumer of the same topic, the audit. It waits
-//! for a lock on its table during a slice of our side, and catches up after it.
+//! connection, without Kafka. Analytics has a second consumer of the same topic, the audit. It
+//! waits for a lock on its table during a slice of our side, and catches up after it.
 
 use std::time::Duration;
 

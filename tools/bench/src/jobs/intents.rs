@@ -1,5 +1,5 @@
-//! `intents`: a backlog of registrations in the topic, until email has an intent for each. The limit
-//! executes the same statements in transactions of 2,000 events, one after another on one
+//! `intents`: a backlog of registrations in the topic, until email has an intent for each. The
+//! limit executes the same statements in transactions of 2,000 events, one after another on one
 //! connection, without Kafka.
 
 use std::time::Duration;

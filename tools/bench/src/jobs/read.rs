@@ -1,6 +1,6 @@
-//! `read`: `GET /profiles/{id}` over 32 connections. The limit is a program with the same HTTP stack
-//! that answers with what the store has, without asking whether the view is complete or the store
-//! has become a replica.
+//! `read`: `GET /profiles/{id}` over 32 connections. The limit is a program with the same HTTP
+//! stack that answers with what the store has, without asking whether the view is complete or the
+//! store has become a replica.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

@@ -34,8 +34,8 @@ impl Reader {
     }
 }
 
-/// All records of a user are in one partition of a topic whose key is the user. A topic with another
-/// key has them anywhere.
+/// All records of a user are in one partition of a topic whose key is the user. A topic with
+/// another key has them anywhere.
 fn of_user(kafka: &KafkaConfig, user: Uuid) -> anyhow::Result<Vec<Seen>> {
     let consumer: BaseConsumer = kafka.reader(GROUP).create()?;
     let mut own = vec![];

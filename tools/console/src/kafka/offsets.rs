@@ -22,20 +22,22 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Offsets at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Offsets {
-    /// First and next offset of each partition, per topic. A topic that does not exist yet has none.
+    /// First and next offset of each partition, per topic. A topic that does not exist yet has
+    /// none.
     pub ends: BTreeMap<&'static str, BTreeMap<i32, (i64, i64)>>,
     /// The next offset to read, per group and partition.
     pub committed: BTreeMap<&'static str, BTreeMap<i32, i64>>,
-    /// When Kafka was asked. Records that arrive later are not in the ends. `None`: it has never answered.
+    /// When Kafka was asked. Records that arrive later are not in the ends. `None`: it has never
+    /// answered.
     pub asked: Option<Instant>,
     /// Why Kafka could not be asked.
     pub error: Option<String>,
 }
 
 impl Offsets {
-    /// How many offsets of a partition a group has not handled. Transaction markers count as well, so
-    /// it is a little more than the number of records. A group that has never committed has handled
-    /// none. `None`: Kafka did not say.
+    /// How many offsets of a partition a group has not handled. Transaction markers count as well,
+    /// so it is a little more than the number of records. A group that has never committed has
+    /// handled none. `None`: Kafka did not say.
     pub fn lag(&self, group: &Group, partition: i32) -> Option<i64> {
         let (first, next) = self.ends.get(group.topic)?.get(&partition)?;
         let committed = self.committed.get(group.name)?.get(&partition).unwrap_or(first);

@@ -16,8 +16,8 @@ use uuid::Uuid;
 use super::{ANSWER_LIMIT, GROUP, logical, topics};
 use crate::traces::{TraceId, trace_of};
 
-/// How many records are kept, without their values: about 4 MB. The list of events shows some pages of
-/// them, and the stories find the records of a user among them.
+/// How many records are kept, without their values: about 4 MB. The list of events shows some pages
+/// of them, and the stories find the records of a user among them.
 pub const KEPT: usize = 10_000;
 /// How many records of each partition are read at the start, so that the list is not empty.
 const READ_AT_START: i64 = 20;
@@ -27,8 +27,8 @@ const TEXT_LIMIT: usize = 64;
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// The pause before the next attempt to read topics that do not exist or could not be read.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// How many records are read in one second. The console skips the others: reading them would slow down
-/// the services that share its machine, and no visitor can follow so many.
+/// How many records are read in one second. The console skips the others: reading them would slow
+/// down the services that share its machine, and no visitor can follow so many.
 const RECORDS_A_SECOND: u32 = 10_000;
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -159,7 +159,8 @@ pub fn follow(kafka: &KafkaConfig, recent: &Recent, stop: &CancellationToken) ->
                 }
             }
         }
-        // Nothing is fetched until the second is over. Then reading continues shortly before the ends.
+        // Nothing is fetched until the second is over. Then reading continues shortly before the
+        // ends.
         if read == RECORDS_A_SECOND {
             tail.consumer.unassign()?;
             while second.elapsed() < SECOND && !stop.is_cancelled() {
@@ -176,14 +177,14 @@ struct Tail<'a> {
     kafka: &'a KafkaConfig,
     recent: &'a Recent,
     consumer: BaseConsumer,
-    /// The next offset to read, per partition that was assigned. It is kept while nothing is assigned, so
-    /// that skipped records are counted and no record is read twice.
+    /// The next offset to read, per partition that was assigned. It is kept while nothing is
+    /// assigned, so that skipped records are counted and no record is read twice.
     next: BTreeMap<(&'static str, i32), i64>,
 }
 
 impl Tail<'_> {
-    /// Assigns all partitions of those topics that exist, shortly before their ends, and returns these
-    /// topics.
+    /// Assigns all partitions of those topics that exist, shortly before their ends, and returns
+    /// these topics.
     fn assign(&mut self, topics: &[&'static str]) -> anyhow::Result<Vec<&'static str>> {
         let mut assigned = TopicPartitionList::new();
         let mut existing = vec![];

@@ -63,8 +63,8 @@ impl Apis {
         Ok(Self { client, urls: urls.collect() })
     }
 
-    /// Registers a user. It repeats the request with the same key while it gets no answer or a temporary
-    /// refusal, so the user exists once.
+    /// Registers a user. It repeats the request with the same key while it gets no answer or a
+    /// temporary refusal, so the user exists once.
     pub async fn register(&self, email: &str) -> Result<Accepted> {
         let key = Uuid::new_v4().to_string();
         let body = json!({ "email": email, "display_name": "Laboratory" });

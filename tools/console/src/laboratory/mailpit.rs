@@ -1,4 +1,5 @@
-//! Mailpit, the mail server of the compose files: its list of mails, and its chaos, which refuses mails.
+//! Mailpit, the mail server of the compose files: its list of mails, and its chaos, which refuses
+//! mails.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! The Laboratory: it registers users, breaks parts of the system on purpose, and watches what becomes
-//! of its registrations. It is off outside development.
+//! The Laboratory: it registers users, breaks parts of the system on purpose, and watches what
+//! becomes of its registrations. It is off outside development.
 //!
 //! Reading order: `registrations` (what it has registered), `fates` (what has become of each),
 //! `totals`, `indicators`, `apis`, `control` and `mailpit` (whom it asks), `jobs` and `watch` (what

@@ -11,8 +11,8 @@ use crate::kafka::Seen;
 
 /// The newest registrations that are watched. Each needs about 1 KiB.
 const KEPT: usize = 1_000;
-/// The newest records without a registration that are remembered: a record may arrive before the answer to
-/// the registration that caused it. Each needs 48 bytes.
+/// The newest records without a registration that are remembered: a record may arrive before the
+/// answer to the registration that caused it. Each needs 48 bytes.
 const EARLY: usize = 2_000;
 /// The newest notes that the page shows.
 const NOTES: usize = 12;

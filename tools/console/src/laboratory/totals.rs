@@ -1,6 +1,6 @@
-//! The total that the analytics service counts, compared with the topic. Single registrations cannot be
-//! found in a total, so its growth is compared with the number of users whose first fact the topic got
-//! in the same time, from any client.
+//! The total that the analytics service counts, compared with the topic. Single registrations
+//! cannot be found in a total, so its growth is compared with the number of users whose first fact
+//! the topic got in the same time, from any client.
 
 use std::collections::BTreeMap;
 
@@ -71,8 +71,8 @@ impl Totals {
         *self = Self { facts: std::mem::take(&mut self.facts), ..Self::default() };
     }
 
-    /// Compares. `round` is `None` while the group lags, or without an answer. `known` are the first facts
-    /// about users that are remembered elsewhere.
+    /// Compares. `round` is `None` while the group lags, or without an answer. `known` are the
+    /// first facts about users that are remembered elsewhere.
     pub fn compare(&mut self, round: Option<Round>, known: impl Iterator<Item = (Uuid, Place)>) -> Compared {
         let before = std::mem::replace(&mut self.before, round.clone());
         let settled = before.zip(round).filter(|(before, now)| is_settled(before, now)).map(|(before, _)| before);

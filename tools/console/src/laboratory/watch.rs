@@ -51,8 +51,8 @@ pub struct Sources {
     pub operations: Operations,
 }
 
-/// Runs until the end of the process. `further` gets the processes that the control port has started: the
-/// map shows them too.
+/// Runs until the end of the process. `further` gets the processes that the control port has
+/// started: the map shows them too.
 pub async fn watch(
     laboratory: Laboratory,
     sources: Sources,

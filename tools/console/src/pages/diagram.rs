@@ -1,5 +1,5 @@
-//! Where the boxes and pipes of the map are. They follow from the topology: a new service or topic is
-//! drawn without a change here.
+//! Where the boxes and pipes of the map are. They follow from the topology: a new service or topic
+//! is drawn without a change here.
 
 use topology::{Group, SERVICES, Service};
 

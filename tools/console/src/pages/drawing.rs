@@ -177,8 +177,8 @@ impl Drawing<'_> {
         answers.filter_map(|answer| answer.metrics.max(name, &[])).reduce(f64::max)
     }
 
-    /// Open letters of a service's groups. Every process counts the letters of its groups, which they
-    /// share.
+    /// Open letters of a service's groups. Every process counts the letters of its groups, which
+    /// they share.
     fn letters(&self, service: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let answers = self.processes(service).filter_map(|process| process.answer.as_ref());
         answers.filter_map(|answer| answer.metrics.sum("dead_letters_open", labels)).reduce(f64::max)

@@ -101,8 +101,8 @@ struct Update {
     left_out: u64,
 }
 
-/// Sends what arrives. Many records become one update, so the rate of updates does not grow with the
-/// rate of events.
+/// Sends what arrives. Many records become one update, so the rate of updates does not grow with
+/// the rate of events.
 pub async fn live(State(app): State<App>, Query(filter): Query<Filter>) -> Response {
     Sse::new(updates(app, filter)).keep_alive(KeepAlive::default()).into_response()
 }

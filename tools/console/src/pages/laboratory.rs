@@ -1,5 +1,5 @@
-//! The Laboratory: buttons that break parts of the system, and indicators that say whether its promises
-//! hold meanwhile.
+//! The Laboratory: buttons that break parts of the system, and indicators that say whether its
+//! promises hold meanwhile.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;

@@ -1,4 +1,5 @@
-//! Dead letters: what consumers could not handle, what operators can do about it, and what they did.
+//! Dead letters: what consumers could not handle, what operators can do about it, and what they
+//! did.
 
 use askama::Template;
 use axum::extract::{Form, Query, State};

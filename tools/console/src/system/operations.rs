@@ -111,7 +111,8 @@ impl Operations {
         Ok(actions)
     }
 
-    /// Does what the operator asks for, and returns what the service answers: JSON, or lines of JSON.
+    /// Does what the operator asks for, and returns what the service answers: JSON, or lines of
+    /// JSON.
     ///
     /// # Errors
     /// The service refuses, or does not answer. If it does not answer, it may still have acted: see
@@ -158,7 +159,8 @@ impl Operations {
     }
 }
 
-/// The body of a successful answer. A refusal is a problem document, whose detail becomes the error.
+/// The body of a successful answer. A refusal is a problem document, whose detail becomes the
+/// error.
 pub(super) async fn answer(request: RequestBuilder) -> anyhow::Result<String> {
     let mut answer = request.send().await.context("the service does not answer")?;
     let status = answer.status();

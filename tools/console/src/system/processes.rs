@@ -58,8 +58,8 @@ async fn answer(client: &Client, address: SocketAddr) -> anyhow::Result<Answer> 
     Ok(Answer { waiting_for, metrics: Samples::parse(&String::from_utf8_lossy(&metrics)) })
 }
 
-/// Requests a page and reads at most [`SIZE_LIMIT`] of it. `/status` answers 503 if the process waits
-/// for something.
+/// Requests a page and reads at most [`SIZE_LIMIT`] of it. `/status` answers 503 if the process
+/// waits for something.
 async fn get(client: &Client, url: String) -> anyhow::Result<Vec<u8>> {
     let mut answer = client.get(url).header(header::ACCEPT, "application/json").send().await?;
     let mut body = vec![];

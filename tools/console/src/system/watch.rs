@@ -43,8 +43,8 @@ impl Survey {
     }
 }
 
-/// Sends the survey of each second. Never ends. `further` are processes that were started later, under
-/// addresses of their own.
+/// Sends the survey of each second. Never ends. `further` are processes that were started later,
+/// under addresses of their own.
 pub async fn watch(
     services: Vec<ServiceAddress>,
     further: watch::Receiver<Vec<ServiceAddress>>,
@@ -62,8 +62,8 @@ pub async fn watch(
     }
 }
 
-/// Asks all processes behind the name of a service. If the name has no address, the service is shown
-/// as one process that does not answer.
+/// Asks all processes behind the name of a service. If the name has no address, the service is
+/// shown as one process that does not answer.
 async fn replicas(client: &Client, service: &ServiceAddress) -> Vec<Process> {
     let ServiceAddress { service, host, port } = service;
     let found = lookup_host((host.as_str(), *port)).await;

@@ -21,8 +21,8 @@ pub struct TracesConfig {
     /// no login. Set OTEL_EXPORTER_OTLP_ENDPOINT of the services to its URL.
     #[arg(long, env, default_value = "127.0.0.1:14317")]
     pub otlp_addr: SocketAddr,
-    /// A file with the certificate of this address and its chain, in PEM format. With it the console
-    /// receives traces over TLS only.
+    /// A file with the certificate of this address and its chain, in PEM format. With it the
+    /// console receives traces over TLS only.
     #[arg(long, env)]
     otlp_certificate: Option<PathBuf>,
     /// A file with the private key of this certificate, in PEM format.
@@ -32,8 +32,8 @@ pub struct TracesConfig {
     /// http://jaeger:4317. Traces that it does not accept in time are lost for it, and counted.
     #[arg(long, env)]
     forward_otlp: Option<String>,
-    /// A file with the certificates of the authorities that may sign the certificate of FORWARD_OTLP,
-    /// in PEM format. Without it, the well-known public authorities may.
+    /// A file with the certificates of the authorities that may sign the certificate of
+    /// FORWARD_OTLP, in PEM format. Without it, the well-known public authorities may.
     #[arg(long, env)]
     forward_otlp_certificate: Option<PathBuf>,
 }

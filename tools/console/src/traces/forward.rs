@@ -90,8 +90,8 @@ impl Losses {
     }
 }
 
-/// Sends what is in the queue, one request after the other. A request is tried once: while the other
-/// collector is down, retries would only fill the queue.
+/// Sends what is in the queue, one request after the other. A request is tried once: while the
+/// other collector is down, retries would only fill the queue.
 pub async fn forward(mut queue: Queue, target: Endpoint) -> anyhow::Result<()> {
     // Connects when it is needed, and again after a failure.
     let mut client = Grpc::new(target.connect_lazy());

@@ -1,5 +1,5 @@
-//! The traces of the services. The console receives them by OTLP over gRPC, keeps the newest in memory
-//! for the stories, and passes each request on to another collector if there is one.
+//! The traces of the services. The console receives them by OTLP over gRPC, keeps the newest in
+//! memory for the stories, and passes each request on to another collector if there is one.
 //!
 //! The services never wait for the console: they export in the background, and lose traces while it
 //! does not answer.

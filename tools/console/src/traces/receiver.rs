@@ -1,5 +1,5 @@
-//! The receiver: OTLP over gRPC, traces only. It asks for no login, so it belongs on loopback or on the
-//! network of the containers.
+//! The receiver: OTLP over gRPC, traces only. It asks for no login, so it belongs on loopback or on
+//! the network of the containers.
 
 use std::future::{Ready, ready};
 use std::sync::Arc;
@@ -58,8 +58,8 @@ struct Serving {
     places: Arc<Semaphore>,
 }
 
-/// Receives until the stop. Then requests in progress are given up: their exporters send them again,
-/// or lose traces only.
+/// Receives until the stop. Then requests in progress are given up: their exporters send them
+/// again, or lose traces only.
 pub async fn receive(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,

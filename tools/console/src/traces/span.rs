@@ -1,5 +1,5 @@
-//! A span as a story shows it. All text in it comes from a service, or from any program that can reach
-//! the receiver.
+//! A span as a story shows it. All text in it comes from a service, or from any program that can
+//! reach the receiver.
 
 use std::collections::BTreeMap;
 

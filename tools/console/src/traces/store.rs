@@ -1,5 +1,5 @@
-//! The newest traces, in a fixed amount of memory. Spans are kept as they were sent, and are decoded
-//! when a story is shown.
+//! The newest traces, in a fixed amount of memory. Spans are kept as they were sent, and are
+//! decoded when a story is shown.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::mem::size_of;
@@ -36,7 +36,8 @@ pub struct Kept {
     pub bytes: usize,
     /// Requests since the start.
     pub requests: u64,
-    /// Spans that were larger than [`SPAN_SIZE`], beyond the memory of their trace, or without an id.
+    /// Spans that were larger than [`SPAN_SIZE`], beyond the memory of their trace, or without an
+    /// id.
     pub dropped: u64,
 }
 
@@ -60,8 +61,8 @@ struct Stored {
 }
 
 impl Traces {
-    /// Keeps the spans of an `ExportTraceServiceRequest`, and forgets the oldest traces if there is no
-    /// room.
+    /// Keeps the spans of an `ExportTraceServiceRequest`, and forgets the oldest traces if there is
+    /// no room.
     ///
     /// # Errors
     /// The request is malformed. Its spans up to there are kept.

@@ -16,8 +16,8 @@ const TOOL: &str = "org.apache.kafka.tools.AclCommand";
 /// How many calls run at the same time. Each is a Java process.
 const CALLS: usize = 2;
 
-/// A rule as the broker lists it. Unlike those of the topology it may deny something, name a host, or
-/// concern all names with a prefix.
+/// A rule as the broker lists it. Unlike those of the topology it may deny something, name a host,
+/// or concern all names with a prefix.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HeldRule {
     pub principal: String,
@@ -69,9 +69,9 @@ impl Acls<'_> {
         parse(&self.call(0, &["--list".to_owned()]).await?)
     }
 
-    /// Adds the rules that are missing, and removes all other rules of the same principals. Rules of
-    /// other principals stay. Crash in between: some rules are missing or not removed yet, and the
-    /// next call continues.
+    /// Adds the rules that are missing, and removes all other rules of the same principals. Rules
+    /// of other principals stay. Crash in between: some rules are missing or not removed yet, and
+    /// the next call continues.
     pub async fn apply(&self, rules: &BTreeSet<Rule>) -> Result<Changes> {
         let held = self.held().await?;
         let missing: BTreeSet<Rule> = rules.iter().filter(|rule| !held.contains(&(*rule).into())).cloned().collect();

@@ -62,9 +62,9 @@ impl Kafka {
         start_node(fetched, folder, "kafka", node, "-Xmx512m", &Settings::without_users(settings), logs).await
     }
 
-    /// As [`Kafka::start`], with a listener on which clients log in over TLS. A client may then do only
-    /// what a rule allows. The plaintext listener on `port` is for operators on this machine and may
-    /// be used for everything.
+    /// As [`Kafka::start`], with a listener on which clients log in over TLS. A client may then do
+    /// only what a rule allows. The plaintext listener on `port` is for operators on this machine
+    /// and may be used for everything.
     pub async fn start_secured(
         fetched: &Fetched,
         folder: &Path,
@@ -191,8 +191,8 @@ struct Node {
     controller: u16,
 }
 
-/// Runs a program of Kafka's jars, and returns its exit status and what it printed. `name` is that of
-/// its log.
+/// Runs a program of Kafka's jars, and returns its exit status and what it printed. `name` is that
+/// of its log.
 pub async fn run_java(
     fetched: &Fetched,
     name: &str,
@@ -342,8 +342,8 @@ fn add_java_arguments(command: &mut Command, fetched: &Fetched, heap: &str, comp
 
 /// Creates the data folder, and the users that log in with a password.
 async fn format(fetched: &Fetched, folder: &Path, name: &str, users: &[(String, String)], logs: &Logs) -> Result<()> {
-    // The tool reads arguments from a file, so that `ps` does not show the passwords. It prints what
-    // it stores of them, so what it prints is kept only if it fails.
+    // The tool reads arguments from a file, so that `ps` does not show the passwords. It prints
+    // what it stores of them, so what it prints is kept only if it fails.
     let arguments = folder.join("format-arguments");
     let mut command = java(fetched, "-Xmx256m", Compilers::First, "kafka.tools.StorageTool");
     command.args(["format", "--cluster-id", CLUSTER_ID, "--config"]).arg(folder.join("server.properties"));

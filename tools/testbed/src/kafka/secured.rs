@@ -42,8 +42,8 @@ super.users=User:{OPERATOR};User:ANONYMOUS
     }
 }
 
-/// Writes the arguments of Kafka's formatting tool that create the users, one a line. Only we may read
-/// the file.
+/// Writes the arguments of Kafka's formatting tool that create the users, one a line. Only we may
+/// read the file.
 pub(super) fn write_arguments(file: &Path, users: &[(String, String)]) -> Result<()> {
     let mut text = String::new();
     for (user, password) in users {

@@ -68,7 +68,8 @@ impl Records {
         Ok(key)
     }
 
-    /// Reads a record and writes it again. It gets a new offset at the end of the partition of its key.
+    /// Reads a record and writes it again. It gets a new offset at the end of the partition of its
+    /// key.
     ///
     /// # Errors
     /// There is no such record, or Kafka does not accept it.

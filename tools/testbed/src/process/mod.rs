@@ -188,8 +188,8 @@ impl Drop for Process {
     }
 }
 
-/// Waits until one of these processes has ended, and returns an error that names it and quotes the end
-/// of its log.
+/// Waits until one of these processes has ended, and returns an error that names it and quotes the
+/// end of its log.
 ///
 /// # Panics
 /// There is no process.

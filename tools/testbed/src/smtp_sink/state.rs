@@ -25,8 +25,8 @@ pub struct Behaviour {
 pub enum Fault {
     #[default]
     None,
-    /// The sink answers 421 and closes the connection: a new one instead of the greeting, and one that
-    /// was open before at its next mail.
+    /// The sink answers 421 and closes the connection: a new one instead of the greeting, and one
+    /// that was open before at its next mail.
     Refuse,
     /// The sink answers `stage` with `code`.
     Reject { stage: Stage, code: u16 },

@@ -17,8 +17,8 @@ pub struct Acls {
     /// Print the rules and change nothing.
     #[arg(long, required_unless_present = "apply", conflicts_with = "apply")]
     table: bool,
-    /// Change the rules of the cluster: add those that are missing, and remove all other rules of the
-    /// services' principals. Rules of other principals stay.
+    /// Change the rules of the cluster: add those that are missing, and remove all other rules of
+    /// the services' principals. Rules of other principals stay.
     #[arg(long)]
     apply: bool,
     /// Bootstrap servers of the cluster.

@@ -1,6 +1,6 @@
-//! `cargo xtask compare`: builds Waybill and its synchronous version as release programs, starts the
-//! components that both use, and runs the comparison. It is a crate of its own, because it needs the
-//! Kafka client.
+//! `cargo xtask compare`: builds Waybill and its synchronous version as release programs, starts
+//! the components that both use, and runs the comparison. It is a crate of its own, because it
+//! needs the Kafka client.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,8 @@ const SEARCH: &str = "search";
 pub async fn run(quick: bool) -> Result<ExitCode> {
     let logs = Logs::to_files("compare")?;
     let fetched = fetch().await?;
-    // First, because both versions of the synchronous program have the same file in the target folder.
+    // First, because both versions of the synchronous program have the same file in the target
+    // folder.
     let added = build_added(&logs).await?;
     let programs = services::build_release_with_synchronous(&logs).await?;
     // Compiled before the components run, which would only wait.
@@ -39,7 +40,8 @@ pub async fn run(quick: bool) -> Result<ExitCode> {
     let status = Process::spawn_on_terminal("compare-build", build, &logs)?.wait().await;
     ensure!(status.success(), "the comparison does not compile: see cargo's messages above");
     let scratch = Scratch::create("compare")?;
-    // Postgres stores each commit on the disk, and Kafka compiles with both compilers, as in production.
+    // Postgres stores each commit on the disk, and Kafka compiles with both compilers, as in
+    // production.
     let mut stack = start_stack(&fetched, scratch.path(), Ports::free(), Durability::Disk, Access::Open, &logs).await?;
     stack.kafka.restart_with_both_compilers().await?;
     let components = [&stack.postgres.process, &stack.kafka.process, &stack.redis.process].map(Process::pid);
@@ -69,7 +71,8 @@ pub async fn write_page_again() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Builds the programs with the fourth receiver in a copy of the tree, and returns the folder with them.
+/// Builds the programs with the fourth receiver in a copy of the tree, and returns the folder with
+/// them.
 async fn build_added(logs: &Logs) -> Result<PathBuf> {
     let target = paths::root().join("target");
     let copy = target.join("compare/tree");

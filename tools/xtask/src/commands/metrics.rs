@@ -1,5 +1,5 @@
-//! `cargo xtask metrics`: writes `docs/metrics.md`. Only a running service knows all of its metrics, so
-//! the test that compares the page with the services writes it.
+//! `cargo xtask metrics`: writes `docs/metrics.md`. Only a running service knows all of its
+//! metrics, so the test that compares the page with the services writes it.
 
 use std::process::ExitCode;
 

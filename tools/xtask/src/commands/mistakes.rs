@@ -1,5 +1,5 @@
-//! `cargo xtask mistakes`: writes `docs/mistakes.md`, the known bugs as lessons, from the patches in
-//! `tests/seeded`.
+//! `cargo xtask mistakes`: writes `docs/mistakes.md`, the known bugs as lessons, from the patches
+//! in `tests/seeded`.
 
 use std::fmt::Write;
 use std::fs;

@@ -17,7 +17,8 @@ use crate::traces::{Event, Span, TraceId, hex};
 pub const CHAPTERS: usize = 10;
 /// Bars of a chapter, the first ones.
 pub const BARS: usize = 200;
-/// Attributes that are not shown: they name the code and the thread, and the code is shown as a link.
+/// Attributes that are not shown: they name the code and the thread, and the code is shown as a
+/// link.
 const HIDDEN: [&str; 2] = ["code.", "thread."];
 
 /// What a story is assembled from.

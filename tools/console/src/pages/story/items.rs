@@ -41,8 +41,8 @@ const BEGUN: &str = "transaction begun";
 const COMMITTED: &str = "transaction committed";
 const ACCEPTED: &str = "mail accepted by the SMTP server";
 
-/// Every step of a trace, in the order of their starts. `prefix` is the setting TOPIC_PREFIX, and `now`
-/// the end of what still waits.
+/// Every step of a trace, in the order of their starts. `prefix` is the setting TOPIC_PREFIX, and
+/// `now` the end of what still waits.
 pub fn items(spans: Vec<Span>, records: &[Arc<Seen>], prefix: &str, now: u64) -> Vec<Item> {
     let mut items: Vec<Item> = records.iter().filter_map(|seen| record(seen, records)).collect();
     for span in spans {
@@ -256,8 +256,8 @@ fn pauses(items: &[Item]) -> impl Iterator<Item = Item> {
     })
 }
 
-/// The time from the commit of a change until the relay's next round: of a command, and of a mail that
-/// was sent.
+/// The time from the commit of a change until the relay's next round: of a command, and of a mail
+/// that was sent.
 fn outboxes(items: &[Item], now: u64) -> impl Iterator<Item = Item> {
     let ends = items.iter().filter(|item| match item.step {
         Step::Transaction => item.class == "fact",

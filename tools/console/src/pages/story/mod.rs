@@ -1,5 +1,6 @@
-//! One user's story: what each request about the user caused, from the request to the last effect. A
-//! form registers a user, and a button erases one, both through the public API of the user service.
+//! One user's story: what each request about the user caused, from the request to the last effect.
+//! A form registers a user, and a button erases one, both through the public API of the user
+//! service.
 
 mod steps;
 mod scale;
@@ -163,8 +164,8 @@ impl Story {
         story
     }
 
-    /// Adds the records that have arrived: those of the user, and those of other topics that belong to
-    /// the same traces.
+    /// Adds the records that have arrived: those of the user, and those of other topics that belong
+    /// to the same traces.
     fn follow(&mut self) {
         let user = self.user;
         self.know(self.app.recent.after(None, RECORDS, |seen| seen.key == Some(user)));
@@ -284,7 +285,8 @@ pub struct Registration {
     page_token: String,
 }
 
-/// Nothing of the form is kept. Sent twice, it registers once: the key of the request is in the form.
+/// Nothing of the form is kept. Sent twice, it registers once: the key of the request is in the
+/// form.
 pub async fn register(State(app): State<App>, headers: HeaderMap, Form(form): Form<Registration>) -> Response {
     if !safety::may_change(&headers, &form.page_token, &app.page_token) {
         return failure(StatusCode::FORBIDDEN, NOT_FROM_A_PAGE);

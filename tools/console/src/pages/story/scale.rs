@@ -1,5 +1,5 @@
-//! The axis of a waterfall. A registration takes milliseconds, and a retry waits for minutes. So the
-//! time in which nothing happened is drawn shorter than it was.
+//! The axis of a waterfall. A registration takes milliseconds, and a retry waits for minutes. So
+//! the time in which nothing happened is drawn shorter than it was.
 
 /// The width of a waterfall, in the units of its drawing.
 pub const WIDTH: f64 = 1_000.0;

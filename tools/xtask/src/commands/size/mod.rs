@@ -1,6 +1,6 @@
-//! `cargo xtask size`: whether the cost of a statement depends on the number of users. The databases
-//! are filled with 100,000 users and then with a million. Each time the real services run on them,
-//! every endpoint is called, and Postgres logs the plan of each statement that it executes
+//! `cargo xtask size`: whether the cost of a statement depends on the number of users. The
+//! databases are filled with 100,000 users and then with a million. Each time the real services run
+//! on them, every endpoint is called, and Postgres logs the plan of each statement that it executes
 //! (`auto_explain`). So the tool knows no statement of the services, and misses none that runs.
 
 mod drive;

@@ -56,7 +56,8 @@ pub fn read(log: &Path, from: u64) -> Result<BTreeMap<Statement, Cost>> {
     Ok(costs)
 }
 
-/// The database of a session of a running service. The prefix of a line is the role and the database.
+/// The database of a session of a running service. The prefix of a line is the role and the
+/// database.
 fn database_of(line: &str) -> Option<String> {
     let mut words = line.split(' ');
     let role = words.next()?;
