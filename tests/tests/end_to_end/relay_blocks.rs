@@ -77,6 +77,8 @@ fn assert_blocked_once_in_each_term(log: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_a_missing_topic_block_no_other_topic() {
     let system = System::start_only(&[USER]).await;
+    // A service is ready before its own topics exist, and they would be blocked too.
+    system.processes.until_logged(USER, "the topics of this service exist as declared").await;
     let db = system.stores.database(USER).await;
     insert_keys(&db, "no.such.topic", 12_000).await;
     assert_new_events_are_published(&system).await;
