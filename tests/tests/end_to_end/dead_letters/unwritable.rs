@@ -1,12 +1,12 @@
 //! Dead letters cannot be written. The consumer waits and reports the reason.
 
 use tests::record::Draft;
-use tests::services::{ANALYTICS_USERS, USER_EVENTS, dead_letters_of};
+use tests::services::{ANALYTICS_USERS, DEFAULT_CONSUMERS, USER_EVENTS, dead_letters_of};
 use tests::{System, eventually, eventually_eq};
 use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
-use super::analytics;
+use super::analytics_with;
 
 /// As the service declares the topic.
 const DECLARED: [(&str, &str); 3] =
@@ -17,7 +17,7 @@ const DECLARED: [(&str, &str); 3] =
 /// itself once the topic is as it should be.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_consumer_waits_until_its_dead_letter_can_be_written() {
-    let (mut system, _) = analytics().await;
+    let (mut system, _) = analytics_with(&DEFAULT_CONSUMERS).await;
     let topic = dead_letters_of(ANALYTICS_USERS);
     let before = [write_bad_and_good(&system).await, write_bad_and_good(&system).await];
     system.kafka.until_dead_letters(ANALYTICS_USERS, &before).await;
