@@ -45,8 +45,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const LIMITED_BY: &str = "\
 What limits it: the HTTP layers (limits, spans, metrics, the check of the caller), and the transaction that reads the marks of
 the partitions and the role of the server. Reads that come together share this transaction. A profile of the service: the
-kernel takes 34 % of its CPU, and copying and the allocator 21 %, because each layer puts its future and a copy of the next
-layer on the heap. No other function has more than 1 %.";
+kernel takes 34 % of its CPU, and copying and the allocator 21 %. No other function of the service has more than 1 %.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("read").await?;

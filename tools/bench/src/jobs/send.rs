@@ -43,7 +43,7 @@ What limits it: the database. For each mail a sender waits for a transaction, wh
 one, and for a check right before the mail is sent. The senders of a process share both statements, one at a time. A crash
 must duplicate at most the mail that a sender has in progress, so no sender sends a mail before its last one is recorded.
 The bare client records nothing. A mail costs Postgres, the service and Kafka 0.66 ms of CPU together, and the bare client and
-the mail server 0.07 ms for the whole dialogue. So on two cores the ratio cannot exceed about 0.1.";
+the mail server 0.07 ms for the whole dialogue. At these costs two cores send 3,000 mails a second at most, a ratio of 0.11.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("send").await?;
