@@ -7,8 +7,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use shared::events::Profile;
 use shared::platform::access::{Caller, PublicRoutes};
 use shared::platform::preconditions::Preconditions;
@@ -45,6 +44,15 @@ pub fn routes(app: App) -> PublicRoutes {
 struct Freshness {
     /// The lowest version that the caller accepts. Default: any version.
     min_version: Option<String>,
+}
+
+/// The profile of a user.
+#[derive(Serialize)]
+struct Body<'a> {
+    id: Uuid,
+    version: i64,
+    email: &'a str,
+    display_name: &'a str,
 }
 
 async fn profile(
@@ -92,8 +100,7 @@ fn answer(caller: &Caller, id: Uuid, found: &Lookup, preconditions: &Preconditio
     if let Err(forbidden) = caller.require_owner(*owner) {
         return forbidden.into_response();
     }
-    let body = json!({ "id": id, "version": version, "email": email, "display_name": display_name });
-    preconditions.answer_with(*version, Json(body))
+    preconditions.answer_with(*version, Json(Body { id, version: *version, email, display_name }))
 }
 
 fn no_answer() -> Response {
