@@ -32,4 +32,4 @@ pub use record::{Coordinates, Record, headers};
 pub(crate) use relay::{Relay, listen as listen_for_wake};
 pub use relay::{RelayConfig, Wake};
 pub use replay::Replay;
-pub(crate) use topics::{Declared, create_now as create_topics_now, ensure as ensure_topics, watch as watch_topics};
+pub(crate) use topics::{Declared, Topics};

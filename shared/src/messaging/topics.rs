@@ -3,6 +3,7 @@
 //! it reports differences and continues.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, ConfigResource, NewTopic, ResourceSpecifier, TopicReplication};
@@ -16,7 +17,8 @@ use crate::events::{Kind, Topic};
 use crate::platform::health::Health;
 use crate::platform::metrics::{Metrics, TopicLabels};
 
-type Admin = AdminClient<DefaultClientContext>;
+/// A client that administers topics. Its calls may be made by several threads at the same time.
+pub(super) type Admin = AdminClient<DefaultClientContext>;
 
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
@@ -64,117 +66,134 @@ impl Declared {
     }
 }
 
-/// Creates missing topics and checks existing ones. Waits for Kafka indefinitely.
-///
-/// # Errors
-/// An existing topic differs from its declaration in a way that would lose records.
-pub(crate) async fn ensure(kafka: &KafkaConfig, topics: &[Declared]) -> anyhow::Result<()> {
-    ensure_until(kafka, topics, None).await
+/// The topics of the cluster. Clones share one Kafka client: each client has threads and
+/// connections of its own.
+#[derive(Clone)]
+pub(crate) struct Topics {
+    kafka: KafkaConfig,
+    admin: Arc<Admin>,
 }
 
-/// As [`ensure`], for an operator: creates topics whatever MANAGE_TOPICS says, and gives up after
-/// half a minute.
-///
-/// # Errors
-/// As [`ensure`]; Kafka refuses the request, or does not answer.
-pub(crate) async fn create_now(kafka: &KafkaConfig, topics: &[Declared]) -> anyhow::Result<()> {
-    kafka.check()?;
-    let mut kafka = kafka.clone();
-    kafka.manage_topics = true;
-    ensure_until(&kafka, topics, Some(Instant::now() + CREATE_LIMIT)).await
-}
+impl Topics {
+    /// # Errors
+    /// The Kafka settings are invalid.
+    pub fn new(kafka: &KafkaConfig) -> anyhow::Result<Self> {
+        Ok(Self { kafka: kafka.clone(), admin: Arc::new(create(&kafka.client())?) })
+    }
 
-async fn ensure_until(kafka: &KafkaConfig, topics: &[Declared], deadline: Option<Instant>) -> anyhow::Result<()> {
-    let admin: Admin = create(&kafka.client())?;
-    for topic in topics {
+    pub fn admin(&self) -> Arc<Admin> {
+        Arc::clone(&self.admin)
+    }
+
+    /// Creates missing topics and checks existing ones. Waits for Kafka indefinitely.
+    ///
+    /// # Errors
+    /// An existing topic differs from its declaration in a way that would lose records.
+    pub async fn ensure(&self, topics: &[Declared]) -> anyhow::Result<()> {
+        self.ensure_until(topics, None).await
+    }
+
+    /// As [`Topics::ensure`], for an operator: creates topics whatever MANAGE_TOPICS says, and
+    /// gives up after half a minute.
+    ///
+    /// # Errors
+    /// As [`Topics::ensure`]; Kafka refuses the request, or does not answer.
+    pub async fn create_now(kafka: &KafkaConfig, topics: &[Declared]) -> anyhow::Result<()> {
+        kafka.check()?;
+        let mut kafka = kafka.clone();
+        kafka.manage_topics = true;
+        Self::new(&kafka)?.ensure_until(topics, Some(Instant::now() + CREATE_LIMIT)).await
+    }
+
+    async fn ensure_until(&self, topics: &[Declared], deadline: Option<Instant>) -> anyhow::Result<()> {
+        for topic in topics {
+            let mut logged = None;
+            loop {
+                match create_and_check(&self.admin, &self.kafka, topic).await {
+                    Ok(differences) if differences.refused.is_empty() => break,
+                    Ok(differences) => bail!(
+                        "topic {} {}: alter the topic, or the declaration, and start the service again",
+                        topic.name,
+                        differences.refused.join(", and ")
+                    ),
+                    Err(error) if deadline.is_some_and(|deadline| Instant::now() > deadline) => {
+                        return Err(error.context(format!("topic {}", topic.name)));
+                    }
+                    Err(error) => warn_once(&mut logged, topic, &error, "cannot create or check the topic; will retry"),
+                }
+                sleep(RETRY_INTERVAL).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the topics with their declarations while the service runs. Reports differences in
+    /// `/status`, as a metric, and when they change in the log. Never ends.
+    pub async fn watch(&self, topics: &[Declared], health: &Health, metrics: &Metrics) -> anyhow::Result<()> {
+        let mut reported: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        let mut missing: BTreeSet<&str> = BTreeSet::new();
+        loop {
+            for topic in topics {
+                let differences = match existing(&self.admin, &topic.name).await {
+                    Ok(Some(existing)) => {
+                        missing.remove(topic.name.as_str());
+                        compare(topic, &existing).all()
+                    }
+                    // A broker of several may not know a new topic yet. So the topic counts as deleted
+                    // only if it is missing twice in a row.
+                    Ok(None) if missing.insert(topic.name.as_str()) => continue,
+                    Ok(None) => vec!["does not exist any more".to_owned()],
+                    Err(error) => {
+                        tracing::debug!(topic = topic.name, error = %format!("{error:#}"), "cannot check the topic; will retry");
+                        continue;
+                    }
+                };
+                // Also 0, so that a query that adds it to other series has an answer.
+                let labels = TopicLabels { topic: topic.name.clone() };
+                metrics.topic_settings_changed.get_or_create(&labels).set(differences.len() as i64);
+                let known = reported.insert(&topic.name, differences.clone()).unwrap_or_default();
+                if known != differences {
+                    report(topic, &differences, health);
+                }
+            }
+            sleep(WATCH_INTERVAL).await;
+        }
+    }
+
+    /// Waits until a topic exists that another service owns.
+    ///
+    /// # Errors
+    /// The topic has another number of partitions than this release can read.
+    pub async fn wait_until_exists(&self, topic: &Declared) -> anyhow::Result<()> {
         let mut logged = None;
         loop {
-            match create_and_check(&admin, kafka, topic).await {
-                Ok(differences) if differences.refused.is_empty() => break,
-                Ok(differences) => bail!(
-                    "topic {} {}: alter the topic, or the declaration, and start the service again",
-                    topic.name,
-                    differences.refused.join(", and ")
-                ),
-                Err(error) if deadline.is_some_and(|deadline| Instant::now() > deadline) => {
-                    return Err(error.context(format!("topic {}", topic.name)));
+            match existing_partitions(&self.admin, &topic.name) {
+                Ok(Some((existing, _))) if topic.has_partitions(existing) => return Ok(()),
+                Ok(Some((existing, _))) => {
+                    bail!(
+                        "topic {} has {existing} partitions, but this release expects {}",
+                        topic.name,
+                        topic.partitions
+                    )
                 }
-                Err(error) => warn_once(&mut logged, topic, &error, "cannot create or check the topic; will retry"),
+                Ok(None) => {
+                    warn_once(&mut logged, topic, &anyhow!("it does not exist"), "cannot find the topic; will retry")
+                }
+                Err(error) => warn_once(&mut logged, topic, &error, "cannot find the topic; will retry"),
             }
             sleep(RETRY_INTERVAL).await;
         }
     }
-    Ok(())
 }
 
-/// Compares the topics with their declarations while the service runs. Reports differences in
-/// `/status`, as a metric, and when they change in the log. Never ends.
-pub(crate) async fn watch(
-    kafka: &KafkaConfig,
-    topics: &[Declared],
-    health: &Health,
-    metrics: &Metrics,
-) -> anyhow::Result<()> {
-    let admin: Admin = create(&kafka.client())?;
-    let mut reported: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    let mut missing: BTreeSet<&str> = BTreeSet::new();
-    loop {
-        for topic in topics {
-            let differences = match existing(&admin, &topic.name).await {
-                Ok(Some(existing)) => {
-                    missing.remove(topic.name.as_str());
-                    compare(topic, &existing).all()
-                }
-                // A broker of several may not know a new topic yet. So the topic counts as deleted
-                // only if it is missing twice in a row.
-                Ok(None) if missing.insert(topic.name.as_str()) => continue,
-                Ok(None) => vec!["does not exist any more".to_owned()],
-                Err(error) => {
-                    tracing::debug!(topic = topic.name, error = %format!("{error:#}"), "cannot check the topic; will retry");
-                    continue;
-                }
-            };
-            let known = reported.insert(&topic.name, differences.clone()).unwrap_or_default();
-            if known != differences {
-                report(topic, &differences, health, metrics);
-            }
-        }
-        sleep(WATCH_INTERVAL).await;
-    }
-}
-
-fn report(topic: &Declared, differences: &[String], health: &Health, metrics: &Metrics) {
+fn report(topic: &Declared, differences: &[String], health: &Health) {
     let component = format!("topic {}", topic.name);
-    let labels = TopicLabels { topic: topic.name.clone() };
-    metrics.topic_settings_changed.get_or_create(&labels).set(differences.len() as i64);
     if differences.is_empty() {
         tracing::info!(topic = topic.name, "the topic is as declared again");
         health.resolved(&component);
     } else {
         tracing::error!(topic = topic.name, ?differences, "the topic differs from its declaration; alter the topic");
         health.report(&component, format!("an operator: the topic {}", differences.join(", and ")));
-    }
-}
-
-/// Waits until a topic exists that another service owns.
-///
-/// # Errors
-/// The topic has another number of partitions than this release can read.
-pub(crate) async fn wait_until_exists(kafka: &KafkaConfig, topic: &Declared) -> anyhow::Result<()> {
-    let admin: Admin = create(&kafka.client())?;
-    let mut logged = None;
-    loop {
-        match existing_partitions(&admin, &topic.name) {
-            Ok(Some((existing, _))) if topic.has_partitions(existing) => return Ok(()),
-            Ok(Some((existing, _))) => {
-                bail!("topic {} has {existing} partitions, but this release expects {}", topic.name, topic.partitions)
-            }
-            Ok(None) => {
-                warn_once(&mut logged, topic, &anyhow!("it does not exist"), "cannot find the topic; will retry")
-            }
-            Err(error) => warn_once(&mut logged, topic, &error, "cannot find the topic; will retry"),
-        }
-        sleep(RETRY_INTERVAL).await;
     }
 }
 

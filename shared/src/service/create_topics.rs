@@ -1,7 +1,7 @@
 //! The subcommand `create-topics`.
 
 use crate::events::Topic;
-use crate::messaging::{self, Declared, KafkaConfig};
+use crate::messaging::{self, Declared, KafkaConfig, Topics};
 
 /// Creates the topics that a service owns, the dead-letter topics of its consumer groups and, if it
 /// has any, the topic of the operators' actions. Checks those that exist. An operator runs it with
@@ -15,7 +15,7 @@ pub async fn create_topics(kafka: &KafkaConfig, topics: &[Topic], groups: &[&str
     let dead_letters = groups.iter().map(|group| messaging::dead_letter_topic(kafka, group));
     let actions = (!groups.is_empty()).then(|| messaging::actions_topic(kafka));
     let declared: Vec<Declared> = owned.chain(dead_letters).chain(actions).collect();
-    messaging::create_topics_now(kafka, &declared).await?;
+    Topics::create_now(kafka, &declared).await?;
     for topic in declared {
         println!("{} exists as declared", topic.name);
     }

@@ -27,7 +27,9 @@ use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Topic;
-use crate::messaging::{self, Consumer, ConsumerSetup, Declared, Handler, Operations, Relay, RelayConfig, Wake};
+use crate::messaging::{
+    self, Consumer, ConsumerSetup, Declared, Handler, Operations, Relay, RelayConfig, Topics, Wake,
+};
 use crate::platform::access::{Gate, PublicRoutes, Rates, Tokens};
 use crate::platform::admin::{self, Guard};
 use crate::platform::health::{self, Health};
@@ -52,6 +54,7 @@ const STOP: &str = "stop";
 pub struct Service {
     name: &'static str,
     config: ServiceConfig,
+    topics: Topics,
     health: Health,
     metrics: Metrics,
     /// Checks the tokens of requests. `None`: none are required.
@@ -90,9 +93,11 @@ impl Service {
         let metrics = Metrics::new(config.telemetry.exports_spans());
         let traces = telemetry::init(name, &config.telemetry, &metrics)?;
         let operations = Operations::new(&config.kafka, name);
+        let topics = Topics::new(&config.kafka)?;
         let mut service = Self {
             name,
             config,
+            topics,
             health: Health::default(),
             metrics,
             tokens: None,
@@ -159,15 +164,15 @@ impl Service {
     /// Creates the topics that this service owns, or checks that they are as declared. Then watches
     /// them. Runs in the background.
     pub fn own_topics(&mut self, topics: &'static [Topic]) {
-        let kafka = self.config.kafka.clone();
+        let declared: Vec<Declared> = topics.iter().map(|topic| Declared::of(&self.config.kafka, topic)).collect();
+        let topics = self.topics.clone();
         let health = self.health.clone();
         let metrics = self.metrics.clone();
         metrics.register_topics();
         self.spawn("topics", async move {
-            let topics: Vec<Declared> = topics.iter().map(|topic| Declared::of(&kafka, topic)).collect();
-            messaging::ensure_topics(&kafka, &topics).await?;
+            topics.ensure(&declared).await?;
             tracing::info!("the topics of this service exist as declared");
-            messaging::watch_topics(&kafka, &topics, &health, &metrics).await
+            topics.watch(&declared, &health, &metrics).await
         });
     }
 
@@ -181,6 +186,7 @@ impl Service {
             source: format!("/{}", self.name),
             config: config.clone(),
             kafka: self.config.kafka.clone(),
+            topics: self.topics.clone(),
             database: database.clone(),
             wake: wake.clone(),
             health: self.health.clone(),
@@ -204,6 +210,7 @@ impl Service {
                 number,
                 handler: handler.clone(),
                 kafka: self.config.kafka.clone(),
+                topics: self.topics.clone(),
                 breaker: self.config.breaker.clone(),
                 batch_records: self.config.batch_records,
                 exports_spans: self.config.telemetry.exports_spans(),
@@ -242,13 +249,13 @@ impl Service {
 
     /// Creates a topic that every service with consumers writes, or checks it, and then watches it.
     fn keep_topic(&mut self, task: &str, topic: Declared) {
-        let kafka = self.config.kafka.clone();
+        let topics = self.topics.clone();
         let health = self.health.clone();
         let metrics = self.metrics.clone();
         self.spawn(task, async move {
-            let topics = [topic];
-            messaging::ensure_topics(&kafka, &topics).await?;
-            messaging::watch_topics(&kafka, &topics, &health, &metrics).await
+            let declared = [topic];
+            topics.ensure(&declared).await?;
+            topics.watch(&declared, &health, &metrics).await
         });
     }
 

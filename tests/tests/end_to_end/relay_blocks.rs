@@ -40,6 +40,13 @@ async fn reason(system: &System, component: &str) -> String {
     body["waiting_for"][component].as_str().unwrap_or_default().to_owned()
 }
 
+/// Ends the session of the relay, and with it the term of the leader.
+async fn end_term(db: &PgPool) {
+    let end_session = "select pg_terminate_backend(pid) from pg_stat_activity
+                       where application_name = 'relay' and datname = current_database()";
+    sqlx::query(end_session).execute(db).await.unwrap();
+}
+
 /// Inserts one event for each of many new keys.
 pub async fn insert_keys(db: &PgPool, topic: &str, keys: usize) {
     let keys: Vec<Uuid> = (0..keys).map(|_| Uuid::now_v7()).collect();
@@ -94,6 +101,21 @@ async fn rows_of_a_missing_topic_block_no_other_topic() {
     until_metric(&system, "outbox_blocked_topics", 0.0).await;
     assert_eq!(system.kafka.read("no.such.topic").len(), 12_000);
     assert_eq!(self::reason(&system, "outbox rows").await, "");
+}
+
+/// A term ends while rows are blocked, and the next one begins without them. The metrics show what
+/// the new term knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_term_does_not_report_what_an_earlier_one_had_blocked() {
+    let system = System::start_only(&[USER]).await;
+    system.processes.until_logged(USER, "the topics of this service exist as declared").await;
+    let db = system.stores.database(USER).await;
+    insert_keys(&db, "no.such.topic", 1).await;
+    until_metric(&system, "outbox_blocked_topics", 1.0).await;
+    sqlx::query("delete from outbox").execute(&db).await.unwrap();
+    end_term(&db).await;
+    until_metric(&system, "outbox_blocked_topics", 0.0).await;
+    assert_new_events_are_published(&system).await;
 }
 
 /// T10, I4: the name of a topic is invalid. For some of these names the Kafka client would panic.
@@ -366,9 +388,7 @@ async fn records_of_a_state_topic_that_has_grown_stay_in_their_partitions() {
     system.kafka.set_partitions(USER_STATE, 12).await;
     // The next term has a new producer, which knows all twelve partitions.
     let db = system.stores.database(USER).await;
-    let end_term = "select pg_terminate_backend(pid) from pg_stat_activity
-                    where application_name = 'relay' and datname = current_database()";
-    sqlx::query(end_term).execute(&db).await.unwrap();
+    end_term(&db).await;
     eventually("the topic's change is reported", async || {
         system.users.register().await;
         let changed = system.processes.metric(USER, "topic_partitions_changed", &[]).await;

@@ -9,7 +9,7 @@ use crate::events::Event;
 use crate::messaging::dead_letters;
 use crate::messaging::handler::Handler;
 use crate::messaging::kafka::KafkaConfig;
-use crate::messaging::topics::{self, Declared};
+use crate::messaging::topics::{Declared, Topics};
 use crate::platform::health::Health;
 use crate::platform::metrics::{GroupLabels, GroupMetrics, Metrics};
 
@@ -20,6 +20,7 @@ pub(crate) struct ConsumerSetup<H> {
     pub number: u16,
     pub handler: H,
     pub kafka: KafkaConfig,
+    pub topics: Topics,
     pub breaker: BreakerConfig,
     /// How many records a batch has at most.
     pub batch_records: u16,
@@ -61,7 +62,7 @@ impl<H: Handler> ConsumerSetup<H> {
     /// Waits until the handler's topic exists, and creates the topic of the dead letters.
     pub async fn prepare_topics(&self) -> anyhow::Result<()> {
         self.health.report(&self.component("group"), format!("the topic {}", self.topic()));
-        topics::ensure(&self.kafka, &[dead_letters::declared_topic(&self.kafka, H::GROUP)]).await?;
-        topics::wait_until_exists(&self.kafka, &Declared::of(&self.kafka, &H::Event::TOPIC)).await
+        self.topics.ensure(&[dead_letters::declared_topic(&self.kafka, H::GROUP)]).await?;
+        self.topics.wait_until_exists(&Declared::of(&self.kafka, &H::Event::TOPIC)).await
     }
 }

@@ -3,15 +3,15 @@
 //! partition has no leader or too few in-sync replicas.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, ResourceSpecifier};
 use rdkafka::error::RDKafkaErrorCode;
 use tokio::runtime::Handle as Runtime;
 
-use crate::messaging::kafka::{KafkaConfig, create};
+use crate::messaging::topics::Admin;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How old the answer about a topic may be.
@@ -20,7 +20,7 @@ const MAX_AGE: Duration = Duration::from_secs(1);
 const SETTINGS_MAX_AGE: Duration = Duration::from_secs(60);
 
 pub struct Cluster {
-    admin: AdminClient<DefaultClientContext>,
+    admin: Arc<Admin>,
     /// By the names on the broker.
     topics: BTreeMap<String, Known>,
 }
@@ -45,8 +45,8 @@ pub enum TopicState {
 }
 
 impl Cluster {
-    pub fn new(kafka: &KafkaConfig) -> anyhow::Result<Self> {
-        Ok(Self { admin: create(&kafka.client())?, topics: BTreeMap::new() })
+    pub fn new(admin: Arc<Admin>) -> Self {
+        Self { admin, topics: BTreeMap::new() }
     }
 
     /// The state of a topic, by its name on the broker, at most a second old.
@@ -127,7 +127,7 @@ fn is_topic_name(name: &str) -> bool {
 }
 
 /// The topic's `min.insync.replicas`; 1 if Kafka does not tell.
-async fn min_in_sync(admin: &AdminClient<DefaultClientContext>, name: &str) -> usize {
+async fn min_in_sync(admin: &Admin, name: &str) -> usize {
     let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
     let described = admin.describe_configs([&ResourceSpecifier::Topic(name)], &options).await;
     let topic = described.ok().and_then(|mut described| described.pop()?.ok());

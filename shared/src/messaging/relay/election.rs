@@ -119,7 +119,7 @@ impl Election<'_> {
                 return Ok(Some((db, names)));
             }
             if measured_at.is_none() {
-                self.metrics.reset_blocked(); // only the leader knows them
+                self.metrics.reset_leaders();
                 waiting();
                 tracing::info!(transactional_id = names.transactional_id, "another relay leads this outbox; waiting");
             }

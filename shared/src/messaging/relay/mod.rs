@@ -38,6 +38,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use uuid::Uuid;
 
 use super::kafka::KafkaConfig;
+use super::topics::Topics;
 use crate::events::{Kind, Topic, key_hash};
 use crate::fault;
 use crate::platform::database::bounded;
@@ -106,6 +107,7 @@ pub(crate) struct Relay {
     pub source: String,
     pub config: RelayConfig,
     pub kafka: KafkaConfig,
+    pub topics: Topics,
     pub database: PgConnectOptions,
     pub wake: Wake,
     pub health: Health,
@@ -123,7 +125,9 @@ struct Term<'a> {
     transactions: Transactions,
     cluster: Cluster,
     blocks: Blocks,
-    reported: Blocked,
+    /// `None`: nothing was reported in this term. The metrics may still have the values of an earlier
+    /// term.
+    reported: Option<Blocked>,
     /// Rows per round. Reduced while an unexplained rejection is narrowed down, and by a round that
     /// ended the last term: it may have been too large for the network.
     round_rows: &'a mut usize,
@@ -180,9 +184,9 @@ impl Relay {
             db,
             names,
             transactions,
-            cluster: Cluster::new(&self.kafka)?,
+            cluster: Cluster::new(self.topics.admin()),
             blocks: Blocks::default(),
-            reported: Blocked::default(),
+            reported: None,
             round_rows,
             lower_bound: LowerBound::new(),
             measured_at: Instant::now(),
@@ -372,16 +376,17 @@ impl Term<'_> {
 
     /// A state topic never changes its number of partitions. If it was changed all the same,
     /// records are written to the partitions of the declaration, where the older records of their
-    /// keys are, and the change is reported.
+    /// keys are. The change is logged and counted; `/status` has it from the comparison of all
+    /// topics with their declarations.
     fn notice_growth(&mut self, topic: &str, partitions: i32) {
         let Some(declared) = state_topic(topic) else { return };
-        let component = format!("topic {}", self.relay.kafka.prefixed(topic));
-        let labels = TopicLabels { topic: topic.to_owned() };
-        if partitions == declared.partitions {
+        let differs = partitions != declared.partitions;
+        let changed = &self.relay.metrics.topic_partitions_changed;
+        let labels = TopicLabels { topic: self.relay.kafka.prefixed(topic) };
+        changed.get_or_create(&labels).set(i64::from(differs));
+        if !differs {
             if self.grown.remove(declared.name) {
                 tracing::info!(topic, partitions, "the state topic has its declared number of partitions again");
-                self.relay.metrics.topic_partitions_changed.get_or_create(&labels).set(0);
-                self.relay.health.resolved(&component);
             }
         } else if self.grown.insert(declared.name) {
             tracing::error!(
@@ -391,10 +396,6 @@ impl Term<'_> {
                 "the number of partitions of a state topic was changed. Records are written to the declared partitions only; \
                  the service will not start again until the topic is replaced"
             );
-            self.relay.metrics.topic_partitions_changed.get_or_create(&labels).set(1);
-            let reason =
-                format!("the topic to be replaced: it has {partitions} partitions instead of {}", declared.partitions);
-            self.relay.health.report(&component, reason);
         }
     }
 
@@ -542,17 +543,19 @@ impl Term<'_> {
     /// Reports a change of what is blocked: one line with the counts and three examples.
     fn report_blocks(&mut self) {
         let blocked = self.blocks.count();
-        if blocked == self.reported {
+        if self.reported == Some(blocked) {
             return;
         }
-        self.reported = blocked;
+        let earlier = self.reported.replace(blocked);
         let Blocked { topics, partitions, keys } = blocked;
         self.relay.metrics.outbox_blocked_topics.set(topics as i64);
         self.relay.metrics.outbox_blocked_partitions.set(partitions as i64);
         self.relay.metrics.outbox_blocked_keys.set(keys as i64);
         if blocked == Blocked::default() {
-            tracing::info!("all outbox rows can be published again");
-            self.relay.health.resolved(BLOCKED);
+            if earlier.is_some() {
+                tracing::info!("all outbox rows can be published again");
+                self.relay.health.resolved(BLOCKED);
+            }
         } else {
             let examples = self.blocks.examples();
             let reason = format!(

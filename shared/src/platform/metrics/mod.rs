@@ -243,7 +243,8 @@ impl Metrics {
             unit: "seconds",
             labels: &["group"],
             meaning: "Time from an event to its effect. An event about a user has the time of its request. The value is \
-                      the difference between the clocks of two services, for display only. With exemplars",
+                      the difference between the clocks of two services, for display only. Redriven records do not \
+                      count. With exemplars",
             bad: "above a second without a backlog: [A consumer lags](operations.md#a-consumer-lags)",
         };
         self.register(description, &self.event_age);
@@ -510,8 +511,9 @@ impl Metrics {
         }
     }
 
-    /// Sets the metrics of what is blocked to 0, because another process reports them.
-    pub(crate) fn reset_blocked(&self) {
+    /// Resets the metrics that only the leader of a relay knows, because another process leads.
+    pub(crate) fn reset_leaders(&self) {
+        self.topic_partitions_changed.clear();
         let gauges = [&self.outbox_blocked_topics, &self.outbox_blocked_partitions, &self.outbox_blocked_keys];
         for gauge in gauges {
             gauge.set(0);
