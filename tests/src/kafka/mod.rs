@@ -11,7 +11,8 @@ mod wire;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -31,6 +32,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const LARGEST_RECORD: &str = "2000000";
 /// How long a read waits at the end of an empty partition before Kafka reports the end.
 const FETCH_WAIT_MS: &str = "20";
+/// How long a read waits for the markers of transactions.
+const MARKERS: Duration = Duration::from_secs(1);
+const MARKER_POLL: Duration = Duration::from_millis(10);
 
 pub struct Kafka {
     /// The bootstrap servers.
@@ -65,9 +69,10 @@ impl Kafka {
             .create()
             .unwrap();
         let metadata = consumer.fetch_metadata(Some(&name), TIMEOUT).unwrap();
-        let partitions = metadata.topics()[0].partitions().len();
+        let partitions = i32::try_from(metadata.topics()[0].partitions().len()).unwrap();
+        self.until_marked(&consumer, &name, partitions);
         let mut records = vec![];
-        for partition in 0..i32::try_from(partitions).unwrap() {
+        for partition in 0..partitions {
             let mut start = TopicPartitionList::new();
             start.add_partition_offset(&name, partition, Offset::Beginning).unwrap();
             consumer.assign(&start).unwrap();
@@ -86,6 +91,25 @@ impl Kafka {
             }
         }
         records
+    }
+
+    /// Waits until the transactions that are committed by now are visible in every partition. Kafka
+    /// acknowledges a commit before it writes the markers that make its records visible. Gives up
+    /// after a second: a test may keep a transaction open, or a broker is down.
+    fn until_marked(&self, committed: &BaseConsumer, name: &str, partitions: i32) {
+        let all: BaseConsumer =
+            self.client().set("group.id", "reader").set("isolation.level", "read_uncommitted").create().unwrap();
+        let end = |consumer: &BaseConsumer, partition| consumer.fetch_watermarks(name, partition, MARKERS).ok();
+        let deadline = Instant::now() + MARKERS;
+        for partition in 0..partitions {
+            if Instant::now() >= deadline {
+                return;
+            }
+            let Some((_, written)) = end(&all, partition) else { continue };
+            while end(committed, partition).is_some_and(|(_, visible)| visible < written) && Instant::now() < deadline {
+                thread::sleep(MARKER_POLL);
+            }
+        }
     }
 
     /// The committed records of one key, in the order of the topic.
