@@ -19,7 +19,7 @@ pub fn routes(db: PgPool) -> PublicRoutes {
 struct Email {
     delivery_id: Uuid,
     template: String,
-    /// `pending`, `held`, `sending`, `unknown`, `sent`, `failed` or `cancelled`.
+    /// `unaddressed`, `pending`, `held`, `sending`, `unknown`, `sent`, `failed` or `cancelled`.
     status: String,
     attempts: i32,
     /// The code of the mail server's last reply.

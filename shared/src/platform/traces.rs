@@ -67,8 +67,10 @@ impl CollectorConfig {
     /// The endpoint is not a URL, a header is malformed, a file cannot be used, or two settings
     /// contradict each other.
     pub(super) fn processor(&self, metrics: &Metrics) -> anyhow::Result<Option<CountedSpans>> {
-        let tls = self.tls()?;
+        // Without an endpoint nothing is exported, whatever else is set: an empty variable switches the
+        // export off.
         let Some(endpoint) = &self.otel_exporter_otlp_endpoint else { return Ok(None) };
+        let tls = self.tls()?;
         let mut exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint);
         if let Some(headers) = self.headers.get() {
             exporter = exporter.with_metadata(MetadataMap::from_headers(parsed(headers.expose())?));

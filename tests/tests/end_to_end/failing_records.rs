@@ -21,7 +21,7 @@ fn registration(user: Uuid, partition: i32) -> Draft {
 }
 
 /// Gives the handler a bug: the database raises this error for one user.
-async fn add_bug(db: &PgPool, user: Uuid, error: &str) {
+pub async fn add_bug(db: &PgPool, user: Uuid, error: &str) {
     let sql = format!(
         "create function bug() returns trigger language plpgsql as
              $$ begin if new.user_id = '{user}' then {error}; end if; return new; end $$;

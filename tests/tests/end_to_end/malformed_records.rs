@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 /// All records are in one partition, so that a record that blocks anything blocks the others.
 const PARTITION: i32 = 3;
+const OTHER_PARTITION: i32 = 5;
 const FACT_GROUPS: [&str; 2] = [EMAIL_WELCOME, ANALYTICS_USERS];
 const STATE_GROUPS: [&str; 2] = [EMAIL_RECIPIENTS, CACHE_PROFILES];
 /// Bytes of a value that, with its headers, just fits into the 1 MiB that a broker accepts for a
@@ -97,27 +98,30 @@ async fn a_record_with_a_header_name_that_is_not_utf8_is_dead_lettered() {
 }
 
 /// T42, I11: an older release reads an event that only a newer one knows, in a roll-out that
-/// deploys the writer first. It is skipped and counted, and the log says where the first one is. If
-/// the group is set back to it, nothing happens twice.
+/// deploys the writer first. It is skipped and counted, and the log says where the first one of each
+/// partition is. If the group is set back to it, nothing happens twice.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_event_of_a_newer_release_is_skipped_counted_and_logged_once() {
+async fn an_event_of_a_newer_release_is_skipped_counted_and_logged_once_for_each_partition() {
     let mut system = System::start_with(&[USER, EMAIL, ANALYTICS], &DEFAULT_CONSUMERS).await;
     let fact = |kind| Draft::user_event(kind, Uuid::now_v7(), 1).on(PARTITION);
     let kinds = ["user.registered", "user.promoted", "user.promoted", "user.registered"];
     let written = system.kafka.write_all(USER_EVENTS, &kinds.map(fact)).await;
+    let elsewhere = system.kafka.write(USER_EVENTS, &fact("user.promoted").on(OTHER_PARTITION)).await;
     system.users.until_counted(2, 0).await;
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
     let skipped = async || system.processes.counted(ANALYTICS_USERS, "skipped").await;
-    eventually_eq("skipped records", 2.0, skipped).await;
+    eventually_eq("skipped records", 3.0, skipped).await;
     let (_, offset) = written[1];
     let log = system.processes.log(ANALYTICS);
-    let mut lines = log
+    let lines: Vec<&str> = log
         .lines()
-        .filter(|line| line.contains("does not know the type of an event") && line.contains(ANALYTICS_USERS));
-    let line = lines.next().unwrap();
-    let coordinates = format!("{}-{PARTITION}-{offset}", system.kafka.prefixed(USER_EVENTS));
-    assert!(line.contains(&coordinates), "{line}");
-    assert_eq!(lines.next(), None, "the second record is logged too");
+        .filter(|line| line.contains("does not know the type of an event") && line.contains(ANALYTICS_USERS))
+        .collect();
+    for (partition, offset) in [written[1], elsewhere] {
+        let coordinates = format!("{}-{partition}-{offset}\"", system.kafka.prefixed(USER_EVENTS));
+        assert!(lines.iter().any(|line| line.contains(&coordinates)), "{coordinates}: {lines:?}");
+    }
+    assert_eq!(lines.len(), 2, "the second record of a partition is logged too: {lines:?}");
 
     system.processes.stop(ANALYTICS).await;
     system.kafka.commit(ANALYTICS_USERS, PARTITION, offset);

@@ -169,9 +169,11 @@ async fn a_wrong_certificate_of_the_collector_loses_traces_and_nothing_else() {
 async fn wrong_settings_of_the_collector_are_errors_at_the_start() {
     let mut secured = Secured::new().await;
     let authority = secured.authority_file.display().to_string();
-    let https = ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://localhost:4317");
+    let [http, https] =
+        ["http://localhost:4317", "https://localhost:4317"].map(|url| ("OTEL_EXPORTER_OTLP_ENDPOINT", url));
+    let certificate = ("OTEL_EXPORTER_OTLP_CERTIFICATE", &*authority);
     for (settings, error) in [
-        (&[("OTEL_EXPORTER_OTLP_CERTIFICATE", &*authority)][..], "need an OTEL_EXPORTER_OTLP_ENDPOINT with https://"),
+        (&[http, certificate][..], "need an OTEL_EXPORTER_OTLP_ENDPOINT with https://"),
         (&[https, ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/no/ca.pem")], "cannot read OTEL_EXPORTER_OTLP_CERTIFICATE"),
         (&[https, ("OTEL_EXPORTER_OTLP_CLIENT_KEY", &authority)], "need each other"),
         (&[https, ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2")], "OTEL_EXPORTER_OTLP_HEADERS: header 1 is not name=value"),
@@ -182,6 +184,8 @@ async fn wrong_settings_of_the_collector_are_errors_at_the_start() {
         assert!(log.contains(error), "{settings:?}: {log}");
         assert!(!log.contains("hunter2") && !log.contains(TOKEN), "{settings:?}: {log}");
     }
+    // An empty endpoint switches the export off, and the file is not used.
+    secured.system.processes.start_with(USER, &[("OTEL_EXPORTER_OTLP_ENDPOINT", ""), certificate]).await;
     let help = secured.system.processes.run(USER, &["--help"]).await.unwrap();
     assert!(help.contains("OTEL_EXPORTER_OTLP_HEADERS") && !help.contains(TOKEN), "{help}");
     let flag = secured.system.processes.run(USER, &["--otel-exporter-otlp-headers", "a=b"]).await.unwrap_err();

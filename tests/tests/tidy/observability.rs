@@ -2,7 +2,7 @@
 //! running system. `tests/end_to_end/alerts` checks that the alerts fire and that the metrics
 //! exist.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::Value as Json;
@@ -20,20 +20,33 @@ const FAULT_TESTS: &str = "tests/tests/end_to_end/alerts";
 /// The longest time for which the past may influence an alert. Fault tests are stretched to it.
 const LONGEST_RANGE: Duration = Duration::from_secs(15 * 60);
 
-/// The anchors of a document's headings, as GitHub makes them.
-fn anchors(document: &str) -> BTreeSet<String> {
-    let text = read(document);
-    let headings = text.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
-    headings.map(anchor).collect()
+/// The parts of a section for the person who gets an alert.
+const PARTS: [&str; 4] = ["What it means", "What to look at", "What to do", "What not to do"];
+
+/// The sections of a document that begins with a heading: the text below each heading, by its
+/// anchor.
+fn sections(document: &str) -> BTreeMap<String, &str> {
+    let sections = document.split("\n#").map(|section| section.split_once('\n').unwrap_or((section, "")));
+    sections.map(|(heading, text)| (anchor(heading.trim_start_matches('#').trim()), text)).collect()
 }
 
+/// The anchor of a heading, as GitHub makes it.
 fn anchor(heading: &str) -> String {
     let kept = heading.chars().filter(|letter| letter.is_alphanumeric() || " -_".contains(*letter));
     kept.map(|letter| if letter == ' ' { '-' } else { letter.to_ascii_lowercase() }).collect()
 }
 
+/// The parts that a section does not have, or that have no text.
+fn missing_parts(section: &str) -> Vec<&'static str> {
+    let has = |part: &str| {
+        let label = format!("**{part}.** ");
+        section.lines().any(|line| line.strip_prefix(&label).is_some_and(|text| !text.trim().is_empty()))
+    };
+    PARTS.into_iter().filter(|part| !has(part)).collect()
+}
+
 /// Why an alert does not help the person who gets it.
-fn faults(alert: &Alert, anchors: &BTreeSet<String>) -> Vec<String> {
+fn faults(alert: &Alert, sections: &BTreeMap<String, &str>) -> Vec<String> {
     let mut faults = vec![];
     if !["critical", "warning"].contains(&&*alert.severity) {
         faults.push(format!("severity {:?}", alert.severity));
@@ -41,8 +54,11 @@ fn faults(alert: &Alert, anchors: &BTreeSet<String>) -> Vec<String> {
     if alert.summary.is_empty() || alert.description.is_empty() {
         faults.push("no summary or no description".to_owned());
     }
-    match alert.runbook.split_once('#') {
-        Some((OPERATIONS, section)) if anchors.contains(section) => {}
+    match alert.runbook.split_once('#').map(|(document, anchor)| (document, sections.get(anchor))) {
+        Some((OPERATIONS, Some(section))) => {
+            let missing = missing_parts(section).into_iter();
+            faults.extend(missing.map(|part| format!("{} has no part {part:?}", alert.runbook)));
+        }
         _ => faults.push(format!("no such runbook: {:?}", alert.runbook)),
     }
     match Query::parse(&alert.query) {
@@ -55,11 +71,12 @@ fn faults(alert: &Alert, anchors: &BTreeSet<String>) -> Vec<String> {
 
 #[test]
 fn every_alert_has_a_severity_a_text_and_a_runbook() {
-    let anchors = anchors(OPERATIONS);
+    let operations = read(OPERATIONS);
+    let sections = sections(&operations);
     let rules = Rules::read();
     assert!(rules.alerts.len() >= 20, "only {} alerts were found: the rule checks nothing", rules.alerts.len());
     for alert in &rules.alerts {
-        assert_eq!(faults(alert, &anchors), [""; 0], "{RULES}, {}", alert.name);
+        assert_eq!(faults(alert, &sections), [""; 0], "{RULES}, {}", alert.name);
     }
 }
 
@@ -131,7 +148,8 @@ fn prometheus_scrapes_every_service() {
 /// Every panel says what it shows, leads to a section, and has queries that can be parsed.
 #[test]
 fn every_panel_has_a_description_a_runbook_and_valid_queries() {
-    let anchors = anchors(OPERATIONS);
+    let operations = read(OPERATIONS);
+    let sections = sections(&operations);
     let dashboards = files(DASHBOARDS, ".json");
     assert_eq!(dashboards.len(), 5, "the dashboards");
     let mut ids = BTreeSet::new();
@@ -142,7 +160,7 @@ fn every_panel_has_a_description_a_runbook_and_valid_queries() {
             let title = panel["title"].as_str().unwrap();
             let url = panel["links"][0]["url"].as_str().unwrap();
             let section = url.strip_prefix("${docs}/operations.md#").unwrap_or_default();
-            assert!(anchors.contains(section), "{path}, {title}: no such section: {url}");
+            assert!(sections.contains_key(section), "{path}, {title}: no such section: {url}");
             let description = panel["description"].as_str().unwrap();
             let runbook = format!("\n\nRunbook: {OPERATIONS}#{section}");
             let shows = description.strip_suffix(&runbook).unwrap_or_default();
@@ -162,6 +180,31 @@ fn anchors_are_those_of_github() {
 }
 
 #[test]
+fn a_section_ends_at_the_next_heading() {
+    let found = sections("# Page\n\nAll of it.\n\n## A part\n\nSome of it.\n\n### The rest\n");
+    let expected = [("page", "\nAll of it.\n"), ("a-part", "\nSome of it.\n"), ("the-rest", "")];
+    assert_eq!(found, BTreeMap::from(expected.map(|(anchor, text)| (anchor.to_owned(), text))));
+}
+
+/// A section that has every part.
+fn complete() -> String {
+    PARTS.map(|part| format!("**{part}.** Text.\n")).join("\n")
+}
+
+#[test]
+fn missing_parts_of_a_section_are_found() {
+    assert_eq!(missing_parts(""), PARTS);
+    let complete = complete();
+    assert_eq!(missing_parts(&complete), [""; 0]);
+    let without_label = complete.replace("**What to look at.** ", "");
+    assert_eq!(missing_parts(&without_label), ["What to look at"]);
+    let without_text = complete.replace("**What not to do.** Text.", "**What not to do.** ");
+    assert_eq!(missing_parts(&without_text), ["What not to do"]);
+    let mentioned = complete.replace("**What to do.** ", "See **What to do.** ");
+    assert_eq!(missing_parts(&mentioned), ["What to do"]);
+}
+
+#[test]
 fn faults_of_an_alert_are_found() {
     let alert = Alert {
         name: "Bad".to_owned(),
@@ -172,7 +215,7 @@ fn faults_of_an_alert_are_found() {
         description: String::new(),
         runbook: format!("{OPERATIONS}#nowhere"),
     };
-    assert_eq!(faults(&alert, &BTreeSet::new()).len(), 4);
+    assert_eq!(faults(&alert, &BTreeMap::new()).len(), 4);
     let alert = Alert {
         query: "x > 0".to_owned(),
         severity: "warning".to_owned(),
@@ -180,5 +223,7 @@ fn faults_of_an_alert_are_found() {
         runbook: format!("{OPERATIONS}#here"),
         ..alert
     };
-    assert_eq!(faults(&alert, &BTreeSet::from(["here".to_owned()])), [""; 0]);
+    let complete = complete();
+    assert_eq!(faults(&alert, &BTreeMap::from([("here".to_owned(), &*complete)])), [""; 0]);
+    assert_eq!(faults(&alert, &BTreeMap::from([("here".to_owned(), "Text.")])).len(), PARTS.len());
 }

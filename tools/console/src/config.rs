@@ -47,10 +47,9 @@ pub struct Config {
     /// port on this machine.
     #[arg(long, env, value_delimiter = ',')]
     pub admin_addresses: Vec<ServiceAddress>,
-    /// The public API of each service, as name=host:port, separated by commas. The pages
-    /// register and erase users there, and check the effects. Default of each service: its
-    /// published
-    /// port on this machine.
+    /// The public API of each service, as name=host:port, separated by commas. The pages register
+    /// and erase users there, and check the effects. Default of each service: its published port on
+    /// this machine.
     #[arg(long, env, value_delimiter = ',')]
     pub public_addresses: Vec<ServiceAddress>,
     /// URL pattern of a line of code, with {file} and {line} in it, for example

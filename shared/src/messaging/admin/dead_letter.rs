@@ -1,16 +1,15 @@
 //! `POST /dead-letters`: dead-letters a record that blocks its partition in this process.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router, routing};
 use clap::Args;
+use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::time::timeout;
 
 use super::client::{Token, act};
 use super::operations::{Body, INVALID_ACTION, Operations, Refused, parsed, reason};
@@ -22,9 +21,6 @@ use crate::platform::problem::Kind;
 
 const RECORD_NOT_BLOCKED: Kind = Kind::new("record-not-blocked", StatusCode::NOT_FOUND);
 const NOT_DEAD_LETTERED: Kind = Kind::new("not-dead-lettered", StatusCode::SERVICE_UNAVAILABLE);
-
-/// Longer than a turn of the consumer and the acknowledgement of a letter usually take.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn routes() -> Router<Operations> {
     Router::new().route("/dead-letters", routing::post(dead_letter))
@@ -69,19 +65,19 @@ async fn dead_letter(
             return Err(not_blocked(&record));
         }
         let mut groups = vec![];
-        for (group, answer) in waiting {
-            let failed = match timeout(ANSWER_TIMEOUT, answer).await {
-                Ok(Ok(Ok(()))) => {
-                    groups.push(group);
-                    continue;
-                }
-                Ok(Ok(Err(error))) => error,
-                Ok(Err(_)) => "the record does not block its partition any more, or another process has it".to_owned(),
-                Err(_) => {
-                    "the consumer is busy, paused or waits for a dependency; look at /status and try again".to_owned()
-                }
-            };
-            return Err(Refused::new(NOT_DEAD_LETTERED, format!("{group}: {failed}")));
+        let mut failures = vec![];
+        for (group, followed) in
+            join_all(waiting.into_iter().map(|decided| blocked.until_followed(&record, decided))).await
+        {
+            match followed {
+                Ok(()) => groups.push(group),
+                Err(failure) => failures.push(format!("{group}: {failure}")),
+            }
+        }
+        if !failures.is_empty() {
+            // The letters of the other groups are written.
+            failures.extend(groups.iter().map(|group| format!("{group}: dead-lettered")));
+            return Err(Refused::new(NOT_DEAD_LETTERED, failures.join("; ")));
         }
         let detail = format!("dead-lettered by {}", groups.join(", "));
         Ok((DeadLettered { groups }, detail))

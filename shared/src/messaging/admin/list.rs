@@ -178,6 +178,9 @@ impl ListDeadLetters {
             } else if !page.letters.is_empty() {
                 print!("{}", table(&page.letters));
             }
+            if self.filter != Filter::default() && page.next.is_some() {
+                eprintln!("read {} of {} records", page.read, page.of);
+            }
             counts = page.groups.into_iter().map(|group| (group.group, group.open)).collect();
             if self.limit.is_some_and(|limit| printed >= limit) {
                 break;

@@ -68,6 +68,10 @@ struct Line {
     superseded: usize,
     failed: usize,
     parked: usize,
+    /// How far the reading is in the topic of the letters, in records. Both are 0 if the request
+    /// names letters.
+    read: i64,
+    of: i64,
     /// Whether this is the last line.
     ended: bool,
     /// Why the redrive ended early.
@@ -78,8 +82,8 @@ struct Line {
 
 impl Line {
     fn of(progress: Progress, not_open: &[String]) -> Self {
-        let Progress { settled, superseded, failed, parked } = progress;
-        Self { settled, superseded, failed, parked, ended: false, error: None, not_open: not_open.to_vec() }
+        let Progress { settled, superseded, failed, parked, read, of } = progress;
+        Self { settled, superseded, failed, parked, read, of, ended: false, error: None, not_open: not_open.to_vec() }
     }
 
     fn text(&self) -> String {
@@ -297,7 +301,9 @@ impl Redrive {
             if line.ended {
                 last = Some(line);
             } else {
-                eprintln!("{group}: {}", line.text());
+                let Line { read, of, .. } = line;
+                let position = if of > 0 { format!(" (read {read} of {of} records)") } else { String::new() };
+                eprintln!("{group}: {}{position}", line.text());
             }
             Ok(())
         });

@@ -84,8 +84,8 @@ pub(super) struct Batch<'c, E> {
     /// that no record is handled, dead-lettered or counted again because another one failed.
     finished: BTreeSet<PartitionOffset>,
     counts: Counts,
-    /// Whether a skipped record was logged.
-    skip_logged: bool,
+    /// The partitions of which a skipped record was logged.
+    skips_logged: BTreeSet<i32>,
 }
 
 /// What happened to the finished records.
@@ -105,7 +105,7 @@ impl<'c, E: Event> Batch<'c, E> {
             limit: limit.into(),
             finished: BTreeSet::new(),
             counts: Counts::default(),
-            skip_logged: false,
+            skips_logged: BTreeSet::new(),
         }
     }
 
@@ -222,7 +222,7 @@ impl<'c, E: Event> Batch<'c, E> {
     /// partition and no other. After a failure some records may have taken effect: the finished
     /// ones are left out of the next attempt, and effects are idempotent.
     pub async fn deliver<H: Handler<Event = E>>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
-        let Self { entries, finished, counts, skip_logged, .. } = self;
+        let Self { entries, finished, counts, skips_logged, .. } = self;
         let group = H::GROUP;
         let span = tracing::error_span!("consume", group, records = entries.len());
         let failing = Failing::new();
@@ -230,7 +230,7 @@ impl<'c, E: Event> Batch<'c, E> {
         let messages: Vec<&BorrowedMessage<'c>> = entries.iter().map(|entry| &*entry.message).collect();
         let messages = &messages;
         let mut delivery =
-            BatchDelivery { context, messages, finished, counts, skip_logged, span, split_since: None, failing };
+            BatchDelivery { context, messages, finished, counts, skips_logged, span, split_since: None, failing };
         let mut records = Vec::with_capacity(messages.len());
         for (message, decoded) in messages.iter().zip(ahead) {
             let is_finished = delivery.finished.contains(&partition_offset(message));
@@ -286,7 +286,7 @@ struct BatchDelivery<'a, H> {
     messages: &'a [&'a BorrowedMessage<'a>],
     finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
-    skip_logged: &'a mut bool,
+    skips_logged: &'a mut BTreeSet<i32>,
     /// The span of the batch.
     span: Span,
     /// When the delivery began to try fewer records at a time.
@@ -306,11 +306,11 @@ impl<H: Handler> BatchDelivery<'_, H> {
         handler::deliver(self, records, self.context.split).await
     }
 
-    /// This release does not know the type of the event. Only the first such record is logged, for
-    /// an operator who wants to know where to read again with a newer release.
+    /// This release does not know the type of the event. Only the first such record of a partition
+    /// is logged, for an operator who wants to know where to read again with a newer release.
     fn skip(&mut self, message: &BorrowedMessage<'_>) {
         self.counts.skipped += 1;
-        if !mem::replace(self.skip_logged, true) {
+        if self.skips_logged.insert(message.partition()) {
             tracing::warn!(
                 group = H::GROUP,
                 coordinates = %Coordinates::of(message),

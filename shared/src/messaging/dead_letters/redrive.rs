@@ -30,6 +30,9 @@ use crate::messaging::record::{Coordinates, Record};
 const CHUNK: usize = 100;
 /// Bytes of letters that are tried together. One letter more may exceed it.
 const CHUNK_BYTES: usize = 4 * 1024 * 1024;
+/// Records that are read for one chunk, at most. A filter may match none of a million letters, and
+/// the redrive reports its progress and notices the stop between two chunks.
+const CHUNK_READ: usize = 10_000;
 
 /// An order to redrive some letters of a group.
 pub struct Job {
@@ -60,6 +63,10 @@ pub struct Progress {
     pub failed: usize,
     /// Letters that were not tried, because they are parked.
     pub parked: usize,
+    /// How far the reading is in the topic of the letters, in records, and where it ends. Both are
+    /// 0 if the letters are named.
+    pub read: i64,
+    pub of: i64,
 }
 
 impl Progress {
@@ -169,35 +176,40 @@ impl<H: Handler> Run<'_, H> {
         let mut bytes = 0;
         match source {
             Source::Named(named) => {
-                // Bounded by the number of letters that one request may name.
                 for record in named {
                     let Some(offset) = index.letter_of(record) else { continue };
-                    let letter = self.reader.at(letters.topic(), offset)?;
-                    chunk.extend(letter.map(|letter| DeadLetter::read(record.clone(), letter)));
-                    if chunk.len() == most {
+                    let Some(letter) = self.reader.at(letters.topic(), offset)? else { continue };
+                    bytes += letter.payload().map_or(0, <[u8]>::len);
+                    chunk.push(DeadLetter::read(record.clone(), letter));
+                    if chunk.len() == most || bytes >= CHUNK_BYTES {
                         break;
                     }
                 }
             }
             Source::Topic { filter, next, end } => {
                 let progress = self.progress;
+                let mut read = 0;
                 *next = self.reader.scan(letters.topic(), *next, *end, |message| {
-                    let Some(record) = index.record_of(&message) else { return ControlFlow::Continue(()) };
-                    bytes += message.payload().map_or(0, <[u8]>::len);
-                    let letter = DeadLetter::read(record, message);
-                    if filter.matches(&Line::of(H::GROUP, &letter)) {
-                        if letter.is_parked() {
-                            progress.send_modify(|progress| progress.parked += 1);
-                        } else {
-                            chunk.push(letter);
+                    read += 1;
+                    if let Some(record) = index.record_of(&message) {
+                        let size = message.payload().map_or(0, <[u8]>::len);
+                        let letter = DeadLetter::read(record, message);
+                        if filter.matches(&Line::of(H::GROUP, &letter)) {
+                            if letter.is_parked() {
+                                progress.send_modify(|progress| progress.parked += 1);
+                            } else {
+                                bytes += size;
+                                chunk.push(letter);
+                            }
                         }
                     }
-                    if chunk.len() == most || bytes >= CHUNK_BYTES {
+                    if chunk.len() == most || bytes >= CHUNK_BYTES || read == CHUNK_READ {
                         ControlFlow::Break(())
                     } else {
                         ControlFlow::Continue(())
                     }
                 })?;
+                progress.send_modify(|progress| (progress.read, progress.of) = (*next, *end));
                 if chunk.is_empty() && *next < *end {
                     return Ok(Some(chunk));
                 }

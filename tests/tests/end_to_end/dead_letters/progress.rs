@@ -42,7 +42,9 @@ async fn a_redrive_keeps_to_its_rate_and_reports_its_progress() {
     let settled: Vec<i64> = lines.iter().map(|line| line["settled"].as_i64().unwrap()).collect();
     assert!(settled.is_sorted() && settled.last() == Some(&(LETTERS as i64)), "{text}");
     assert!(settled[0] < LETTERS as i64, "the first line is a progress: {text}");
-    assert_eq!(lines.last().unwrap()["ended"], true);
+    let last = lines.last().unwrap();
+    assert_eq!(last["ended"], true);
+    assert!(last["read"] == last["of"] && last["of"].as_i64() >= Some(LETTERS as i64), "{text}");
     let actions = actions(&system, ANALYTICS).await;
     let done = ("redrive".to_owned(), ANALYTICS_USERS.to_owned(), Some("done".to_owned()));
     assert_eq!(actions.iter().map(summary).collect::<Vec<_>>(), [done]);

@@ -11,7 +11,7 @@ use tests::{System, eventually, eventually_eq, eventually_reaches};
 use topology::{ANALYTICS, CACHE, EMAIL, USER};
 use uuid::Uuid;
 
-use super::{add_bug, analytics, analytics_with, attempts, listed, redrive, remove_bug};
+use super::{actions, add_bug, analytics, analytics_with, attempts, listed, redrive, remove_bug, summary};
 use crate::rebalancing::{SLOW, SLOW_BATCH};
 
 const MANY: usize = 2_000;
@@ -137,6 +137,9 @@ async fn a_redrive_of_thousands_of_letters_counts_each_registration_once() {
     let nothing = "0 settled, 0 superseded, 0 failed again, 0 parked";
     assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, nothing);
     system.users.until_counted(MANY as i64, 0).await;
+    let acted = |outcome: Option<&str>| ("redrive".to_owned(), ANALYTICS_USERS.to_owned(), outcome.map(str::to_owned));
+    let found: Vec<_> = actions(&system, ANALYTICS).await.iter().map(summary).collect();
+    assert_eq!(found, [acted(Some("done")), acted(None)], "the redrive that was killed has no outcome");
 }
 
 /// One of ten letters fails again. The others settle.

@@ -11,6 +11,7 @@ use topology::{ANALYTICS, EMAIL, USER};
 use uuid::Uuid;
 
 use crate::dead_letters::{add_bug, remove_bug};
+use crate::failing_records;
 
 const TOKEN: &str = "on-call-0123456789abcdef0123456789";
 const OTHER: &str = "other-0123456789abcdef0123456789ab";
@@ -81,6 +82,41 @@ async fn an_operator_gets_from_an_alert_to_the_settled_records() {
     let expected = [by_on_call("discard"), by_on_call("redrive"), by_on_call("show")];
     let expected: Vec<_> = expected.iter().map(|(action, operator, outcome)| (action, operator, outcome)).collect();
     assert_eq!(done, expected, "{actions:?}");
+}
+
+/// T43, T63, T94: with TLS, logins and rights, an operator pauses and resumes consumers, sees the
+/// record of a topic, and dead-letters a record that blocks its partition. Another token is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_acts_on_consumers_and_records_of_a_secured_system() {
+    let mut system = System::empty_on_secured_components(&[]).await;
+    system.processes.set_own(ANALYTICS, &[("ADMIN_TOKENS", format!("on-call:{TOKEN}"))]);
+    system.processes.start(&[ANALYTICS]).await;
+    let act = async |arguments: &[&str]| {
+        let refused = run(&system, arguments, OTHER).await.unwrap_err().to_string();
+        assert!(refused.contains(StatusCode::UNAUTHORIZED.as_str()), "{refused}");
+        run(&system, arguments, TOKEN).await.unwrap()
+    };
+
+    act(&["pause-consumers", "--reason", "maintenance of the database"]).await;
+    system.processes.until_reported(ANALYTICS, "maintenance of the database").await;
+    act(&["resume-consumers"]).await;
+    system.processes.until_nothing_reported(ANALYTICS).await;
+
+    let db = system.stores.database(ANALYTICS).await;
+    let failing = Uuid::now_v7();
+    failing_records::add_bug(&db, failing, "raise exception 'no'").await;
+    let written = system.kafka.write(USER_EVENTS, &Draft::user_event("user.registered", failing, 1).on(0)).await;
+    let record = format!("{}-{}-{}", system.kafka.prefixed(USER_EVENTS), written.0, written.1);
+    system.processes.until_reported(ANALYTICS, &record).await;
+    let shown: Value = serde_json::from_str(&act(&["show-record", &record, "--reason", "ticket 4712"]).await).unwrap();
+    assert_eq!(shown["key"], json!(failing.to_string()));
+    act(&["dead-letter", &record, "--reason", "ticket 4712"]).await;
+    system.kafka.until_dead_letters(ANALYTICS_USERS, &[written]).await;
+
+    let actions = lines(&run(&system, &["actions", "--json"], OTHER).await.unwrap());
+    let done: Vec<_> = actions.iter().map(|action| (action["action"].as_str(), action["outcome"].as_str())).collect();
+    let names = ["dead-letter", "show-record", "resume-consumers", "pause-consumers"];
+    assert_eq!(done, names.map(|name| (Some(name), Some("done"))), "{actions:?}");
 }
 
 /// Without the right to write the topic of actions, the service does nothing that would have to be
