@@ -148,11 +148,15 @@ impl Writer {
 
 /// A reader of committed records that joins no group.
 pub fn reader(bed: &Bed) -> Result<BaseConsumer> {
+    isolated(bed, "read_committed")
+}
+
+fn isolated(bed: &Bed, level: &str) -> Result<BaseConsumer> {
     let mut config = client(bed);
     config
         .set("group.id", "bench")
         .set("enable.auto.commit", "false")
-        .set("isolation.level", "read_committed")
+        .set("isolation.level", level)
         .set("enable.partition.eof", "true")
         .set("fetch.wait.max.ms", "100");
     Ok(config.create()?)
@@ -167,14 +171,27 @@ pub fn assign(reader: &BaseConsumer, topic: &str, starts: &BTreeMap<i32, i64>) -
     Ok(reader.assign(&assignment)?)
 }
 
-/// The end of each partition: the offset of the next record.
+/// The end of each partition: the offset of the next record, whether a transaction is open or not.
 pub fn ends(bed: &Bed, topic: &str) -> Result<BTreeMap<i32, i64>> {
-    let reader = reader(bed)?;
+    let reader = isolated(bed, "read_uncommitted")?;
     let metadata = reader.fetch_metadata(Some(topic), TIMEOUT)?;
     let partitions = metadata.topics().first().map_or(0, |topic| topic.partitions().len());
     ensure!(partitions > 0, "the topic {topic} does not exist");
     let end = |partition| Ok((partition, reader.fetch_watermarks(topic, partition, TIMEOUT)?.1));
     (0..i32::try_from(partitions)?).map(end).collect()
+}
+
+/// Waits until readers of committed records may read up to these ends. Kafka acknowledges a commit
+/// before it writes the markers that make its records visible.
+fn until_visible(reader: &BaseConsumer, topic: &str, ends: &BTreeMap<i32, i64>) -> Result<()> {
+    let deadline = Instant::now() + TIMEOUT;
+    for (partition, end) in ends {
+        while reader.fetch_watermarks(topic, *partition, TIMEOUT)?.1 < *end {
+            ensure!(Instant::now() < deadline, "a transaction on {topic} does not end");
+            std::thread::sleep(POLL);
+        }
+    }
+    Ok(())
 }
 
 /// Calls `each` with every committed record from these offsets to the end.
@@ -185,6 +202,7 @@ pub fn read(
     mut each: impl FnMut(&rdkafka::message::BorrowedMessage<'_>) -> Result<()>,
 ) -> Result<()> {
     let reader = reader(bed)?;
+    until_visible(&reader, topic, &ends(bed, topic)?)?;
     assign(&reader, topic, starts)?;
     let mut open = starts.len();
     while open > 0 {

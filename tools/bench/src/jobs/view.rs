@@ -137,13 +137,11 @@ impl Contest for View<'_> {
             }
         }
         self.writer.wait()?;
+        // After the last record: the marker of the transaction is written after the commit.
+        let ends = kafka::ends(self.lab.bed, &topic)?;
         let meter = self.lab.bed.meter(&[&self.service])?;
         let deadline = Instant::now() + LIMIT;
         self.writer.commit()?;
-        // The end of a partition is after the marker of the transaction. The view's position gets
-        // there when the partition is read to its end; the last record is before the marker.
-        let ends =
-            kafka::ends(self.lab.bed, &topic)?.into_iter().map(|(partition, end)| (partition, end - 1)).collect();
         while !self.has_reached(&ends).await? {
             ensure!(Instant::now() < deadline, "the cache does not write the states");
             sleep(POLL).await;
