@@ -84,8 +84,6 @@ pub(super) struct Batch<'c, E> {
     /// that no record is handled, dead-lettered or counted again because another one failed.
     finished: BTreeSet<PartitionOffset>,
     counts: Counts,
-    /// The partitions of which a skipped record was logged.
-    skips_logged: BTreeSet<i32>,
 }
 
 /// What happened to the finished records.
@@ -105,7 +103,6 @@ impl<'c, E: Event> Batch<'c, E> {
             limit: limit.into(),
             finished: BTreeSet::new(),
             counts: Counts::default(),
-            skips_logged: BTreeSet::new(),
         }
     }
 
@@ -222,15 +219,14 @@ impl<'c, E: Event> Batch<'c, E> {
     /// partition and no other. After a failure some records may have taken effect: the finished
     /// ones are left out of the next attempt, and effects are idempotent.
     pub async fn deliver<H: Handler<Event = E>>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
-        let Self { entries, finished, counts, skips_logged, .. } = self;
+        let Self { entries, finished, counts, .. } = self;
         let group = H::GROUP;
         let span = tracing::error_span!("consume", group, records = entries.len());
         let failing = Failing::new();
         let ahead: Vec<Option<Decoded<E>>> = entries.iter_mut().map(|entry| entry.decoded.take()).collect();
         let messages: Vec<&BorrowedMessage<'c>> = entries.iter().map(|entry| &*entry.message).collect();
         let messages = &messages;
-        let mut delivery =
-            BatchDelivery { context, messages, finished, counts, skips_logged, span, split_since: None, failing };
+        let mut delivery = BatchDelivery { context, messages, finished, counts, span, split_since: None, failing };
         let mut records = Vec::with_capacity(messages.len());
         for (message, decoded) in messages.iter().zip(ahead) {
             let is_finished = delivery.finished.contains(&partition_offset(message));
@@ -277,6 +273,8 @@ pub(super) struct DeliveryContext<'a, H> {
     pub breaker: &'a mut Breaker,
     /// Next offset to handle, per partition.
     pub next_offsets: &'a mut BTreeMap<i32, i64>,
+    /// The partitions of which a skipped record was logged.
+    pub skips_logged: &'a mut BTreeSet<i32>,
     pub split: Split,
 }
 
@@ -286,7 +284,6 @@ struct BatchDelivery<'a, H> {
     messages: &'a [&'a BorrowedMessage<'a>],
     finished: &'a mut BTreeSet<PartitionOffset>,
     counts: &'a mut Counts,
-    skips_logged: &'a mut BTreeSet<i32>,
     /// The span of the batch.
     span: Span,
     /// When the delivery began to try fewer records at a time.
@@ -310,7 +307,7 @@ impl<H: Handler> BatchDelivery<'_, H> {
     /// is logged, for an operator who wants to know where to read again with a newer release.
     fn skip(&mut self, message: &BorrowedMessage<'_>) {
         self.counts.skipped += 1;
-        if self.skips_logged.insert(message.partition()) {
+        if self.context.skips_logged.insert(message.partition()) {
             tracing::warn!(
                 group = H::GROUP,
                 coordinates = %Coordinates::of(message),

@@ -225,6 +225,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
             dead_letters: &self.dead_letters,
             breaker: &mut self.waiting.breaker,
             next_offsets: &mut self.partitions.next_offsets,
+            skips_logged: &mut self.partitions.skips_logged,
             split,
         };
         self.runtime.block_on(async { tokio::join!(batch.deliver(context), next.decode()).0 })

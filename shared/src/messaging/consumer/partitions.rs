@@ -45,6 +45,8 @@ pub(super) struct Partitions<'c> {
     pub(super) topic: String,
     /// Next offset to handle, per partition that the client reads.
     pub(super) next_offsets: BTreeMap<i32, i64>,
+    /// Partitions of which a skipped record was logged.
+    pub(super) skips_logged: BTreeSet<i32>,
     /// Partitions that have been read to the end.
     pub(super) at_end: BTreeSet<i32>,
     /// Partition and offset of the records that were dropped because the handler's position did not
@@ -84,6 +86,7 @@ impl<'c> Partitions<'c> {
             group_on_broker: setup.kafka.prefixed(H::GROUP),
             topic: setup.topic(),
             next_offsets: BTreeMap::new(),
+            skips_logged: BTreeSet::new(),
             at_end: BTreeSet::new(),
             dropped: BTreeSet::new(),
             blocked: BTreeMap::new(),
