@@ -18,7 +18,7 @@ use tracing::{Instrument, field::Empty};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use uuid::Uuid;
 
-use super::access::{Gate, PublicRoutes, guarded};
+use super::access::{Gate, PublicRoutes, admit};
 use super::metrics::{Exemplars, Metrics, RequestLabels, TracedHistograms, observe};
 use super::problem::{self, internal_error, problem, retry_later};
 use super::telemetry::{self, TraceContext};
@@ -48,7 +48,9 @@ pub(crate) struct Layers {
     pub draining: CancellationToken,
 }
 
-/// Adds to a service's routes what every public route gets.
+/// Adds to a service's routes what every public route gets. The first layer of a tuple is the
+/// outermost. For each [`Router::layer`] axum copies and boxes all layers within it on every
+/// request, so layers that belong together are added together.
 pub(crate) fn layered(routes: PublicRoutes, layers: &Layers) -> Router {
     let requests = Arc::new(Semaphore::new(layers.requests));
     let routes = routes
@@ -57,10 +59,13 @@ pub(crate) fn layered(routes: PublicRoutes, layers: &Layers) -> Router {
         .method_not_allowed_fallback(async || {
             problem(problem::METHOD_NOT_ALLOWED, "the resource does not support this method")
         })
-        .layer(middleware::from_fn_with_state(requests, limited));
-    let routes = with_whole_bodies(routes, layers.body_timeout);
-    // Before the body is read, so that a refused caller cannot make the service wait for it.
-    observed_by(guarded(routes, layers.gate.clone()), layers)
+        .layer((
+            // Before the body is read, so that a refused caller cannot make the service wait for it.
+            middleware::from_fn_with_state(Arc::new(layers.gate.clone()), admit),
+            middleware::from_fn_with_state(layers.body_timeout, with_whole_body),
+            middleware::from_fn_with_state(requests, limited),
+        ));
+    observed_by(routes, layers)
 }
 
 /// Limits the size of a request's body, and the time that it takes to arrive.
@@ -75,10 +80,11 @@ pub(crate) fn overloaded() -> Router {
 
 /// Adds the span, the metric and the id of each request. A panic is answered with 500.
 pub(crate) fn observed_by(routes: Router, layers: &Layers) -> Router {
-    let routes = routes
-        .layer(CatchPanicLayer::custom(|_| internal_error().into_response()))
-        .layer(middleware::from_fn_with_state(Arc::new(Observer::of(layers)), observed));
-    identified(routes, layers.draining.clone())
+    routes.layer((
+        middleware::from_fn_with_state(layers.draining.clone(), identify),
+        middleware::from_fn_with_state(Arc::new(Observer::of(layers)), observed),
+        CatchPanicLayer::custom(|_| internal_error().into_response()),
+    ))
 }
 
 /// Gives every request an id: that of the caller, if it is usable, or a new one. The answer carries

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use axum::{Extension, Router};
+use axum::Router;
 use clap::Args;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Duration, sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
+use tower_http::add_extension::AddExtension;
 
 use super::access::Peer;
 use super::settings::number;
@@ -122,7 +123,7 @@ impl Server {
                 accepted = listener.accept() => accepted,
             };
             let (stream, peer) = match accepted {
-                Ok((stream, address)) => (stream, Extension(Peer(address.ip()))),
+                Ok((stream, address)) => (stream, Peer(address.ip())),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection; will retry");
                     stop.run_until_cancelled(sleep(ACCEPT_RETRY)).await;
@@ -130,13 +131,12 @@ impl Server {
                 }
             };
             if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
-                let routes = self.routes.clone().layer(peer);
-                open.spawn(connection(stream, routes, self.read_timeout, place, stop.clone()));
+                open.spawn(connection(stream, peer, self.routes.clone(), self.read_timeout, place, stop.clone()));
                 continue;
             }
             self.refused.inc();
             if let Ok(place) = Arc::clone(&refusals).try_acquire_owned() {
-                open.spawn(connection(stream, self.overloaded.clone(), REFUSAL_TIMEOUT, place, stop.clone()));
+                open.spawn(connection(stream, peer, self.overloaded.clone(), REFUSAL_TIMEOUT, place, stop.clone()));
             }
         }
         drop(listener);
@@ -152,6 +152,7 @@ impl Server {
 /// connection, sent no HTTP, or was too slow.
 async fn connection(
     stream: TcpStream,
+    peer: Peer,
     routes: Router,
     read_timeout: Duration,
     _place: OwnedSemaphorePermit,
@@ -165,7 +166,7 @@ async fn connection(
         .timer(TokioTimer::new())
         .header_read_timeout(read_timeout)
         .max_buf_size(HEAD_LIMIT)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(AddExtension::new(routes, peer)));
     let mut serving = std::pin::pin!(serving);
     tokio::select! {
         _ = serving.as_mut() => return,

@@ -13,6 +13,6 @@ pub(crate) use addresses::Peer;
 pub use caller::{Caller, Forbidden};
 pub use rates::{RateConfig, Rates, TooMany};
 pub use routes::PublicRoutes;
-pub(crate) use routes::{Gate, guarded};
+pub(crate) use routes::{Gate, admit};
 pub use tokens::AuthConfig;
 pub(crate) use tokens::Tokens;

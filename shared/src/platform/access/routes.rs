@@ -55,13 +55,9 @@ pub(crate) struct Gate {
     pub trusted_proxies: Arc<[IpNet]>,
 }
 
-/// Lets a request reach the routes only with a valid token and within the limits of its caller.
-/// Requests for unknown paths are checked as well.
-pub(crate) fn guarded(routes: Router, gate: Gate) -> Router {
-    routes.layer(middleware::from_fn_with_state(Arc::new(gate), pass))
-}
-
-async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+/// A layer that lets a request reach the routes only with a valid token and within the limits of
+/// its caller. It checks requests for unknown paths as well.
+pub(crate) async fn admit(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get().copied();
     match gate.caller(peer, request.headers()).await {
         Ok(caller) => {
