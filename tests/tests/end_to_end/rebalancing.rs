@@ -202,37 +202,57 @@ async fn a_consumer_that_loses_a_partition_commits_what_it_has_handled() {
 /// T17, I9, I11: with a backlog a consumer has polled the next batch while its handler works on the
 /// present one. Partitions move in the meantime: what is handled is committed, and the records that
 /// were only polled go to the new owner. No record is handled twice.
+///
+/// A partition never has as many records to handle as a batch, so a batch has records of several
+/// partitions. The first consumer keeps one partition and loses the others, so what it has polled
+/// has records of a partition that it loses.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_were_polled_ahead_go_to_the_new_owner() {
-    /// There are always this many records to handle, and at most twice as many.
-    const BACKLOG: i64 = 1_500;
-    const SETTINGS: [(&str, &str); 2] = [("BATCH_RECORDS", "20"), ("OFFSET_COMMIT_MS", "5000")];
+    const PARTITIONS: i32 = 6;
+    const BATCH: &str = "300";
+    /// Records of each partition that are written together. There are always this many to handle,
+    /// and at most twice as many.
+    const WRITTEN: i32 = 140;
+    /// The consumers handle about 900 records a second, each of them.
+    const SLOWER: &str = "
+        create function be_slower() returns trigger language plpgsql as $$ begin perform pg_sleep(0.001); return new; end $$;
+        create trigger be_slower before insert on funnel for each row execute function be_slower();";
     let mut system = System::start_only(&[USER, EMAIL, ANALYTICS]).await;
     system.processes.stop(ANALYTICS).await;
     // Without mails no other group uses an inbox.
     system.processes.stop(EMAIL).await;
-    let write = async || {
-        let fact = |_| Draft::user_event("user.registered", Uuid::now_v7(), 1);
-        system.kafka.write_all(USER_EVENTS, &(0..BACKLOG).map(fact).collect::<Vec<_>>()).await;
-    };
-    write().await;
-    write().await;
-    let mut written = 2 * BACKLOG;
-
-    system.processes.spawn_with(ANALYTICS, &SETTINGS);
-    let other = system.processes.spawn_another_with(ANALYTICS, &SETTINGS);
-    let labels = |outcome: &str| [format!("group=\"{ANALYTICS_USERS}\""), format!("outcome=\"{outcome}\"")];
-    let at_other = async |outcome: &str| {
-        let [group, outcome] = labels(outcome);
-        other.admin().metric("events_consumed_total", &[&group, &outcome]).await.unwrap_or(0.0)
-    };
-    while at_other("applied").await == 0.0 {
+    sqlx::raw_sql(SLOWER).execute(&system.stores.database(ANALYTICS).await).await.unwrap();
+    let mut written = 0;
+    let mut top_up = async || {
         let (users, _) = system.users.funnel().await;
-        if written - users <= BACKLOG {
-            write().await;
-            written += BACKLOG;
+        if written - users <= i64::from(PARTITIONS * WRITTEN) {
+            let fact = |number| Draft::user_event("user.registered", Uuid::now_v7(), 1).on(number % PARTITIONS);
+            let facts: Vec<Draft> = (0..PARTITIONS * WRITTEN).map(fact).collect();
+            written += system.kafka.write_all(USER_EVENTS, &facts).await.len() as i64;
         }
-    }
+        written
+    };
+    let settings = [("BATCH_RECORDS", BATCH), ("OFFSET_COMMIT_MS", "5000")];
+    system.processes.spawn_with(ANALYTICS, &settings);
+    eventually("the first consumer has handled records of every partition", async || {
+        top_up().await;
+        (system.users.funnel().await.0 > i64::from(PARTITIONS * WRITTEN)).then_some(())
+    })
+    .await;
+
+    let others = PARTITIONS - 1;
+    let consumers = ("CONSUMERS", &*others.to_string());
+    let other = system.processes.spawn_another_with(ANALYTICS, &[settings[0], settings[1], consumers]);
+    let at_other = async |outcome: &str| {
+        let labels = [&*format!("group=\"{ANALYTICS_USERS}\""), &*format!("outcome=\"{outcome}\"")];
+        other.admin().metric("events_consumed_total", &labels).await.unwrap_or(0.0)
+    };
+    let written = eventually("every consumer has a partition, and the other process handles records", async || {
+        let written = top_up().await;
+        let are_distributed = system.kafka.has_distributed(ANALYTICS_USERS, PARTITIONS as usize);
+        (are_distributed && at_other("applied").await > 0.0).then_some(written)
+    })
+    .await;
     until_registered(&system, written).await;
     // Both have handled everything that they will handle.
     system.kafka.until_caught_up(ANALYTICS_USERS).await;
