@@ -143,6 +143,12 @@ pub fn resident_memory(pid: u32) -> Result<f64> {
     memory(pid, "VmRSS:")
 }
 
+/// The part (MB) of [`resident_memory`] that the process has allocated. The rest are pages of its
+/// program and libraries: the processes of one machine share them, and the kernel may drop them.
+pub fn allocated_memory(pid: u32) -> Result<f64> {
+    memory(pid, "RssAnon:")
+}
+
 fn memory(pid: u32, field: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).context("the process has ended")?;
     let line = status.lines().find_map(|line| line.strip_prefix(field));

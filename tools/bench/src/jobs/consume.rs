@@ -29,7 +29,7 @@ const CPU_GOAL: f64 = 0.6;
 const MEMORY_GOAL: f64 = 40.0;
 /// Events of a transaction of the limit.
 const BATCH: usize = 2_000;
-const POLL: Duration = Duration::from_millis(2);
+const POLL: Duration = Duration::from_millis(10);
 const AUDIT_POLL: Duration = Duration::from_millis(200);
 /// How long a slice may take.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -47,7 +47,8 @@ statement the consumer decodes the next batch; sorting, encoding the arrays and 
 Larger batches come closer to the limit and need more memory: in one comparison `BATCH_RECORDS=4000` reached a ratio of
 0.72 and 118 MB, and 1,000 a ratio of 0.63 and 82 MB. Most of
 the peak memory are records that the Kafka clients of two consumers have fetched ahead: the audit waits for its lock and
-holds its own.";
+holds its own. A client fetches 128 KiB of each partition at once. In another comparison that gave a ratio of 0.64 and 92 MB;
+with 64 KiB it was 0.53 and 65 MB, and with 32 KiB 0.50 and 63 MB, because the consumer then waits for Kafka more often.";
 
 pub async fn run(bed: &Bed) -> Result<Report> {
     let lab = bed.lab("consume").await?;

@@ -25,7 +25,7 @@ const EVENTS: u64 = 100_000;
 const GOAL: f64 = 0.7;
 /// Events of a transaction of the limit.
 const BATCH: usize = 2_000;
-const POLL: Duration = Duration::from_millis(2);
+const POLL: Duration = Duration::from_millis(10);
 /// How long a slice may take.
 const LIMIT: Duration = Duration::from_secs(300);
 /// An event that is older is held.

@@ -28,7 +28,7 @@ const GOAL: f64 = 0.40;
 /// MB.
 const MEMORY_GOAL: f64 = 60.0;
 /// How often the outbox is asked whether its last row was deleted.
-const POLL: Duration = Duration::from_millis(2);
+const POLL: Duration = Duration::from_millis(10);
 /// How long a slice may take.
 const LIMIT: Duration = Duration::from_secs(300);
 /// The columns that the limit copies out, in this order. The table has no index and nothing else.
