@@ -226,7 +226,7 @@ async fn records_that_were_polled_ahead_go_to_the_new_owner() {
     system.processes.stop(EMAIL).await;
     sqlx::raw_sql(SLOWER).execute(&system.stores.database(ANALYTICS).await).await.unwrap();
     let settings = [("BATCH_RECORDS", BATCH), ("OFFSET_COMMIT_MS", "5000")];
-    system.processes.spawn_with(ANALYTICS, &settings);
+    system.processes.spawn_with(ANALYTICS, &[settings[0], settings[1], ("CONSUMERS", "1")]);
     system.processes.until_ready(&[ANALYTICS]).await;
 
     let is_over = Cell::new(false);

@@ -34,9 +34,11 @@ fn the_topology_lists_the_topics_of_shared() {
     for name in constants_of_topics(&constants) {
         assert!(TOPICS.iter().any(|(known, _)| *known == name), "Topic::{name} is missing in this test");
     }
+    let all: BTreeSet<&str> = Topic::ALL.iter().map(|topic| topic.name).collect();
     let written = SERVICES.iter().flat_map(|service| service.writes).copied();
     let declared: BTreeSet<&str> = written.chain([topology::OPERATOR_ACTIONS]).collect();
     let in_code: BTreeSet<&str> = TOPICS.iter().map(|(_, topic)| topic.name).collect();
+    assert_eq!(in_code, all, "topics of shared, and Topic::ALL");
     assert_eq!(declared, in_code, "topics that services of the topology write, and topics of shared");
 }
 
