@@ -92,8 +92,8 @@ impl AddAssign for Outcome {
 /// Why a batch failed. The caller of [`Handler::handle`] decides what follows.
 #[derive(Debug)]
 pub enum Failure {
-    /// A dependency is down: the batch is retried until the dependency is back. The operator `?`
-    /// makes this variant.
+    /// A dependency is down: the batch is retried until the dependency is back. `?` turns any other
+    /// error into this variant.
     Retry(anyhow::Error),
     /// The record can never succeed: it becomes a dead letter. The reason is a fixed text of the
     /// program and quotes nothing from the record.
@@ -243,25 +243,26 @@ pub(super) enum Split {
 
 /// As [`deliver`], for a caller that does not wait until a failing record succeeds: a redrive or a
 /// replay. If the delivery fails although the handler's dependency works, the records that have not
-/// taken effect are tried one by one, and each failure is noted for its record.
+/// taken effect are tried one by one, and each failure is noted for its record. A single record that
+/// took too long is not tried again.
 pub(super) async fn deliver_all<D: Delivery<Error = Failure>, H: Handler>(
     delivery: &mut D,
     handler: &H,
     records: &mut Vec<Record<D::Event>>,
     limit: Duration,
 ) -> Result<(), Failure> {
-    // A single record that took too long is not tried again.
-    let split = if records.len() > 1 { Split::Slow } else { Split::Rejected };
-    match deliver(delivery, records, split).await {
-        Err(failure) if failure.may_be_of_a_record() && !failure.took_too_long() => {
-            if !timeout(limit, handler.dependency_works()).await.unwrap_or(false) {
-                return Err(failure);
-            }
-            records.retain(|record| !delivery.is_finished(record));
-            deliver(delivery, records, Split::Failing).await
-        }
-        result => result,
+    let Err(failure) = deliver(delivery, records, Split::Slow).await else { return Ok(()) };
+    if !failure.may_be_of_a_record() || !timeout(limit, handler.dependency_works()).await.unwrap_or(false) {
+        return Err(failure);
     }
+    records.retain(|record| !delivery.is_finished(record));
+    if failure.took_too_long() && !records.is_empty() {
+        // The delivery ended with this record. It was called alone, because `Split::Slow` calls each
+        // record of a slow call alone.
+        let slow = records.remove(0);
+        delivery.fail(&slow, failure).await?;
+    }
+    deliver(delivery, records, Split::Failing).await
 }
 
 /// Hands records to a handler, all at once if possible. The SQL error of one record rolls back the
@@ -330,11 +331,14 @@ mod tests {
     struct Scripted {
         rejects: Vec<i64>,
         slow: Vec<i64>,
+        /// Too slow alone, too.
+        hangs: Vec<i64>,
         /// Whether only the first call is rejected.
         panics_once: bool,
         calls: usize,
         applied: Vec<i64>,
         rejected: Vec<i64>,
+        failed: Vec<i64>,
     }
 
     impl Delivery for Scripted {
@@ -348,7 +352,7 @@ mod tests {
             if has(&self.rejects) || (self.panics_once && self.calls == 1) {
                 return Err(Failure::Reject("never"));
             }
-            if positions.len() > 1 && has(&self.slow) {
+            if (positions.len() > 1 && has(&self.slow)) || has(&self.hangs) {
                 return Err(anyhow::Error::new(TookTooLong(Duration::from_secs(1))).into());
             }
             self.applied.extend(positions);
@@ -363,8 +367,9 @@ mod tests {
             Ok(())
         }
 
-        async fn fail(&mut self, _record: &Record<UserEvent>, failure: Failure) -> Result<(), Failure> {
-            Err(failure)
+        async fn fail(&mut self, record: &Record<UserEvent>, _failure: Failure) -> Result<(), Failure> {
+            self.failed.push(record.envelope.version);
+            Ok(())
         }
 
         fn is_finished(&self, record: &Record<UserEvent>) -> bool {
@@ -372,11 +377,48 @@ mod tests {
         }
     }
 
-    async fn delivered(mut delivery: Scripted, records: i64, split: Split) -> Result<Scripted, Failure> {
+    fn sample(records: i64) -> Vec<Record<UserEvent>> {
         let event = || UserEvent::Deleted(UserRef { user_id: mint_id() });
-        let mut records: Vec<_> = (0..records).map(|position| Record::sample(mint_id(), position, event())).collect();
-        deliver(&mut delivery, &mut records, split).await?;
+        (0..records).map(|position| Record::sample(mint_id(), position, event())).collect()
+    }
+
+    async fn delivered(mut delivery: Scripted, records: i64, split: Split) -> Result<Scripted, Failure> {
+        deliver(&mut delivery, &mut sample(records), split).await?;
         Ok(delivery)
+    }
+
+    /// A handler whose dependency works, or does not.
+    struct Depends(bool);
+
+    impl Handler for Depends {
+        type Event = UserEvent;
+        const GROUP: &'static str = "depends";
+
+        async fn handle(&self, _batch: &[Record<UserEvent>]) -> Result<Outcome, Failure> {
+            Ok(Outcome::default())
+        }
+
+        async fn dependency_works(&self) -> bool {
+            self.0
+        }
+    }
+
+    /// A redrive and a replay must get past a record that always takes too long.
+    #[tokio::test]
+    async fn a_record_that_takes_too_long_alone_fails_and_the_others_are_delivered() {
+        let limit = Duration::from_secs(1);
+        for (records, hangs) in [(1, vec![0]), (10, vec![0]), (10, vec![9]), (10, vec![3, 4, 8])] {
+            let mut delivery = Scripted { hangs: hangs.clone(), ..Scripted::default() };
+            deliver_all(&mut delivery, &Depends(true), &mut sample(records), limit).await.unwrap();
+            let others: Vec<i64> = (0..records).filter(|position| !hangs.contains(position)).collect();
+            assert_eq!((delivery.failed, delivery.applied), (hangs.clone(), others));
+            // All together once, and each alone at most once.
+            assert!(delivery.calls <= records as usize + 1, "{} calls of {records} records", delivery.calls);
+
+            let mut delivery = Scripted { hangs, ..Scripted::default() };
+            let failure = deliver_all(&mut delivery, &Depends(false), &mut sample(records), limit).await.unwrap_err();
+            assert!(failure.took_too_long() && delivery.failed.is_empty(), "a dependency is down");
+        }
     }
 
     #[tokio::test]

@@ -136,10 +136,39 @@ async fn an_operator_dead_letters_a_record_that_blocks_its_partition() {
     system.users.until_counted(2, 0).await;
 }
 
+/// T54, I12: one record takes all the time that its consumer has for trying records one by one. It
+/// blocks its own partition, and the others continue.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_hangs_blocks_only_its_partition() {
+    let (mut system, db) = analytics_with(&[("OFFSET_COMMIT_MS", "200"), ("HANDLE_TIMEOUT_MS", "2000")]).await;
+    system.processes.stop(ANALYTICS).await;
+    let hanging = Uuid::now_v7();
+    add_bug(&db, hanging, "perform pg_sleep(60)").await;
+    let mut facts = vec![registration(hanging, BLOCKED)];
+    facts.extend((1..6).map(|partition| registration(Uuid::now_v7(), partition)));
+    let (_, offset) = system.kafka.write_all(USER_EVENTS, &facts).await[0];
+    system.processes.spawn(ANALYTICS);
+    let coordinates = format!("{}-{BLOCKED}-{offset}", system.kafka.prefixed(USER_EVENTS));
+    let reported = system.processes.until_reported(ANALYTICS, &coordinates).await;
+    assert_eq!(reported, [format!("{ANALYTICS_USERS} 0 partition {BLOCKED} {REASON}")]);
+    system.users.until_counted(5, 0).await;
+
+    remove_bug(&db).await;
+    system.users.until_counted(6, 0).await;
+    system.kafka.until_caught_up(ANALYTICS_USERS).await;
+    assert_eq!(system.kafka.dead_letters(ANALYTICS_USERS).len(), 0);
+}
+
 /// T34 T54, I11: ten records were dead-lettered, and one of them fails with an error of the
-/// database that names no class of data. A redrive settles the others.
+/// database that names no class of data, or always takes too long. A redrive settles the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_settles_all_letters_but_the_one_that_fails() {
+    for error in ["raise exception 'no'", "perform pg_sleep(60)"] {
+        redrive_with_one_failure(error).await;
+    }
+}
+
+async fn redrive_with_one_failure(error: &str) {
     let (system, db) = analytics().await;
     let users: Vec<Uuid> = (0..10).map(|_| Uuid::now_v7()).collect();
     crate::dead_letters::add_bug(&db, "registrations", "true").await;
@@ -147,7 +176,7 @@ async fn a_redrive_settles_all_letters_but_the_one_that_fails() {
     let written = system.kafka.write_all(USER_EVENTS, &facts).await;
     system.kafka.until_dead_letters(ANALYTICS_USERS, &written).await;
     remove_bug(&db).await;
-    add_bug(&db, users[4], "raise exception 'no'").await;
+    add_bug(&db, users[4], error).await;
     let all_but_one = "9 settled, 0 superseded, 1 failed again, 0 parked";
     assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, all_but_one);
     system.users.until_counted(9, 0).await;

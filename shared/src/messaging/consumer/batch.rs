@@ -26,7 +26,7 @@ use crate::platform::telemetry::{self, TraceContext};
 pub(crate) const BATCH_RECORDS: u16 = 2_000;
 /// Bytes after which a batch takes no further record. A record has at most 1 MiB, so a batch has at
 /// most 1 MiB more. With a backlog a consumer has three batches: the present one, the next one, and
-/// for a moment the previous one.
+/// the previous one until the next delivery. Each blocked partition keeps its polled records as well.
 pub(in crate::messaging) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 /// How many records are decoded between two looks at the handler, which waits for its database
@@ -216,9 +216,14 @@ impl<'c, E: Event> Batch<'c, E> {
     /// Delivers the records that are not finished, in order. After success every record has taken
     /// effect durably; a dead letter counts as an effect. Exceptions are the records of the
     /// partitions that are returned: with [`Split::Failing`] a record that fails blocks its
-    /// partition and no other. After a failure some records may have taken effect: the finished
+    /// partition and no other. They are returned after a failure too, for example when the time
+    /// limit ends the delivery: otherwise a record that takes all of the time would stop the other
+    /// partitions again and again. After a failure some records may have taken effect: the finished
     /// ones are left out of the next attempt, and effects are idempotent.
-    pub async fn deliver<H: Handler<Event = E>>(&mut self, context: DeliveryContext<'_, H>) -> Result<Failing, Halt> {
+    pub async fn deliver<H: Handler<Event = E>>(
+        &mut self,
+        context: DeliveryContext<'_, H>,
+    ) -> (Failing, Result<(), Halt>) {
         let Self { entries, finished, counts, .. } = self;
         let group = H::GROUP;
         let span = tracing::error_span!("consume", group, records = entries.len());
@@ -226,32 +231,18 @@ impl<'c, E: Event> Batch<'c, E> {
         let ahead: Vec<Option<Decoded<E>>> = entries.iter_mut().map(|entry| entry.decoded.take()).collect();
         let messages: Vec<&BorrowedMessage<'c>> = entries.iter().map(|entry| &*entry.message).collect();
         let messages = &messages;
-        let mut delivery = BatchDelivery { context, messages, finished, counts, span, split_since: None, failing };
-        let mut records = Vec::with_capacity(messages.len());
-        for (message, decoded) in messages.iter().zip(ahead) {
-            let is_finished = delivery.finished.contains(&partition_offset(message));
-            if is_finished || delivery.failing.contains_key(&message.partition()) {
-                continue;
-            }
-            match decoded.unwrap_or_else(|| decode(message)) {
-                Ok(Some(record)) => records.push(record),
-                Ok(None) => delivery.skip(message),
-                // The records before this one are delivered first, because the breaker considers
-                // records in order.
-                Err(error) => {
-                    delivery.deliver(&mut records).await?;
-                    records.clear();
-                    delivery.dead_letter(message, error.to_string()).await?;
-                }
-            }
-            // The later records of a partition must not overtake one that fails.
-            if delivery.context.split == Split::Failing {
-                delivery.deliver(&mut records).await?;
-                records.clear();
-            }
-        }
-        delivery.deliver(&mut records).await?;
-        Ok(delivery.failing)
+        let mut delivery = BatchDelivery {
+            context,
+            messages,
+            finished,
+            counts,
+            span,
+            split_since: None,
+            letters_since: None,
+            failing,
+        };
+        let delivered = delivery.deliver_messages(ahead).await;
+        (delivery.failing, delivered)
     }
 }
 
@@ -288,10 +279,41 @@ struct BatchDelivery<'a, H> {
     span: Span,
     /// When the delivery began to try fewer records at a time.
     split_since: Option<Instant>,
+    /// When the delivery began to write dead letters.
+    letters_since: Option<Instant>,
     failing: Failing,
 }
 
 impl<H: Handler> BatchDelivery<'_, H> {
+    /// `ahead` has what was decoded ahead, for each of the messages.
+    async fn deliver_messages(&mut self, ahead: Vec<Option<Decoded<H::Event>>>) -> Result<(), Halt> {
+        let messages = self.messages;
+        let mut records = Vec::with_capacity(messages.len());
+        for (message, decoded) in messages.iter().zip(ahead) {
+            let is_finished = self.finished.contains(&partition_offset(message));
+            if is_finished || self.failing.contains_key(&message.partition()) {
+                continue;
+            }
+            match decoded.unwrap_or_else(|| decode(message)) {
+                Ok(Some(record)) => records.push(record),
+                Ok(None) => self.skip(message),
+                // The records before this one are delivered first, because the breaker considers
+                // records in order.
+                Err(error) => {
+                    self.deliver(&mut records).await?;
+                    records.clear();
+                    self.dead_letter(message, error.to_string()).await?;
+                }
+            }
+            // The later records of a partition must not overtake one that fails.
+            if self.context.split == Split::Failing {
+                self.deliver(&mut records).await?;
+                records.clear();
+            }
+        }
+        self.deliver(&mut records).await
+    }
+
     /// Passes the records to the handler. With [`Split::Failing`] there is at most one record, and
     /// its failure blocks only its partition.
     async fn deliver(&mut self, records: &mut [Record<H::Event>]) -> Result<(), Halt> {
@@ -321,7 +343,17 @@ impl<H: Handler> BatchDelivery<'_, H> {
     /// Writes the record's dead letter before any later record is handled. A later record moves the
     /// position of a handler that stores its own position past this one. After a crash in between,
     /// no process would read this record again.
+    ///
+    /// A batch may have very many such records, and each costs a letter and a call of the handler for
+    /// the records before it. The consumer must poll in between, or the group takes its partitions
+    /// away, and it must be able to stop. So after the time limit of a call the rest waits for the
+    /// next attempt. Finished records stay finished.
     async fn dead_letter(&mut self, message: &BorrowedMessage<'_>, reason: String) -> Result<(), Halt> {
+        let setup = self.context.setup;
+        let since = *self.letters_since.get_or_insert_with(Instant::now);
+        if setup.stop.is_cancelled() || since.elapsed() > setup.kafka.handle_timeout() {
+            return Err(Failure::from(OneByOneTooLong).into());
+        }
         if let Some((rejected, of)) = self.context.breaker.too_many() {
             return Err(Halt::Breaker(TooManyRejections { rejected, of, reason }));
         }

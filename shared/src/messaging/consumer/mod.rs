@@ -174,11 +174,13 @@ impl<'c, H: Handler> Consumer<'c, H> {
     fn work(&mut self, batch: &mut Batch<'c, H::Event>, next: &mut Batch<'c, H::Event>) -> Result<(), Halt> {
         if !batch.is_empty() {
             let split = self.split();
-            for (partition, reason) in self.deliver(batch, next, split)? {
+            let (failing, delivered) = self.deliver(batch, next, split);
+            for (partition, reason) in failing {
                 let mut records = batch.take_blocked(partition);
                 records.extend(next.take(partition, 0));
                 self.partitions.block(partition, records, reason, &self.setup.blocked_records)?;
             }
+            delivered?;
             fault::point("consumer.after_effect");
             self.partitions.store(&batch.next_offsets())?;
             fault::point("consumer.after_store");
@@ -216,7 +218,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
         batch: &mut Batch<'c, H::Event>,
         next: &mut Batch<'c, H::Event>,
         split: Split,
-    ) -> Result<Failing, Halt> {
+    ) -> (Failing, Result<(), Halt>) {
         let mut unhandled = next.first_records();
         unhandled.extend(batch.first_records());
         self.partitions.note_unhandled(&unhandled);
@@ -233,7 +235,8 @@ impl<'c, H: Handler> Consumer<'c, H> {
 
     /// Follows an operator's decision about a record that blocks its partition, or tries the record
     /// again that is due. Does only one of these in a turn, so that the consumer polls in between.
-    /// `batch` is empty; it gets the later records of a partition that continues.
+    /// `batch` gets the later records of a partition that continues. It has at most records of other
+    /// partitions, which were polled before an operator paused the consumer.
     fn retry_blocked(&mut self, batch: &mut Batch<'c, H::Event>) -> anyhow::Result<()> {
         let blocked = self.partitions.blocked.values();
         let decided = blocked.clone().find_map(|blocked| Some((blocked.decision()?, blocked.record().clone())));
@@ -252,13 +255,14 @@ impl<'c, H: Handler> Consumer<'c, H> {
         let partition = record.partition();
         let started = Instant::now();
         let mut single = Batch::of(record);
-        match self.deliver(&mut single, &mut Batch::new(0), Split::Failing) {
-            Ok(failing) if failing.is_empty() => {
+        let (mut failing, delivered) = self.deliver(&mut single, &mut Batch::new(0), Split::Failing);
+        match delivered {
+            Ok(()) if failing.is_empty() => {
                 self.partitions.store(&single.next_offsets())?;
                 single.complete(&self.setup);
                 batch.extend(self.partitions.unblock(partition)?);
             }
-            Ok(mut failing) => self.partitions.postpone(partition, failing.remove(&partition), started.elapsed()),
+            Ok(()) => self.partitions.postpone(partition, failing.remove(&partition), started.elapsed()),
             Err(Halt::Failure(Failure::Resume)) => self.partitions.restart(&[partition])?,
             Err(Halt::Breaker(rejections)) => self.waiting.open_breaker(&self.setup, &self.partitions, &rejections)?,
             // The dependency is down, or Kafka does not accept the letter of the record.
@@ -327,7 +331,7 @@ impl<'c, H: Handler> Consumer<'c, H> {
                 // duplicates.
                 let affected: Vec<i32> = batch.partitions().into_iter().collect();
                 affected.iter().for_each(|partition| batch.extend(next.take(*partition, 0)));
-                tracing::info!(group = H::GROUP, partitions = ?affected, "the handler has another position; restarting there");
+                tracing::info!(group = H::GROUP, partitions = ?affected, "the handler's stored position differs from that of the batch; reading these partitions again from the stored position");
                 partitions.dropped.extend(batch.unfinished());
                 batch.complete(setup);
                 partitions.restart(&affected)?;

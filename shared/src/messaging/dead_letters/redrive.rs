@@ -160,8 +160,8 @@ struct Run<'a, H> {
 /// What a letter holds or points to.
 enum Content<E> {
     Record(Box<Record<E>>),
-    /// This release does not know the type of the event.
-    Skipped,
+    /// This release does not know the type of the event. A newer one may handle it.
+    Unknown,
     /// The record was compacted away because its key has a newer record.
     Superseded,
     /// The record cannot be decoded, for this reason.
@@ -227,7 +227,15 @@ impl<H: Handler> Run<'_, H> {
                     tried.push(letter);
                     records.push(*record);
                 }
-                Content::Skipped => self.settle(&[letter.coordinates]).await?,
+                Content::Unknown => {
+                    tracing::warn!(
+                        group = H::GROUP,
+                        coordinates = %letter.coordinates,
+                        "this release does not know the type of the event of a dead letter. The letter stays open; redrive \
+                         it with a newer release"
+                    );
+                    self.progress.send_modify(|progress| progress.failed += 1);
+                }
                 Content::Superseded => {
                     self.redriver.letters.tombstone(&[letter.coordinates]).await?;
                     self.progress.send_modify(|progress| progress.superseded += 1);
@@ -259,7 +267,7 @@ impl<H: Handler> Run<'_, H> {
         };
         Ok(match decoded {
             Ok(Some(record)) => Content::Record(Box::new(record)),
-            Ok(None) => Content::Skipped,
+            Ok(None) => Content::Unknown,
             Err(error) => Content::Undecodable(error.to_string()),
         })
     }

@@ -320,6 +320,23 @@ async fn redrive_killed_at(system: &mut System, fault: &str) {
     system.processes.start(&[ANALYTICS]).await;
 }
 
+/// T34, I11: a newer release has dead-lettered an event of a type that this release does not
+/// know. A redrive by this release does not settle its letter.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_of_an_unknown_type_stays_open() {
+    let (system, db) = analytics().await;
+    let (_, coordinates) = write_rejected_fact(&system, &db).await;
+    let key = system.kafka.letter_key(ANALYTICS_USERS, coordinates);
+    until_open_letters(&system, 1).await;
+    remove_bug(&db).await;
+    let letter = system.kafka.dead_letters(ANALYTICS_USERS)[&key].to_draft();
+    let of_newer_release = letter.replace_header("ce_type", b"user.promoted");
+    system.kafka.write(&dead_letters_of(ANALYTICS_USERS), &of_newer_release).await;
+    assert_eq!(redrive(&system, ANALYTICS_USERS, &[]).await, "0 settled, 0 superseded, 1 failed again, 0 parked");
+    assert_eq!(attempts(&system, ANALYTICS_USERS, &key), 1, "the letter is unchanged");
+    assert!(system.processes.log(ANALYTICS).contains("does not know the type of the event of a dead letter"));
+}
+
 /// Waits until the metric of the open letters of `analytics.users` has this value.
 async fn until_open_letters(system: &System, count: i64) {
     let open = async || system.processes.dead_letters_open(ANALYTICS_USERS).await;
