@@ -2,9 +2,12 @@
 
 use tests::checker::{Outcome, Request};
 use tests::load::{Answers, Load};
+use tests::record::Draft;
 use tests::services::{OPERATOR_ACTIONS, TOPICS, USER_EVENTS, dead_letters_of, groups};
-use tests::{DEADLINE, System, eventually};
+use tests::{DEADLINE, System, eventually, eventually_eq};
 use tokio::time::timeout;
+use topology::ANALYTICS;
+use uuid::Uuid;
 
 /// Registrations that must be accepted during each fault.
 const ACCEPTED: usize = 5;
@@ -122,4 +125,28 @@ fn unsuccessful_writes(answered: &Answers) -> Vec<String> {
     let writes = answered.operations.iter().filter(|operation| operation.request != Request::Read);
     let unsuccessful = writes.filter(|operation| !matches!(operation.outcome, Outcome::Done(_)));
     unsuccessful.map(|operation| format!("{operation:?}")).collect()
+}
+
+/// T14, I12: a group reads its topic for the first time, and one broker, which has the only replica
+/// of some partitions, is down. The group starts with the other partitions.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_group_reads_the_partitions_that_have_a_leader() {
+    const PARTITIONS: i32 = 6;
+    let mut system = System::empty_on_three_brokers().await;
+    system.kafka.create_topic(USER_EVENTS, PARTITIONS, &[("min.insync.replicas", "1"), ("retention.ms", "-1")]).await;
+    let fact = |partition| Draft::user_event("user.registered", Uuid::now_v7(), 1).on(partition);
+    system.kafka.write_all(USER_EVENTS, &(0..PARTITIONS).map(fact).collect::<Vec<_>>()).await;
+    let lost = system.kafka.leader_of(USER_EVENTS, 0).await;
+    let mut readable = 0;
+    for partition in 0..PARTITIONS {
+        readable += i64::from(system.kafka.leader_of(USER_EVENTS, partition).await != lost);
+    }
+    assert!(readable > 0, "all partitions are on one broker");
+    system.broker(lost).process.kill();
+    system.kafka.until_no_leader(USER_EVENTS, 0).await;
+
+    system.processes.spawn(ANALYTICS);
+    eventually_eq("users of the other partitions", readable, async || system.users.funnel().await.0).await;
+    system.broker(lost).restart().await.unwrap();
+    eventually_eq("all users", i64::from(PARTITIONS), async || system.users.funnel().await.0).await;
 }

@@ -1,4 +1,5 @@
-//! A partition that waits for its next record, which fails each time.
+//! A partition whose next record fails each time. Its later records wait until that record succeeds
+//! or is dead-lettered.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -107,7 +107,8 @@ impl BlockedRecords {
             }
             Err(_) => answer.await,
         };
-        let moved = "the record does not block its partition any more, or another process has it";
+        let moved = "the record does not block its partition any more, another process has it, or a later request replaced this one; \
+                     look at the list of actions";
         (group, answered.unwrap_or_else(|_| Err(moved.to_owned())))
     }
 

@@ -202,12 +202,19 @@ impl<'c> Partitions<'c> {
     }
 
     /// Measures the lag of paused partitions, so that the metric shows how it grows. If Kafka does
-    /// not answer, the metric keeps its value.
+    /// not answer for a partition, which may have no leader, its metric keeps its value. If it does
+    /// not answer twice, it is probably down.
     pub fn measure_lag(&self, partitions: impl IntoIterator<Item = i32>) {
+        let mut unanswered = 0;
         for partition in partitions {
             let Some(next_offset) = self.next_offsets.get(&partition) else { continue };
+            let asked = Instant::now();
             let Ok((_, end)) = self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT) else {
-                return;
+                unanswered += u32::from(asked.elapsed() >= KAFKA_TIMEOUT);
+                if unanswered == 2 {
+                    return;
+                }
+                continue;
             };
             let context = self.client.context();
             context.reports.lag(partition, end - next_offset);

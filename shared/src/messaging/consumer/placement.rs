@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rdkafka::consumer::Consumer as _;
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::runtime::Handle as Runtime;
 use tokio::time::timeout;
@@ -14,8 +15,13 @@ use super::partitions::{KAFKA_TIMEOUT, Partitions};
 use super::start::ConsumerSetup;
 use crate::messaging::handler::Handler;
 
-/// How soon a failed lookup is repeated.
+/// How soon a failed lookup is repeated, at the earliest.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// While the consumer reads other partitions, failing lookups may take at most one fifth of its
+/// time: it waits for this many times the duration of the attempt.
+const RETRY_SHARE: u32 = 4;
+/// No lookup begins when an attempt has taken this long. The other partitions wait meanwhile.
+const ATTEMPT_LIMIT: Duration = KAFKA_TIMEOUT;
 
 impl Partitions<'_> {
     /// Looks up the start of each unplaced partition, and lets the client read it from there. A
@@ -32,10 +38,12 @@ impl Partitions<'_> {
         if Instant::now() < self.retry_placement_at {
             return;
         }
-        match self.try_place(setup, runtime, &unplaced) {
+        let started = Instant::now();
+        match self.try_place(setup, runtime, unplaced) {
             Ok(()) => setup.health.resolved(&component),
             Err(error) => {
-                self.retry_placement_at = Instant::now() + RETRY_INTERVAL;
+                let share = if self.next_offsets.is_empty() { 0 } else { RETRY_SHARE };
+                self.retry_placement_at = Instant::now() + RETRY_INTERVAL.max(started.elapsed() * share);
                 setup.health.report(&component, "the offsets at which to start reading");
                 tracing::warn!(
                     group = self.group,
@@ -46,44 +54,72 @@ impl Partitions<'_> {
         }
     }
 
+    /// Lets the client read every partition whose start is found, also if that of another is not.
+    /// The order is random: if one lookup takes all the time of an attempt, the next attempt may
+    /// begin with another partition.
+    ///
+    /// # Errors
+    /// The first failed lookup.
     fn try_place<H: Handler>(
         &mut self,
         setup: &ConsumerSetup<H>,
         runtime: &Runtime,
-        unplaced: &[i32],
+        mut unplaced: Vec<i32>,
     ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        fastrand::shuffle(&mut unplaced);
         let committed = self
             .client
-            .committed_offsets(self.list(unplaced), KAFKA_TIMEOUT)
+            .committed_offsets(self.list(&unplaced), KAFKA_TIMEOUT)
             .context("cannot get the committed offsets from Kafka")?;
         let mut placed = Vec::new();
         let mut starts = TopicPartitionList::new();
+        let mut failed = None;
         for element in committed.elements() {
-            element.error()?;
-            let partition = element.partition();
-            let lookup = setup.handler.resume_at(partition);
-            let limit = setup.kafka.handle_timeout();
-            let stored = runtime.block_on(async { timeout(limit, lookup).await })?;
-            let stored = stored.context("cannot get the position that the handler has stored")?;
-            let (next_offset, start) = match (stored, element.offset()) {
-                (Some(stored), _) if stored > 0 => (stored, stored),
-                // Including offset 0 of a partition that was empty: if its first records have been
-                // deleted since, Kafka must report it.
-                (None, Offset::Offset(committed)) => (committed, committed),
-                // This group has never read the partition. It starts with the first record that
-                // Kafka still has.
-                _ => (0, self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT)?.0),
-            };
-            starts.add_partition_offset(&self.topic, partition, Offset::Offset(start))?;
-            placed.push((partition, next_offset));
+            match self.start_of(setup, runtime, &element) {
+                Ok((next_offset, start)) => {
+                    starts.add_partition_offset(&self.topic, element.partition(), Offset::Offset(start))?;
+                    placed.push((element.partition(), next_offset));
+                }
+                Err(error) => failed = failed.or(Some(error)),
+            }
+            if failed.is_some() && started.elapsed() > ATTEMPT_LIMIT {
+                break;
+            }
         }
-        self.client.context().start_reading(self.client, &starts)?;
+        if !placed.is_empty() {
+            self.client.context().start_reading(self.client, &starts)?;
+        }
         for (partition, next_offset) in placed {
             self.next_offsets.insert(partition, next_offset);
             self.at_end.remove(&partition);
             setup.group_metrics.duplicate.inc_by(self.forget_dropped(partition, next_offset));
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// The next offset to handle of a partition, and the offset at which the client starts to read.
+    fn start_of<H: Handler>(
+        &self,
+        setup: &ConsumerSetup<H>,
+        runtime: &Runtime,
+        committed: &TopicPartitionListElem<'_>,
+    ) -> anyhow::Result<(i64, i64)> {
+        committed.error()?;
+        let partition = committed.partition();
+        let lookup = setup.handler.resume_at(partition);
+        let limit = setup.kafka.handle_timeout();
+        let stored = runtime.block_on(async { timeout(limit, lookup).await })?;
+        let stored = stored.context("cannot get the position that the handler has stored")?;
+        Ok(match (stored, committed.offset()) {
+            (Some(stored), _) if stored > 0 => (stored, stored),
+            // Including offset 0 of a partition that was empty: if its first records have been
+            // deleted since, Kafka must report it.
+            (None, Offset::Offset(committed)) => (committed, committed),
+            // This group has never read the partition. It starts with the first record that Kafka
+            // still has.
+            _ => (0, self.client.fetch_watermarks(&self.topic, partition, KAFKA_TIMEOUT)?.0),
+        })
     }
 
     /// Forgets the dropped records of a partition. Returns how many of them are before

@@ -17,7 +17,7 @@ const UNREAD_LIMIT: Duration = Duration::from_secs(10);
 /// it looks every 10 s for transactions that are older than 10 s.
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(25);
 
-/// How long records may exist that this consumer has not polled before their age counts. With a
+/// A record that was not polled yet counts for the age of the lag only after this time. With a
 /// backlog the client has the next records already, and the consumer polls them within this time.
 const UNPOLLED_LIMIT_MS: i64 = 1_000;
 

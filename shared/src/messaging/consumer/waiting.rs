@@ -21,10 +21,10 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why and until when a consumer waits.
 pub(super) struct Waiting {
-    /// Set while the consumer has to wait before it works on.
+    /// Why the consumer waits before it handles its batch again. `None`: it does not wait.
     pause: Option<Pause>,
-    /// Set while an operator has paused the consumers of the process, until the lag is measured
-    /// next. This pause is independent of the other one.
+    /// When the lag is measured next while an operator has paused the consumers of the process.
+    /// `None`: no operator has. This pause is independent of the other one.
     held: Option<Instant>,
     paused: watch::Receiver<Option<String>>,
     pub(super) breaker: Breaker,
@@ -181,7 +181,7 @@ impl Waiting {
     pub fn end<H: Handler>(&mut self, setup: &ConsumerSetup<H>, partitions: &Partitions<'_>) -> anyhow::Result<()> {
         if self.pause.take().is_some() {
             setup.health.resolved(&setup.component("dependency"));
-            tracing::info!(group = H::GROUP, "dependency is back: consumer resumed");
+            tracing::info!(group = H::GROUP, "the consumer handles records again; its partitions are resumed");
             partitions.resume()?;
         }
         Ok(())
