@@ -10,7 +10,7 @@ use tests::http::{send, send_with_retries};
 use tests::processes::ServiceProcess;
 use tests::services::{USER_EVENTS, USER_STATE};
 use tests::users::Users;
-use tests::{System, eventually};
+use tests::{System, eventually, eventually_eq};
 use tokio::task::JoinSet;
 use topology::USER;
 use uuid::Uuid;
@@ -155,4 +155,26 @@ async fn a_leader_frozen_before_its_records_are_sent_is_fenced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_frozen_before_its_commit_is_fenced() {
     a_leader_frozen_at("relay.after_ack", &mut System::start_only(&[USER]).await).await;
+}
+
+/// T09, I3: Kafka takes long to acknowledge a round. The leader uses the session of its lock
+/// meanwhile, so that Postgres, which closes idle sessions, does not take it for a frozen process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_keeps_its_session_while_it_waits_for_kafka() {
+    let mut system = System::empty().await;
+    let end_of_stall = system.processes.file("end-of-stall");
+    let stall = ("FAULT_AT", "relay.after_ack:1:stall");
+    system.processes.spawn_with(USER, &[stall, ("FAULT_UNTIL", end_of_stall.to_str().unwrap())]);
+    system.processes.until_ready(&[USER]).await;
+    system.users.register().await;
+    system.processes.until_logged(USER, "fault point reached").await;
+    let db = system.stores.database(USER).await;
+    let used = "select count(*) from pg_stat_activity join pg_locks using (pid)
+                where locktype = 'advisory' and query = 'select 1' and datname = current_database()";
+    eventually_eq("sessions of the leader that were used while it waits", 1, async || {
+        sqlx::query_scalar::<_, i64>(used).fetch_one(&db).await.unwrap()
+    })
+    .await;
+    std::fs::write(end_of_stall, "").unwrap();
+    system.stores.until_outbox_empty(USER).await;
 }

@@ -15,11 +15,11 @@ const METADATA_PROBE_INTERVAL: Duration = Duration::from_secs(2);
 /// maximum.
 const REJECTION_PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const MAX_PROBE_INTERVAL: Duration = Duration::from_secs(60);
-/// A topic of which more keys are blocked is blocked as a whole: the cause is the topic and not the
-/// records.
+/// If more than this many keys of a topic are blocked, the relay blocks the whole topic: the topic is
+/// the cause, and not the records.
 const MAX_KEYS_PER_TOPIC: usize = 1_000;
-/// The same holds if records of this many keys are rejected in a row, and none of the topic is
-/// accepted in between.
+/// The relay also blocks a whole topic if records of this many keys are rejected, and none of its
+/// records is accepted in between.
 const MAX_KEYS_IN_A_ROW: usize = 5;
 /// A rejected probe costs a new producer, half a second or more. The pause after it is this many
 /// times as long as the probe, so that probes take at most a twentieth of the relay's time.

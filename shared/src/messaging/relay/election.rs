@@ -17,8 +17,8 @@ use crate::platform::metrics::Metrics;
 const ELECTION_INTERVAL: Duration = Duration::from_millis(500);
 /// How soon a lost connection for notifications is replaced.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
-/// The leader polls continuously, so a session that is idle for this long belongs to a frozen
-/// process. Postgres closes it, which releases the lock.
+/// The leader polls continuously, and uses its session while it waits for a round. So a session that
+/// is idle for this long belongs to a frozen process. Postgres closes it, which releases the lock.
 ///
 /// The plans of its few statements are made once: by an index, whatever the statistics say. They
 /// may be from a time when the table was almost empty.

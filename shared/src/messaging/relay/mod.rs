@@ -35,7 +35,6 @@ use tokio::runtime::Handle as Runtime;
 use tokio::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
-use uuid::Uuid;
 
 use super::kafka::KafkaConfig;
 use super::topics::Topics;
@@ -202,7 +201,8 @@ enum Round {
     /// There was no row to publish.
     Empty,
     Published,
-    /// Kafka rejected the round; what the rejections are about is blocked now.
+    /// Kafka rejected the round. What is blocked, or how many rows the next round takes, has changed:
+    /// look at the outbox again at once.
     Rejected,
 }
 
@@ -419,10 +419,11 @@ impl Term<'_> {
         let excluded = self.blocks.excluded();
         let Self { relay, runtime, db, transactions, round_rows, lower_bound, .. } = self;
         let mut outbox = Outbox { relay, runtime, db, round_rows: **round_rows, lower_bound };
-        let (published, next) = transactions.publish(&records, || {
+        let meanwhile = |outbox: &mut Outbox<'_>| {
             outbox.delete_published(&previous)?;
             if is_full { outbox.read_ahead(&excluded, &ids).map(Some) } else { Ok(None) }
-        });
+        };
+        let (published, next) = transactions.publish(&records, &mut outbox, meanwhile, Outbox::keep_session);
         let next = next?;
         match published {
             Ok(()) => {}
@@ -507,6 +508,7 @@ impl Term<'_> {
     /// One of them concerns the whole term.
     fn block_rejected(&mut self, rejections: &[Rejection], records: &[Outgoing]) -> anyhow::Result<bool> {
         let mut rejected_records = vec![];
+        let mut judged = BTreeSet::new();
         let mut found = false;
         for Rejection { index, code } in rejections {
             let record = &records[*index];
@@ -516,7 +518,15 @@ impl Term<'_> {
                     found = true;
                 }
                 Scope::Partition => {
-                    self.block_unavailable(&record.topic, record.envelope.key, *code)?;
+                    // One look at the topic for all of its records: a partition without a leader
+                    // may have thousands in the round.
+                    if judged.insert(&record.topic) {
+                        self.cluster.forget(&self.relay.kafka.prefixed(&record.topic));
+                        self.judge(&record.topic)?;
+                    }
+                    // If metadata does not show why, the term ends, and the next one tries again.
+                    let is_blocked = self.blocks.is_unavailable(&record.topic, key_hash(record.envelope.key));
+                    anyhow::ensure!(is_blocked, "Kafka did not acknowledge the round: {code}");
                     found = true;
                 }
                 Scope::Record => rejected_records.push((record, *code)),
@@ -528,16 +538,6 @@ impl Term<'_> {
             found = true;
         }
         Ok(found)
-    }
-
-    /// A record was not accepted by its partition. If metadata does not show why, the term ends,
-    /// and the next one tries again.
-    fn block_unavailable(&mut self, topic: &str, key: Uuid, code: RDKafkaErrorCode) -> anyhow::Result<()> {
-        self.cluster.forget(&self.relay.kafka.prefixed(topic));
-        self.judge(topic)?;
-        let is_blocked = self.blocks.is_unavailable(topic, key_hash(key));
-        anyhow::ensure!(is_blocked, "Kafka did not acknowledge the round: {code}");
-        Ok(())
     }
 
     /// Reports a change of what is blocked: one line with the counts and three examples.
@@ -594,6 +594,15 @@ impl Outbox<'_> {
         let batch = self.runtime.block_on(read).context("cannot read the outbox")?;
         self.lower_bound.note(&batch, in_flight, has_excluded);
         Ok(batch)
+    }
+
+    /// Uses the session, so that Postgres does not close it while a round takes long. A failure needs
+    /// no answer: the next statement on the session fails too, and ends the term.
+    fn keep_session(&mut self) {
+        let ping = sqlx::query("select 1").execute(&mut *self.db);
+        if let Err(error) = self.runtime.block_on(bounded(ping)) {
+            tracing::debug!(%error, "the relay's session does not work while a round is in flight");
+        }
     }
 
     /// Deletes the rows that Kafka has. If Postgres refuses (the table is locked), the delete is

@@ -135,7 +135,7 @@ async fn oldest(db: &mut PgConnection, first: i64, in_flight: &[i64], limit: i64
 
 /// Each topic is read by its own index range: the recursive part lists the topics with one index
 /// lookup each. So a million rows of an excluded topic cost one lookup. Rows of excluded keys and
-/// partitions are passed over.
+/// partitions are read and left out, so a read takes time in proportion to their number.
 ///
 /// The topic is compared by `between`. With `=` Postgres would know that the order by topic and id
 /// is the order by id, and could read the primary key past all rows of other topics.

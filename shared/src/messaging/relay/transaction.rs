@@ -1,7 +1,7 @@
 //! A round of the relay as one Kafka transaction: readers see all of its records, or none.
 
 use std::collections::HashMap;
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +23,9 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Every record is acknowledged or fails within the delivery time-out. This limit guards against a
 /// client that does neither.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(12);
+/// How often the relay uses its session while it waits for a round. A round may take up to 18 s with
+/// a slow Kafka, and Postgres closes a session that is idle for 15 s.
+const WAIT: Duration = Duration::from_secs(3);
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(5);
 /// The relay checks the number of records in flight after this part of the time that it has waited,
 /// so it notices the end soon and wakes up rarely.
@@ -109,17 +112,26 @@ impl Transactions {
     }
 
     /// Publishes the records as one transaction, in order. Calls `meanwhile` while they are in
-    /// flight. Returns when the transaction has ended, also if `meanwhile` fails.
-    pub fn publish<T>(
+    /// flight, and then `waiting` each time that [`WAIT`] has passed. Both get `context`. Returns when
+    /// the transaction has ended, also if `meanwhile` fails.
+    pub fn publish<C, T>(
         &mut self,
         records: &Arc<Vec<Outgoing>>,
-        meanwhile: impl FnOnce() -> T,
+        context: &mut C,
+        meanwhile: impl FnOnce(&mut C) -> T,
+        mut waiting: impl FnMut(&mut C),
     ) -> (Result<(), RoundError>, T) {
         let rounds = self.rounds.as_ref().expect("only `drop` takes the sender");
         // Fails only if the thread has ended, which the missing result shows.
         let _ = rounds.send(Arc::clone(records));
-        let other = meanwhile();
-        match self.results.recv() {
+        let other = meanwhile(context);
+        let received = loop {
+            match self.results.recv_timeout(WAIT) {
+                Err(RecvTimeoutError::Timeout) => waiting(context),
+                received => break received,
+            }
+        };
+        match received {
             Ok(result) => (result, other),
             Err(_) => match self.thread.take().map(JoinHandle::join) {
                 Some(Err(panic)) => std::panic::resume_unwind(panic),
