@@ -54,6 +54,8 @@ pub(super) struct Partitions<'c> {
     pub(super) dropped: BTreeSet<(i32, i64)>,
     /// Partitions that wait for their next record, which fails.
     pub(super) blocked: BTreeMap<i32, Blocked<'c>>,
+    /// Partitions whose start was not found. They come last in the next attempt.
+    pub(super) unplaceable: BTreeSet<i32>,
     /// When a failed placement is tried again.
     pub(super) retry_placement_at: Instant,
 }
@@ -90,6 +92,7 @@ impl<'c> Partitions<'c> {
             at_end: BTreeSet::new(),
             dropped: BTreeSet::new(),
             blocked: BTreeMap::new(),
+            unplaceable: BTreeSet::new(),
             retry_placement_at: Instant::now(),
         }
     }

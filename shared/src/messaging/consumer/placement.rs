@@ -39,10 +39,13 @@ impl Partitions<'_> {
             return;
         }
         let started = Instant::now();
+        let before = self.next_offsets.len();
         match self.try_place(setup, runtime, unplaced) {
             Ok(()) => setup.health.resolved(&component),
             Err(error) => {
-                let share = if self.next_offsets.is_empty() { 0 } else { RETRY_SHARE };
+                // As long as an attempt finds the start of a partition, the next one follows at once.
+                let only_failed = self.next_offsets.len() == before && before > 0;
+                let share = if only_failed { RETRY_SHARE } else { 0 };
                 self.retry_placement_at = Instant::now() + RETRY_INTERVAL.max(started.elapsed() * share);
                 setup.health.report(&component, "the offsets at which to start reading");
                 tracing::warn!(
@@ -54,9 +57,8 @@ impl Partitions<'_> {
         }
     }
 
-    /// Lets the client read every partition whose start is found, also if that of another is not.
-    /// The order is random: if one lookup takes all the time of an attempt, the next attempt may
-    /// begin with another partition.
+    /// Lets the client read every partition whose start is found, also if that of another is not. The
+    /// partitions that failed in the last attempt come last: each may take [`KAFKA_TIMEOUT`].
     ///
     /// # Errors
     /// The first failed lookup.
@@ -67,7 +69,7 @@ impl Partitions<'_> {
         mut unplaced: Vec<i32>,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        fastrand::shuffle(&mut unplaced);
+        unplaced.sort_by_key(|partition| self.unplaceable.contains(partition));
         let committed = self
             .client
             .committed_offsets(self.list(&unplaced), KAFKA_TIMEOUT)
@@ -78,10 +80,14 @@ impl Partitions<'_> {
         for element in committed.elements() {
             match self.start_of(setup, runtime, &element) {
                 Ok((next_offset, start)) => {
+                    self.unplaceable.remove(&element.partition());
                     starts.add_partition_offset(&self.topic, element.partition(), Offset::Offset(start))?;
                     placed.push((element.partition(), next_offset));
                 }
-                Err(error) => failed = failed.or(Some(error)),
+                Err(error) => {
+                    self.unplaceable.insert(element.partition());
+                    failed = failed.or(Some(error));
+                }
             }
             if failed.is_some() && started.elapsed() > ATTEMPT_LIMIT {
                 break;
