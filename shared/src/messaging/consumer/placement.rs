@@ -20,7 +20,8 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// While the consumer reads other partitions, failing lookups may take at most one fifth of its
 /// time: it waits for this many times the duration of the attempt.
 const RETRY_SHARE: u32 = 4;
-/// No lookup begins when an attempt has taken this long. The other partitions wait meanwhile.
+/// After a failed lookup no other one begins if the attempt has taken this long: the consumer handles
+/// no records during an attempt.
 const ATTEMPT_LIMIT: Duration = KAFKA_TIMEOUT;
 
 impl Partitions<'_> {
