@@ -331,7 +331,7 @@ mod tests {
     struct Scripted {
         rejects: Vec<i64>,
         slow: Vec<i64>,
-        /// Too slow alone, too.
+        /// Too slow also when called alone.
         hangs: Vec<i64>,
         /// Whether only the first call is rejected.
         panics_once: bool,
